@@ -1,0 +1,8 @@
+"""Which tokens are trained on, and with what weight: torch and numpy, nothing of verl.
+
+Read in this order: ``selection`` (which tokens), ``weighting`` (the factor on each), ``statistics`` (what was kept).
+
+Tensors of this package are *flat*: the response tokens of all rows behind one another, as in the ``values()`` of a
+jagged nested tensor, with ``lengths`` saying how many belong to each row. Nothing is padded, so a batch costs what its
+tokens cost, and there is no padding that could leak into a quantile.
+"""

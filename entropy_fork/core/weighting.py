@@ -1,0 +1,54 @@
+"""From kept tokens to token weights: 0 for a dropped token, the declared factor for a kept one.
+
+verl multiplies ``rollout_is_weights`` into the policy-gradient loss of each token and then divides by a number of
+tokens (``verl/trainer/ppo/core_algos.py: agg_loss``). The paper's second version and the authors' code divide by the
+number of *kept* tokens. That is verl's division by all tokens times (all / kept), so the denominator becomes a factor
+on the weight, and verl's own aggregation does the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: verl's aggregations that divide by a number of tokens, and those that only sum over them
+TOKEN_MEAN = "token-mean"
+SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
+TOKEN_SUMS = ("token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+def kept_token_weights(kept: Tensor, eligible: Tensor, lengths: Tensor, loss_agg_mode: str) -> Tensor:
+    """Weights that turn verl's mean over all tokens into the mean over the kept ones.
+
+    With everything kept the weights are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit, also where verl
+    divides by more tokens than are eligible (tokens that rollout correction rejected stay in its denominator).
+
+    Args:
+        kept: bool, shape (num_tokens,): the selection of one mini-batch over all ranks, flat.
+        eligible: bool or int, shape (num_tokens,): the response mask.
+        lengths: int, shape (num_rows,): tokens per row.
+        loss_agg_mode: verl's ``actor.loss_agg_mode``.
+
+    Returns:
+        float32, shape (num_tokens,). All zero where nothing is kept (never NaN).
+
+    Raises:
+        ValueError: a ``loss_agg_mode`` that verl 0.9 does not have.
+    """
+    weights = kept.to(torch.float32)
+    num_kept = int(kept.sum())
+    if loss_agg_mode in TOKEN_SUMS or num_kept == 0:
+        return weights
+    if loss_agg_mode == TOKEN_MEAN:
+        return weights.mul_(int(eligible.sum()) / num_kept)
+    if loss_agg_mode == SEQ_MEAN_TOKEN_MEAN:
+        # Each sequence has a mean of its own; one without a kept token keeps weight zero.
+        row = torch.repeat_interleave(torch.arange(lengths.numel()), lengths.cpu())
+        num_rows = lengths.numel()
+        all_of_row = torch.bincount(row, weights=eligible.to(torch.float64), minlength=num_rows)
+        kept_of_row = torch.bincount(row, weights=kept.to(torch.float64), minlength=num_rows)
+        factor = torch.where(kept_of_row > 0, all_of_row / kept_of_row.clamp(min=1), 0.0).to(torch.float32)
+        return weights.mul_(factor[row])
+    raise ValueError(
+        f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {(TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)}"
+    )

@@ -1,0 +1,180 @@
+"""Batched sampling with transformers, in which an answer depends on its own seed and on nothing beside it.
+
+Written for small models on a CPU, where verl's rollout engines do not run or are too heavy. Each token is drawn by
+inverting the cumulative distribution at a uniform number that is a hash of (seed of the answer, position of the token).
+There is no generator with a state, so it does not matter which answers share a batch, in which order they came, or
+whether an answer was interrupted and taken up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted.
+
+    Attributes:
+        prompt_ids: token ids of the prompt (with what was already generated, when an answer is taken up again).
+        seed: non-negative; the randomness of this answer.
+        max_tokens: tokens at most, the end-of-text token included.
+        temperature: T; 0 takes the likeliest token.
+        top_p, top_k: nucleus and top-k truncation; 1.0 and -1 leave the distribution as it is.
+    """
+
+    prompt_ids: Sequence[int]
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+
+
+@dataclass
+class Answer:
+    """What came of a request: ids, log-probs (nats, of the distribution drawn from), and why it ended."""
+
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    stop_reason: str = "aborted"  # "completed" at an end token, "length", or "aborted" when interrupted
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    end_ids: Sequence[int],
+    prompt_length: int = 0,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[Answer]:
+    """Answer all requests in one batch.
+
+    Args:
+        model: a causal language model on the CPU, in eval mode.
+        requests: at least one.
+        end_ids: the token ids that end an answer; the one that did is part of it.
+        prompt_length: prompts are padded on the left to at least this many tokens. With a fixed number each row is
+            laid out, and so summed up, in the same way whatever else is in the batch.
+        interrupted: asked before each token; True ends all unfinished answers as "aborted".
+
+    Returns:
+        The answers in the order of the requests.
+    """
+    device = model.device
+    width = max(prompt_length, *(len(request.prompt_ids) for request in requests))
+    num_steps = max(request.max_tokens for request in requests)
+    input_ids, visible = _left_padded(requests, width, num_steps, device)
+    start = torch.tensor([width - len(request.prompt_ids) for request in requests], device=device)
+    sampler = _Sampler(requests, device)
+    answers = [Answer() for _ in requests]
+    open_rows = np.ones(len(requests), dtype=bool)
+
+    cache = StaticCache(config=model.config, max_cache_len=width + num_steps)
+    causal = torch.ones(width, width + num_steps, dtype=torch.bool, device=device).tril()
+    mask = visible[:, None, None, :] & causal
+    # A padding position that sees nothing would be a softmax over nothing; its result is never looked at.
+    mask |= torch.eye(width, width + num_steps, dtype=torch.bool, device=device)
+    position = (torch.arange(width, device=device) - start[:, None]).clamp(min=0)
+    for step in range(num_steps):
+        if interrupted():
+            break
+        output = model(
+            input_ids=input_ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
+        )
+        tokens, log_probs = sampler.draw(output.logits[:, -1].float(), step)
+        _append(answers, open_rows, requests, tokens.tolist(), log_probs.tolist(), end_ids)
+        if not open_rows.any():
+            break
+        visible[:, width + step] = True
+        input_ids, mask, position = tokens[:, None], visible[:, None, None, :], position[:, -1:] + 1
+    return answers
+
+
+def _left_padded(
+    requests: Sequence[Request], width: int, num_steps: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, width), and which positions of the cache may be attended to (rows, width + num_steps)."""
+    input_ids = torch.zeros(len(requests), width, dtype=torch.long)
+    visible = torch.zeros(len(requests), width + num_steps, dtype=torch.bool)
+    for row, request in enumerate(requests):
+        input_ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+        visible[row, width - len(request.prompt_ids) : width] = True
+    return input_ids.to(device), visible.to(device)
+
+
+def _append(
+    answers: list[Answer],
+    open_rows: np.ndarray,
+    requests: Sequence[Request],
+    tokens: list[int],
+    log_probs: list[float],
+    end_ids: Sequence[int],
+) -> None:
+    for row in np.flatnonzero(open_rows):
+        answer = answers[row]
+        answer.token_ids.append(tokens[row])
+        answer.log_probs.append(log_probs[row])
+        if tokens[row] in end_ids:
+            answer.stop_reason = "completed"
+        elif len(answer.token_ids) >= requests[row].max_tokens:
+            answer.stop_reason = "length"
+        else:
+            continue
+        open_rows[row] = False
+
+
+class _Sampler:
+    """The distribution that each row is drawn from."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device):
+        self.seeds = np.array([request.seed for request in requests], dtype=np.uint64)
+        self.starts = np.array([len(request.prompt_ids) for request in requests], dtype=np.uint64)
+        self.greedy = torch.tensor([request.temperature == 0 for request in requests], device=device)
+        temperature = [request.temperature or 1.0 for request in requests]
+        self.temperature = torch.tensor(temperature, device=device)[:, None]
+        self.top_p = torch.tensor([request.top_p for request in requests], device=device)[:, None]
+        self.top_k = torch.tensor([request.top_k for request in requests], device=device)[:, None]
+        self.truncates = bool((self.top_p < 1).any() or (self.top_k > 0).any())
+
+    def draw(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and their log-probs, each of shape (rows,), from logits of shape (rows, vocabulary)."""
+        log_probs = torch.log_softmax(logits / self.temperature, dim=-1)
+        if self.truncates:
+            log_probs = self._truncated(log_probs)
+        cumulative = log_probs.double().exp().cumsum(dim=-1)
+        uniform = uniform_numbers(self.seeds, self.starts + np.uint64(step))
+        target = torch.from_numpy(uniform).to(cumulative)[:, None] * cumulative[:, -1:]
+        # right=True: a token of probability zero, which does not raise the sum, is never taken.
+        drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1).squeeze(1)
+        tokens = torch.where(self.greedy, logits.argmax(dim=-1), drawn)
+        return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+
+    def _truncated(self, log_probs: Tensor) -> Tensor:
+        ranked, order = log_probs.sort(dim=-1, descending=True)
+        rank = torch.arange(ranked.shape[-1], device=ranked.device)
+        before = ranked.exp().cumsum(dim=-1) - ranked.exp()
+        keep = (before < self.top_p) & ((rank < self.top_k) | (self.top_k <= 0))
+        keep[:, 0] = True
+        kept = torch.empty_like(keep).scatter_(1, order, keep)
+        return torch.log_softmax(log_probs.masked_fill(~kept, -torch.inf), dim=-1)
+
+
+def uniform_numbers(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) for each (seed, counter), both uint64: SplitMix64 (Steele et al., 2014) as a hash."""
+
+    def mix(z: np.ndarray) -> np.ndarray:
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    with np.errstate(over="ignore"):
+        golden = np.uint64(0x9E3779B97F4A7C15)
+        hashed = mix(mix(seeds + golden) + (counters + np.uint64(1)) * golden)
+    return (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,52 @@
+"""Answers whose randomness belongs to them: a seed from the run, the step, the prompt and the number in the group.
+
+Hook: verl's registry of agent loops, chosen by ``actor_rollout_ref.rollout.agent.default_agent_loop``. Requests reach a
+rollout server in any order and may be served by any replica, so randomness that comes from a server's own generator
+differs from run to run. This agent loop sends a seed with each request; the rollout of ``rollout_cpu.py`` and vLLM both
+draw an answer's tokens from it alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, _agent_loop_registry, register
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+NAME = "seeded_single_turn"
+
+
+def answer_seed(run_seed: int, step: int, raw_prompt: Any, index: Any, session: int) -> int:
+    """A seed in [0, 2^63) for one answer.
+
+    Args:
+        run_seed: ``actor_rollout_ref.rollout.seed``.
+        step: the training step that the prompt was drawn for.
+        raw_prompt: the chat messages.
+        index: the data set's index of the prompt (two rows may hold the same text).
+        session: the answer's number in its group.
+    """
+    identity = json.dumps([run_seed, step, list(raw_prompt), str(index), session], sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") >> 1
+
+
+class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
+    """verl's single-turn agent loop, with a seed in the sampling parameters of each request."""
+
+    async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
+        seed = answer_seed(
+            self.rollout_config.seed,
+            int(kwargs["global_steps"]),
+            kwargs["raw_prompt"],
+            kwargs.get("index"),
+            int(kwargs["session_id"]),
+        )
+        # A copy: verl shares one dict between the answers of a group.
+        return await super().run({**sampling_params, "seed": seed}, priority=priority, **kwargs)
+
+
+def install() -> None:
+    if NAME not in _agent_loop_registry:
+        register(NAME)(SeededSingleTurnAgentLoop)

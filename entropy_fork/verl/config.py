@@ -1,0 +1,185 @@
+"""The config node ``entropy_fork``: its schema, and every check that can be made before Ray starts.
+
+Hook: verl's ``main_ppo`` calls ``verl.utils.config.validate_config`` before it starts Ray. There is no registry for
+further checks, so :func:`check_before_training` is run right after it (see ``plugin.py``). It also makes the node typed
+whatever it was written in. Typed, it can only be unpickled by a process that has this plugin: a TaskRunner without it
+stops with ``No module named 'entropy_fork'`` instead of training on all tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from entropy_fork.core.selection import kept_count
+from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS
+from entropy_fork.verl.errors import EntropyForkError, process_name
+
+NODE = "entropy_fork"
+
+#: verl's policy losses whose gradient is ``rollout_is_weights`` times the plain one, exactly 0 where the weight is 0
+MASKABLE_LOSSES = (
+    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "dro", "cispo",
+)  # fmt: skip
+
+#: verl's V1 trainers that ``trainer.py`` replaces by masked subclasses
+MASKED_TRAINERS = ("sync", "colocate_async", "separate_async")
+
+
+@dataclass
+class EntropyForkConfig:
+    """Which tokens are trained on.
+
+    Attributes:
+        enabled: False leaves verl as it is (the preset ``off``: the same recipe as its own all-token baseline).
+        top_ratio: ρ in (0, 1], the share of response tokens of each mini-batch that is kept, those of highest entropy
+            under the old policy. 1.0 keeps everything and gives verl's own update bit for bit.
+    """
+
+    enabled: bool = True
+    top_ratio: float = 0.2
+
+
+def register_schema() -> None:
+    """Let the presets name the schema in their defaults, so that Hydra itself refuses a mistyped key or type."""
+    ConfigStore.instance().store(group=NODE, name="schema", node=EntropyForkConfig, provider="entropy-fork")
+
+
+def read_config(config: DictConfig) -> EntropyForkConfig | None:
+    """The typed node of a root config, or None where it is absent or switched off.
+
+    Raises:
+        EntropyForkError: the node is not a mapping, or has an unknown key or a value out of range.
+    """
+    node = OmegaConf.select(config, NODE, default=None)
+    if node is None:
+        return None
+    if not isinstance(node, DictConfig):
+        raise EntropyForkError(
+            f"'{NODE}: {node}' arrived as a plain value, not as a preset, so nothing would be masked: the presets were "
+            f"not on Hydra's search path. Check that the plugin is active in this process ({process_name()}): "
+            f"'python -c \"import verl, entropy_fork.verl.plugin\"' must run without an error."
+        )
+    try:
+        # Unstructured first: merging two structured configs of one type would skip the check of the keys.
+        typed = OmegaConf.merge(OmegaConf.structured(EntropyForkConfig), OmegaConf.to_container(node, resolve=True))
+        parsed: EntropyForkConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        known = ", ".join(f"{f.name} ({f.type})" for f in fields(EntropyForkConfig))
+        raise EntropyForkError(f"bad config node '{NODE}': {error.msg or error}. Known keys: {known}.") from None
+    try:
+        kept_count(1, parsed.top_ratio)
+    except ValueError as error:
+        raise EntropyForkError(f"{NODE}.top_ratio: {error}; entropy_fork=off trains without the mask") from None
+    return parsed if parsed.enabled else None
+
+
+def check_before_training(config: DictConfig) -> None:
+    """Refuse what cannot be masked exactly, before Ray starts. Called with main_ppo's whole config.
+
+    Raises:
+        EntropyForkError: with what is wrong and what to write instead.
+    """
+    recipe = OmegaConf.select(config, "recipe", default=None)
+    if isinstance(recipe, str):
+        raise EntropyForkError(
+            f"'recipe: {recipe}' arrived as a plain key, so the recipe was not applied and verl's defaults would be "
+            f"trained. Check the name (recipes of this install: {', '.join(preset_names('recipe'))})."
+        )
+    masked = read_config(config)
+    if OmegaConf.select(config, NODE, default=None) is not None:
+        _make_typed(config)
+        _check_data_files(config)
+    if masked is not None:
+        _check_maskable(config)
+
+
+def preset_names(group: str) -> list[str]:
+    """The options of a config group that this install ships."""
+    return sorted(path.stem for path in (recipes_dir() / group).glob("*.yaml"))
+
+
+def recipes_dir() -> Path:
+    """The folder of the shipped config groups: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed, checkout = package / "recipes", package.parent / "recipes"
+    return installed if installed.is_dir() else checkout
+
+
+def _make_typed(config: DictConfig) -> None:
+    node = OmegaConf.to_container(config[NODE], resolve=True)
+    with open_dict(config):
+        config[NODE] = OmegaConf.merge(OmegaConf.structured(EntropyForkConfig), node)
+
+
+def _check_maskable(config: DictConfig) -> None:
+    actor = config.actor_rollout_ref.actor
+    correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None)
+    loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla")
+    trainer_mode = config.trainer.v1.trainer_mode
+
+    if not config.trainer.use_v1:
+        raise EntropyForkError(
+            "entropy_fork needs verl's V1 trainer, and trainer.use_v1=False chooses the legacy one, which would train "
+            "on all tokens. Write trainer.use_v1=True, or entropy_fork=off."
+        )
+    if trainer_mode not in MASKED_TRAINERS:
+        raise EntropyForkError(
+            f"trainer.v1.trainer_mode={trainer_mode} is not one of {', '.join(MASKED_TRAINERS)}: a trainer of your own "
+            f"would train on all tokens. Use one of these, or entropy_fork=off."
+        )
+    if correction and correction.get("bypass_mode", False):
+        raise EntropyForkError(
+            "algorithm.rollout_correction.bypass_mode=True skips the log-prob pass that computes the old policy's "
+            "entropies, and its loss ignores token weights. Write bypass_mode=False, or entropy_fork=off."
+        )
+    if loss_mode not in MASKABLE_LOSSES:
+        reason = "takes the logarithm of token weights, and a zero poisons the sequence" if loss_mode == "geo_mean" else (
+            "is not known to multiply token weights into its gradient"
+        )  # fmt: skip
+        raise EntropyForkError(
+            f"actor.policy_loss.loss_mode={loss_mode} {reason}. Use one of {', '.join(MASKABLE_LOSSES)}, "
+            f"or entropy_fork=off."
+        )
+    if actor.loss_agg_mode not in (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS):
+        raise EntropyForkError(f"actor.loss_agg_mode={actor.loss_agg_mode} is not known to entropy_fork.")
+    if actor.shuffle:
+        raise EntropyForkError(
+            "actor.shuffle=True draws the mini-batches inside the workers, so the top tokens of a mini-batch cannot be "
+            "taken before. Write actor_rollout_ref.actor.shuffle=False (verl's default), or entropy_fork=off."
+        )
+    if OmegaConf.select(config, "distillation.enabled", default=False):
+        raise EntropyForkError(
+            "distillation.enabled=True replaces the policy loss by one that is not masked. Switch one of the two off."
+        )
+
+
+def _check_data_files(config: DictConfig) -> None:
+    """Local parquet files must be there and have the columns that verl's data set and reward loop read."""
+    import pyarrow.parquet as pq
+
+    needed = {config.data.get("prompt_key", "prompt"), "data_source", "reward_model"}
+    for key in ("train_files", "val_files"):
+        files: Any = config.data[key]
+        for file in files if isinstance(files, (list, ListConfig)) else [files]:
+            path = os.path.expanduser(str(file))
+            if "://" in path or not path.endswith(".parquet"):
+                continue
+            if not os.path.exists(path):
+                raise EntropyForkError(f"data.{key}: there is no file {path}")
+            try:
+                columns = set(pq.read_schema(path).names)
+            except (OSError, ValueError) as error:
+                raise EntropyForkError(f"data.{key}: {path} is not a readable parquet file: {error}") from None
+            if missing := sorted(needed - columns):
+                raise EntropyForkError(
+                    f"data.{key}: {path} lacks the column(s) {', '.join(missing)}; it has {', '.join(sorted(columns))}. "
+                    f"verl expects prompt (a list of chat messages), data_source, and reward_model with its "
+                    f"ground_truth. Another name for the prompt column: data.prompt_key=NAME."
+                )

@@ -1,0 +1,16 @@
+"""The one error of this plugin, and how a process is named in it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+
+class EntropyForkError(ValueError):
+    """Something that was asked of Entropy Fork cannot be done; the message says what to write instead."""
+
+
+def process_name() -> str:
+    """Host, process id and program of this process: what one needs to find it in a cluster's logs."""
+    return f"{socket.gethostname()} pid {os.getpid()} ({os.path.basename(sys.argv[0]) or 'python'})"

@@ -1,0 +1,211 @@
+"""Stock verl on a machine without an accelerator: the platform, the engines, and the few places that assume a GPU.
+
+Hooks: verl's ``PlatformRegistry``, ``EngineRegistry`` and ``RolloutReplicaRegistry``. Chosen by ``VERL_PLATFORM=cpu``
+alone and never detected: the head node of a GPU cluster has no GPU either. Nothing here runs without that variable.
+
+Some places of verl 0.9 assume a GPU without offering a hook. Each is wrapped by one function below that says why, and
+``tests/test_platform_cpu.py`` fails when verl changes under it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from verl.plugin.platform.platform_base import PlatformBase
+from verl.plugin.platform.platform_manager import PlatformRegistry
+
+#: Ray counts logical accelerators under this name only (verl/single_controller/ray/base.py: _check_resource_available)
+RAY_RESOURCE = "GPU"
+
+
+class PlatformCPU(PlatformBase):
+    """The processor as verl's device: gloo collectives, no memory to free, logical slots instead of accelerators."""
+
+    @property
+    def device_name(self) -> str:
+        return "cpu"
+
+    @property
+    def vendor_name(self) -> str:
+        return "cpu"
+
+    @property
+    def device_module(self) -> ModuleType:
+        return torch.cpu
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_platform_available(self, use_smi_check: bool = False) -> bool:
+        return False  # never chosen by detection
+
+    def current_device(self) -> Any:
+        # verl writes tensor.to(current_device()), and an index would mean a GPU there.
+        return torch.device("cpu")
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        return
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        return
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None:
+        return
+
+    def empty_cache(self) -> None:
+        return
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"  # what Ray sets for its resource "GPU"
+
+    @contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
+
+    def profiler_start(self) -> None:
+        return
+
+    def profiler_stop(self) -> None:
+        return
+
+    def ray_resource_name(self) -> str:
+        return RAY_RESOURCE
+
+    def ray_noset_envvars(self) -> list[str]:
+        return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    def rollout_env_vars(self) -> dict[str, str]:
+        return {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+
+    def cudart(self) -> Any:
+        return None
+
+
+def register() -> None:
+    """Register the platform now, and the rest as verl's modules are imported. Called by the plugin."""
+    PlatformRegistry.register("cpu")(PlatformCPU)
+    _complete_torch_cpu()
+    for module, extend in (
+        ("verl.utils.distributed", _extend_distributed),
+        ("verl.workers.engine.fsdp.transformer_impl", _extend_fsdp),
+        ("verl.utils.model", _extend_value_head),
+        ("verl.workers.rollout.base", _extend_rollouts),
+        ("verl.workers.rollout.replica", _extend_replicas),
+        ("verl.experimental.agent_loop", _extend_agent_loops),
+    ):
+        wrapt.register_post_import_hook(extend, module)
+
+
+def _complete_torch_cpu() -> None:
+    """Give ``torch.cpu`` the memory functions that verl calls on whatever ``get_torch_device()`` returns.
+
+    A module of our own with these functions would not do: verl compares the device module with ``torch.cpu`` itself
+    (utils/flops_counter.py, utils/profiler/performance.py).
+    """
+    for name, value in {
+        "empty_cache": None,
+        "ipc_collect": None,
+        "reset_peak_memory_stats": None,
+        "reset_accumulated_memory_stats": None,
+        "memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_allocated": 0,
+        "max_memory_reserved": 0,
+    }.items():
+        if not hasattr(torch.cpu, name):
+            setattr(torch.cpu, name, lambda *_, _value=value, **__: _value)
+
+
+def _extend_distributed(module: ModuleType) -> None:
+    """verl asks torch for the backend "cpu:gloo,<device>:<backend>", here "cpu:gloo,cpu:gloo": a duplicate device."""
+
+    @wrapt.decorator
+    def without_duplicates(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+        if isinstance(kwargs.get("backend"), str):
+            kwargs["backend"] = ",".join(dict.fromkeys(kwargs["backend"].split(",")))
+        return wrapped(*args, **kwargs)
+
+    module.torch.distributed.init_process_group = without_duplicates(torch.distributed.init_process_group)  # type: ignore[attr-defined]
+
+
+def _extend_fsdp(module: ModuleType) -> None:
+    """Register the FSDP engines for the device "cpu", without pinned memory and without FSDP1."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from verl.workers.engine.base import EngineRegistry
+
+    # The reference worker pins its memory, which needs an accelerator (transformer_impl.py: CPUOffloadPolicy).
+    module.CPUOffloadPolicy = lambda pin_memory=True: CPUOffloadPolicy(pin_memory=False)  # type: ignore[attr-defined]
+    for model_type, engine in (
+        ("language_model", module.FSDPEngineWithLMHead),
+        ("value_model", module.FSDPEngineWithValueHead),
+    ):
+        EngineRegistry.register(model_type=model_type, backend="fsdp2", device="cpu")(engine)
+
+
+def _extend_value_head(module: ModuleType) -> None:
+    """The critic is loaded with flash attention whatever the config says (utils/model.py: load_valuehead_model)."""
+    from transformers import AutoModelForTokenClassification
+
+    class WithSdpa:
+        @staticmethod
+        def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+            kwargs["attn_implementation"] = "sdpa"
+            return AutoModelForTokenClassification.from_pretrained(*args, **kwargs)
+
+    @wrapt.decorator
+    def load_with_sdpa(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+        import transformers
+
+        # verl imports the class inside the function, so it is swapped for the time of the call.
+        original = transformers.AutoModelForTokenClassification
+        transformers.AutoModelForTokenClassification = WithSdpa
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            transformers.AutoModelForTokenClassification = original
+
+    module.load_valuehead_model = load_with_sdpa(module.load_valuehead_model)  # type: ignore[attr-defined]
+
+
+def _extend_rollouts(module: ModuleType) -> None:
+    """Name the light rollout. verl keeps its rollout adapters in a private dict (the replicas have a public one)."""
+    module._ROLLOUT_REGISTRY[("transformers", "async")] = "entropy_fork.verl.rollout_cpu.TransformersAdapter"  # type: ignore[attr-defined]
+
+
+def _extend_replicas(module: ModuleType) -> None:
+    def load_replica() -> type:
+        from entropy_fork.verl.rollout_cpu import TransformersReplica
+
+        return TransformersReplica
+
+    module.RolloutReplicaRegistry.register("transformers", load_replica)  # type: ignore[attr-defined]
+
+
+def _extend_agent_loops(_: ModuleType) -> None:
+    from entropy_fork.verl import agent_loop
+
+    agent_loop.install()

@@ -1,0 +1,63 @@
+"""What verl loads in every process: registers our parts, each when the module of verl that it extends is imported.
+
+Hook: the entry point group ``verl.plugins``. verl imports this module at the end of its own ``__init__``, in the
+launcher and in every Ray worker, and swallows whatever it raises. So it is cheap (none of verl's heavy modules is
+imported here: each part waits for the import of what it extends), does its work once, and what must not be swallowed
+is checked from the outside: by Hydra's search path plugin (``hydra_plugins/entropy_fork``) in the launcher, and by the
+typed config node everywhere else (see ``config.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import verl
+import wrapt
+from packaging.version import Version
+
+from entropy_fork.verl import config
+from entropy_fork.verl.errors import EntropyForkError
+
+SUPPORTED = "0.9"
+
+
+def check_verl_version(version: str) -> None:
+    """Raise for a verl whose internals were not read."""
+    if Version(version).release[:2] != tuple(int(part) for part in SUPPORTED.split(".")):
+        raise EntropyForkError(
+            f"entropy_fork holds on to verl {SUPPORTED}.x, and this is verl {version}. Install 'verl=={SUPPORTED}.*', "
+            f"or an entropy-fork made for this verl."
+        )
+
+
+@wrapt.decorator
+def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    result = wrapped(*args, **kwargs)
+    config.check_before_training(kwargs["config"] if "config" in kwargs else args[0])
+    return result
+
+
+def _extend_validation(module: ModuleType) -> None:
+    module.validate_config = _also_check_entropy_fork(module.validate_config)  # type: ignore[attr-defined]
+
+
+def _extend_trainers(_: ModuleType) -> None:
+    from entropy_fork.verl import trainer
+
+    trainer.install()
+
+
+def _register() -> None:
+    check_verl_version(verl.__version__)
+    config.register_schema()
+    wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
+    wrapt.register_post_import_hook(_extend_trainers, "verl.trainer.ppo.v1")
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        from entropy_fork.verl import platform_cpu
+
+        platform_cpu.register()
+
+
+# Python runs a module once in a process, so nothing here is registered twice.
+_register()

@@ -1,0 +1,47 @@
+"""Puts the recipes on Hydra's search path, and refuses a run that asks for a mask it would not get.
+
+Hook: Hydra imports whatever lies in the namespace package ``hydra_plugins`` (which therefore must not have an
+``__init__`` of its own) at the start of every Hydra application of the environment, whether verl's plugins were loaded
+or not. That makes this the one place that notices when they were not: verl swallows an error of ours, and without our
+groups on the search path Hydra takes ``+recipe=x`` for a plain new key and trains verl's defaults.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+ASKED_FOR = re.compile(r"^\+{0,2}(recipe|cluster|entropy_fork)([=@.]|$)")
+
+
+class EntropyForkSearchPath(SearchPathPlugin):
+    """Adds ``recipes/`` (groups recipe, entropy_fork, cluster) in applications of verl."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if "verl" not in sys.modules:
+            return  # another Hydra application of this environment
+        problem = _why_inactive()
+        if problem is None:
+            from entropy_fork.verl.config import recipes_dir
+
+            search_path.append(provider="entropy-fork", path=f"file://{recipes_dir()}")
+        elif any(ASKED_FOR.match(argument) for argument in sys.argv[1:]):
+            # SystemExit: the message alone, without a traceback through Hydra.
+            raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {problem}")
+
+
+def _why_inactive() -> str | None:
+    if "entropy_fork.verl.plugin" in sys.modules:
+        return None
+    try:
+        # Not loaded, or it raised and verl swallowed that: import it to learn the reason.
+        import entropy_fork.verl.plugin  # noqa: F401
+    except Exception as error:
+        return f"its import fails with {type(error).__name__}: {error}"
+    return (
+        "verl did not load it. VERL_USE_EXTERNAL_PLUGINS must be unset, 'auto' or a list with 'entropy_fork' in it, "
+        "and 'pip show entropy-fork' must find the package."
+    )
