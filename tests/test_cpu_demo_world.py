@@ -68,10 +68,10 @@ def evaluate(expression: str) -> int:
 @given(problems)
 def test_answer_is_the_optimum_over_all_orders(problem):
     start, operations, goal = re.fullmatch(
-        r"From (\d+) with (\S+) once each make the (\w+) \\boxed\{\}\.", problem.prompt
+        r"From (\d+) with (.+) once each make the (\w+) \\boxed\{\}\.", problem.prompt
     ).groups()
     results = []
-    for order in permutations(operations.split(",")):
+    for order in permutations(operations.split()):
         value = int(start)
         for operation in order:
             value = evaluate(f"{value}{operation}")
@@ -101,11 +101,13 @@ def test_an_exhausted_world_says_so(monkeypatch):
 @given(problems, seeds, st.sampled_from([0.0, 0.5, 1.0]))
 def test_demonstrations_compute_right_and_use_each_operation_once(problem, seed, hint_rate):
     response = world.demonstrate(problem, random.Random(seed), hint_rate)
-    steps = re.findall(r"(\d+)([+*-]\d)=(\d+)\.", response)
-    assert sorted(operation for _, operation, _ in steps) == sorted(map(str, problem.operations))
-    assert [int(before) for before, _, _ in steps] == [problem.start, *(int(after) for *_, after in steps[:-1])]
-    assert all(evaluate(before + operation) == int(after) for before, operation, after in steps)
-    assert response.endswith(rf" \boxed{{{steps[-1][2]}}}")
+    steps = re.findall(r"([+*-]\d)=(\d+)\.", response)
+    assert sorted(operation for operation, _ in steps) == sorted(map(str, problem.operations))
+    befores = [str(problem.start), *(after for _, after in steps)]
+    assert all(
+        evaluate(before + operation) == int(after) for before, (operation, after) in zip(befores, steps, strict=False)
+    )
+    assert response.endswith(rf" \boxed{{{befores[-1]}}}")
     assert world.check_chain(problem, response) == (True, True)
     if hint_rate == 1.0:
         assert rollouts.is_correct(response, str(problem.answer))
@@ -121,14 +123,13 @@ def test_unhinted_demonstrations_choose_every_order():
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        (r"First 7+5=12. Then 12*3=36. Last 36-4=32. \boxed{32}", (True, True)),
-        (r"First 7+5=13. Then 13*3=39. Last 39-4=35. \boxed{35}", (False, True)),
-        (r"First 7+5=12. Then 13*3=39. Last 39-4=35. \boxed{35}", (False, True)),
-        (r"First 7+5=12. Then 12*3=36. Last 36-4=32. \boxed{33}", (False, True)),
-        (r"First 7+5=12. Then 12*3=36. Last 36*3=108. \boxed{108}", (True, False)),
-        (r"First 7+5=12. Last 12*3=36. \boxed{36}", (True, False)),
-        (r"Well, First 7+5=12. Then 12*3=36. Last 36-4=32. \boxed{32}", (True, False)),
-        (r"First 7+5=12. Then 12*3=36. Last 36-4=32.", (False, False)),
+        (r"First +5=12. Then *3=36. Last -4=32. \boxed{32}", (True, True)),
+        (r"First +5=13. Then *3=39. Last -4=35. \boxed{35}", (False, True)),
+        (r"First +5=12. Then *3=36. Last -4=32. \boxed{33}", (False, True)),
+        (r"First +5=12. Then *3=36. Last *3=108. \boxed{108}", (True, False)),
+        (r"First +5=12. Last *3=36. \boxed{36}", (True, False)),
+        (r"Well, First +5=12. Then *3=36. Last -4=32. \boxed{32}", (True, False)),
+        (r"First +5=12. Then *3=36. Last -4=32.", (False, False)),
         ("", (False, False)),
     ],
 )
@@ -138,7 +139,7 @@ def test_check_chain(response, expected):
 
 
 def test_find_choices_leaves_out_what_is_forced():
-    response = r"First 7+5=12. Then 12*3=36. Last 36-4=32. \boxed{32}"
+    response = r"First +5=12. Then *3=36. Last -4=32. \boxed{32}"
     found = [(response[choice.start : choice.end], str(choice.kind)) for choice in world.find_choices(response)]
     assert found == [
         ("First", "connective"),
@@ -200,8 +201,8 @@ def test_vocabulary_fits_and_a_choice_is_one_token(built):
     assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    tokens = [tokenizer.decode([token]) for token in tokenizer.encode(r"First 7+5=12. Last 12*3=36. \boxed{36}")]
-    assert tokens == ["First", *" 7", "+5", *"=12.", " Last", *" 12", "*3", *"=36.", r" \boxed{", *"36}"]
+    tokens = [tokenizer.decode([token]) for token in tokenizer.encode(r"First +5=12. Last *3=36. \boxed{36}")]
+    assert tokens == ["First", " +5", *"=12.", " Last", " *3", *"=36.", r" \boxed{", *"36}"]
 
 
 def test_chat_template_splits_where_the_response_begins(built):
@@ -262,7 +263,7 @@ def test_a_foreign_directory_is_refused_and_overwriting_replaces_it(tmp_path, mo
 def test_entropies_match_the_model_one_rollout_at_a_time(built):
     tokenizer = load_tokenizer(built)
     model = AutoModelForCausalLM.from_pretrained(built / "model").eval()
-    texts = [r"First 7+5=12. Last 12*3=36. \boxed{36}", "Begin 3"]
+    texts = [r"First +5=12. Last *3=36. \boxed{36}", "Begin 3"]
     batch = [rollouts.Rollout(tokenizer.encode("User:\n"), tokenizer.encode(text), text) for text in texts]
     together = forks.response_entropies(model, batch, tokenizer.pad_token_id)
     for rollout, entropies in zip(batch, together, strict=True):
@@ -275,7 +276,7 @@ def test_entropies_match_the_model_one_rollout_at_a_time(built):
 
 def test_choices_land_on_the_tokens_that_make_them(built):
     tokenizer = load_tokenizer(built)
-    text = r"First 7+5=12. Then 12*3=36. Last 36-4=32. \boxed{32}"
+    text = r"First +5=12. Then *3=36. Last -4=32. \boxed{32}"
     rollout = rollouts.Rollout([], tokenizer.encode(text), text)
     labelled = forks.label_tokens(tokenizer, rollout, [0.0] * len(rollout.response_ids))
-    assert [token.text for token in labelled if token.kind is not None] == ["First", "+5", " Then", "*3", " Last"]
+    assert [token.text for token in labelled if token.kind is not None] == ["First", " +5", " Then", " *3", " Last"]

@@ -12,7 +12,7 @@ import hashlib
 import json
 from typing import Any
 
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, _agent_loop_registry, register
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 NAME = "seeded_single_turn"
@@ -47,6 +47,4 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
         return await super().run({**sampling_params, "seed": seed}, priority=priority, **kwargs)
 
 
-def install() -> None:
-    if NAME not in _agent_loop_registry:
-        register(NAME)(SeededSingleTurnAgentLoop)
+register(NAME)(SeededSingleTurnAgentLoop)

@@ -72,7 +72,7 @@ def read_config(config: DictConfig) -> EntropyForkConfig | None:
         parsed: EntropyForkConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         known = ", ".join(f"{f.name} ({f.type})" for f in fields(EntropyForkConfig))
-        raise EntropyForkError(f"bad config node '{NODE}': {error.msg or error}. Known keys: {known}.") from None
+        raise EntropyForkError(f"bad config node '{NODE}': {str(error).splitlines()[0]}. Known keys: {known}.") from None
     try:
         kept_count(1, parsed.top_ratio)
     except ValueError as error:

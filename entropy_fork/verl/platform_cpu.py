@@ -115,7 +115,6 @@ def register() -> None:
         ("verl.utils.model", _extend_value_head),
         ("verl.workers.rollout.base", _extend_rollouts),
         ("verl.workers.rollout.replica", _extend_replicas),
-        ("verl.experimental.agent_loop", _extend_agent_loops),
     ):
         wrapt.register_post_import_hook(extend, module)
 
@@ -203,9 +202,3 @@ def _extend_replicas(module: ModuleType) -> None:
         return TransformersReplica
 
     module.RolloutReplicaRegistry.register("transformers", load_replica)  # type: ignore[attr-defined]
-
-
-def _extend_agent_loops(_: ModuleType) -> None:
-    from entropy_fork.verl import agent_loop
-
-    agent_loop.install()

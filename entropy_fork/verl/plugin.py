@@ -10,6 +10,7 @@ typed config node everywhere else (see ``config.py``).
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import ModuleType
 
 import verl
@@ -42,21 +43,31 @@ def _extend_validation(module: ModuleType) -> None:
     module.validate_config = _also_check_entropy_fork(module.validate_config)  # type: ignore[attr-defined]
 
 
-def _extend_trainers(_: ModuleType) -> None:
-    from entropy_fork.verl import trainer
+def register_on_import(extended: str, ours: str) -> None:
+    """Import our module, which registers itself, as soon as the module of verl that it extends has been imported.
 
-    trainer.install()
+    The import is all that may happen then: where our module is what caused verl's to be imported, it is half-way
+    through its own imports at that moment, and registers when it gets to its end.
+    """
+    wrapt.register_post_import_hook(lambda _: import_module(ours), extended)
 
 
 def _register() -> None:
-    check_verl_version(verl.__version__)
+    on_cpu = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+    try:
+        check_verl_version(verl.__version__)
+    except EntropyForkError as error:
+        if on_cpu:  # verl would swallow the reason and go on to "Unknown platform 'cpu'"
+            raise SystemExit(str(error)) from None
+        raise
     config.register_schema()
     wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
-    wrapt.register_post_import_hook(_extend_trainers, "verl.trainer.ppo.v1")
-    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+    register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.trainer")
+    if on_cpu:
         from entropy_fork.verl import platform_cpu
 
         platform_cpu.register()
+        register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")
 
 
 # Python runs a module once in a process, so nothing here is registered twice.

@@ -157,3 +157,6 @@ def install() -> None:
 def _masked(trainer: type[PPOTrainer]) -> type[PPOTrainer]:
     # The name is verl's own, so that logs and errors read as they did before.
     return type(trainer.__name__, (TokenWeights, trainer), {"__module__": __name__, "__doc__": trainer.__doc__})
+
+
+install()

@@ -1,0 +1,158 @@
+"""Bad input: one clear message with the way out, before Ray starts."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf, open_dict
+
+from entropy_fork.verl.config import EntropyForkConfig, check_before_training, preset_names, read_config
+from entropy_fork.verl.errors import EntropyForkError
+
+Compose = Callable[..., Any]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    row = {
+        "prompt": [{"role": "user", "content": "1+1"}],
+        "data_source": "x",
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "data.parquet")
+    return [f"data.{split}_files={tmp_path / 'data.parquet'}" for split in ("train", "val")]
+
+
+def refused(config: Any, match: str) -> None:
+    with pytest.raises(EntropyForkError, match=match):
+        check_before_training(config)
+
+
+def test_a_good_config_passes_and_becomes_typed(compose: Compose, data: list[str]) -> None:
+    config = compose("+entropy_fork=global", "entropy_fork.top_ratio=0.1", *data)
+    check_before_training(config)
+    assert OmegaConf.get_type(config.entropy_fork) is EntropyForkConfig
+    assert read_config(config) == EntropyForkConfig(top_ratio=0.1)
+    # what a TaskRunner without this package would have to import to unpickle its argument
+    assert b"entropy_fork.verl.config" in pickle.dumps(config)
+
+
+def test_a_node_written_by_hand_is_typed_too(compose: Compose, data: list[str]) -> None:
+    config = compose("+entropy_fork.top_ratio=0.3", *data)
+    check_before_training(config)
+    assert read_config(config) == EntropyForkConfig(top_ratio=0.3)
+    assert OmegaConf.get_type(config.entropy_fork) is EntropyForkConfig
+
+
+def test_off_and_absent_mean_stock_verl(compose: Compose, data: list[str]) -> None:
+    for overrides in (["+entropy_fork=off"], []):
+        config = compose(*overrides, *data, "algorithm.rollout_correction.bypass_mode=true")
+        check_before_training(config)
+        assert read_config(config) is None
+
+
+@pytest.mark.parametrize("ratio", ["0", "1.2", "-0.5", "nan"])
+def test_a_ratio_out_of_range(compose: Compose, data: list[str], ratio: str) -> None:
+    config = compose("+entropy_fork=global", f"entropy_fork.top_ratio={ratio}", *data)
+    refused(config, r"entropy_fork.top_ratio: top_ratio must be in \(0, 1\].*entropy_fork=off")
+
+
+def test_a_mistyped_key_or_value_is_refused_by_hydra_itself(compose: Compose) -> None:
+    with pytest.raises(ConfigCompositionException, match="topratio"):
+        compose("+entropy_fork=global", "entropy_fork.topratio=0.1")
+    with pytest.raises(ConfigCompositionException, match="top_ratio"):
+        compose("+entropy_fork=global", "entropy_fork.top_ratio=many")
+    with pytest.raises(Exception, match=r"entropy_fork/glbal"):
+        compose("+entropy_fork=glbal")
+
+
+def test_a_mistyped_key_in_a_node_written_by_hand(compose: Compose, data: list[str]) -> None:
+    refused(compose("+entropy_fork.topratio=0.1", *data), "bad config node 'entropy_fork'.*Known keys: .*top_ratio")
+
+
+def test_a_preset_that_arrived_as_a_plain_value(compose: Compose, data: list[str]) -> None:
+    config = compose(*data)
+    with open_dict(config):
+        config.entropy_fork = "global"
+    refused(config, r"'entropy_fork: global' arrived as a plain value.*pid \d+")
+    with open_dict(config):
+        config.pop("entropy_fork")
+        config.recipe = "demo_cpu"
+    refused(config, r"'recipe: demo_cpu' arrived as a plain key.*demo_cpu")
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("trainer.use_v1=false", r"legacy one.*trainer.use_v1=True"),
+        ("algorithm.rollout_correction.bypass_mode=true", r"skips the log-prob pass.*bypass_mode=False"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean", r"loss_mode=geo_mean takes the logarithm"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=bypass_mode", r"is not known to multiply token weights"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=mine", r"Use one of vanilla, "),
+        ("actor_rollout_ref.actor.shuffle=true", r"actor.shuffle=False"),
+        ("trainer.v1.trainer_mode=mine", r"not one of sync, colocate_async, separate_async"),
+        ("distillation.enabled=true", r"replaces the policy loss"),
+    ],
+)
+def test_what_cannot_be_masked_is_refused(compose: Compose, data: list[str], override: str, match: str) -> None:
+    refused(compose("+entropy_fork=global", *data, override), match)
+    check_before_training(compose("+entropy_fork=off", *data, override))
+
+
+def test_data_files(compose: Compose, data: list[str], tmp_path: Path) -> None:
+    missing = f"data.train_files={tmp_path / 'none.parquet'}"
+    refused(compose("+entropy_fork=global", data[1], missing), "data.train_files: there is no file .*none.parquet")
+
+    pq.write_table(pa.table({"question": ["1+1"], "data_source": ["x"]}), tmp_path / "columns.parquet")
+    columns = f"data.val_files=[{tmp_path / 'columns.parquet'}]"
+    refused(
+        compose("+entropy_fork=off", data[0], columns),
+        r"data.val_files: .*columns.parquet lacks the column\(s\) prompt, reward_model; it has data_source, question",
+    )
+
+    (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
+    broken = f"data.val_files={tmp_path / 'broken.parquet'}"
+    refused(compose("+entropy_fork=global", data[0], broken), "broken.parquet is not a readable parquet file")
+
+
+def test_presets_of_this_install() -> None:
+    assert {"global", "off"} <= set(preset_names("entropy_fork"))
+    assert {"dapo", "demo_cpu"} <= set(preset_names("recipe"))
+
+
+@pytest.mark.parametrize("name", preset_names("recipe"))
+def test_recipes_name_only_keys_that_verl_has(compose: Compose, name: str) -> None:
+    """A recipe is merged without a struct: a mistyped key of verl's would be one more key, and do nothing."""
+    stock = OmegaConf.to_container(compose("model_engine=dp"))
+    recipe = OmegaConf.to_container(compose(f"+recipe={name}"))
+    ours = {"entropy_fork", "demo", "reward.reward_kwargs", "ray_kwargs.ray_init"}
+    open_by_design = {"actor_rollout_ref.model.override_config", "critic.model.override_config"}
+
+    def unknown(stock_node: Any, node: Any, path: str) -> list[str]:
+        if path in ours | open_by_design or not isinstance(node, dict):
+            return []
+        if not isinstance(stock_node, dict):
+            return [path] if stock_node is not None else []
+        return [
+            found
+            for key in node
+            for child in [f"{path}.{key}".lstrip(".")]
+            for found in (unknown(stock_node[key], node[key], child) if key in stock_node else [child])
+            if found not in ours | DATACLASS_ONLY
+        ]
+
+    assert unknown(stock, recipe, "") == []
+
+
+#: fields of verl's dataclasses that its YAML leaves out
+DATACLASS_ONLY = {
+    f"{role}.mixed_precision"
+    for role in ("actor_rollout_ref.actor.fsdp_config", "actor_rollout_ref.ref.fsdp_config", "critic.fsdp")
+} | {"actor_rollout_ref.rollout.enable_sleep_mode"}

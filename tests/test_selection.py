@@ -1,0 +1,142 @@
+"""The selection against a slow re-statement, and its invariants over random batches."""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, Decimal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entropy_fork.core.selection import kept_count, select_top
+
+RATIOS = st.one_of(st.sampled_from([0.01, 0.07, 0.1, 0.2, 0.3, 0.5, 0.9, 1.0]), st.floats(0.001, 1.0))
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> tuple[list[list[float]], list[list[int]]]:
+    """Rows of entropies, few distinct ones so that ties are common, and masks with holes and all-masked rows."""
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+    values = st.sampled_from([0.0, 0.0, 0.001, 0.5, 0.5, 1.25, 2.0, 3.5])
+    rows = [draw(st.lists(values, min_size=n, max_size=n)) for n in lengths]
+    masks = [draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)) for n in lengths]
+    return rows, masks
+
+
+def restated(rows: list[list[float]], masks: list[list[int]], ratio: float) -> set[tuple[int, int]]:
+    """Sort every eligible token by (entropy down, position up, row up) and take the first ceil(ρN)."""
+    tokens = [
+        (-entropy, position, row)
+        for row, (entropies, mask) in enumerate(zip(rows, masks, strict=True))
+        for position, (entropy, eligible) in enumerate(zip(entropies, mask, strict=True))
+        if eligible
+    ]
+    count = int((Decimal(repr(ratio)) * len(tokens)).to_integral_value(ROUND_CEILING))
+    return {(row, position) for _, position, row in sorted(tokens)[: max(1, count)]} if tokens else set()
+
+
+def flat(rows: list[list[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=dtype)
+
+
+def select(
+    rows: list[list[float]], masks: list[list[int]], ratio: float, row_order: list[int] | None = None
+) -> tuple[set[tuple[int, int]], float]:
+    lengths = torch.tensor([len(row) for row in rows])
+    order = None if row_order is None else torch.tensor(row_order)
+    selection = select_top(flat(rows), flat(masks, torch.int64), lengths, ratio, order)
+    kept = {
+        (row, position)
+        for row, values in enumerate(selection.kept.split(lengths.tolist()))
+        for position in values.nonzero().squeeze(1).tolist()
+    }
+    return kept, selection.threshold
+
+
+@given(pools(), RATIOS)
+@settings(max_examples=300, deadline=None)
+def test_equals_the_sorted_restatement(pool: tuple[list[list[float]], list[list[int]]], ratio: float) -> None:
+    rows, masks = pool
+    kept, threshold = select(rows, masks, ratio)
+    assert kept == restated(rows, masks, ratio)
+    if kept:
+        assert threshold == min(torch.tensor(rows[row][position]).item() for row, position in kept)
+    else:
+        assert math.isnan(threshold)
+
+
+@given(pools(), RATIOS, st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
+def test_the_order_of_rows_does_not_matter(pool, ratio: float, random) -> None:  # type: ignore[no-untyped-def]
+    rows, masks = pool
+    expected, threshold = select(rows, masks, ratio, list(range(len(rows))))
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    kept, shuffled_threshold = select([rows[i] for i in order], [masks[i] for i in order], ratio, order)
+    assert {(order[row], position) for row, position in kept} == expected
+    assert shuffled_threshold == threshold or (math.isnan(threshold) and math.isnan(shuffled_threshold))
+
+
+@given(pools(), RATIOS, st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_padding_rows_do_not_matter(pool, ratio: float, num_padding: int) -> None:  # type: ignore[no-untyped-def]
+    rows, masks = pool
+    # verl's padding rows hold one token outside of the mask; its entropy is whatever the model says there.
+    padded_rows, padded_masks = rows + [[9.0]] * num_padding, masks + [[0]] * num_padding
+    assert select(padded_rows, padded_masks, ratio)[0] == select(rows, masks, ratio)[0]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "ratio", "expected"),
+    [(0, 0.2, 0), (1, 0.01, 1), (100, 0.07, 7), (30, 0.1, 3), (15, 0.2, 3), (16, 0.2, 4), (10**9, 0.2, 2 * 10**8)],
+)
+def test_count_is_the_ceiling_of_the_decimal_that_was_written(num_tokens: int, ratio: float, expected: int) -> None:
+    assert kept_count(num_tokens, ratio) == expected
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.2, math.nan, math.inf])
+def test_a_ratio_outside_is_refused_with_the_way_out(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\].*0.2 keeps the top 20%"):
+        kept_count(10, ratio)
+
+
+def test_ninety_percent_equal_entropies_do_not_keep_everything() -> None:
+    """peers.md: ``entropy >= quantile`` keeps every one of the equal tokens."""
+    entropy = torch.cat([torch.zeros(900), torch.linspace(1, 2, 100)])
+    selection = select_top(entropy, torch.ones(1000), torch.tensor([1000]), 0.2)
+    assert selection.kept.sum() == 200
+    assert selection.kept[900:].all()
+    assert selection.kept[:100].all(), "among equals the earliest positions are taken"
+
+
+def test_a_pool_beyond_2_to_the_24_tokens() -> None:
+    """peers.md: ``torch.quantile`` refuses more than 2^24 elements."""
+    num_tokens = 2**24 + 5
+    entropy = torch.rand(num_tokens, generator=torch.Generator().manual_seed(0))
+    selection = select_top(entropy, torch.ones(num_tokens, dtype=torch.bool), torch.tensor([num_tokens]), 0.2)
+    assert selection.kept.sum() == math.ceil(num_tokens / 5)
+    assert entropy[selection.kept].min() == selection.threshold >= entropy[~selection.kept].max()
+
+
+def test_broken_entropies_are_refused_but_not_outside_of_the_mask() -> None:
+    entropy = torch.tensor([1.0, math.nan, 2.0])
+    lengths = torch.tensor([3])
+    assert select_top(entropy, torch.tensor([1, 0, 1]), lengths, 0.5).kept.tolist() == [False, False, True]
+    with pytest.raises(ValueError, match="not finite"):
+        select_top(entropy, torch.ones(3), lengths, 0.5)
+
+
+def test_bfloat16_entropies_select_like_their_values() -> None:
+    entropy = torch.rand(1000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    lengths = torch.tensor([1000])
+    exact = select_top(entropy.float(), torch.ones(1000), lengths, 0.2).kept
+    assert torch.equal(select_top(entropy, torch.ones(1000), lengths, 0.2).kept, exact)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="must both be flat"):
+        select_top(torch.rand(4), torch.ones(5), torch.tensor([4]), 0.2)
+    with pytest.raises(ValueError, match="must both be flat"):
+        select_top(torch.rand(4), torch.ones(4), torch.tensor([3]), 0.2)

@@ -1,0 +1,173 @@
+"""The advantage hook on batches in verl's layout: pools are mini-batches over all ranks, whatever the layout."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.utils import tensordict_utils as tu
+
+from entropy_fork.verl import trainer
+from entropy_fork.verl.config import MASKED_TRAINERS
+from entropy_fork.verl.errors import EntropyForkError
+
+
+def jagged(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def make_rows(num_rows: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (num_rows,), generator=random).tolist()
+    entropies = [(torch.rand(n, generator=random) * 8).round() / 4 for n in lengths]
+    masks = [(torch.rand(n, generator=random) < 0.9).long() for n in lengths]
+    return entropies, masks
+
+
+def weights_by_row(
+    entropies: list[torch.Tensor], masks: list[torch.Tensor], mini_batch: torch.Tensor, order: torch.Tensor
+) -> tuple[list[torch.Tensor], list]:
+    flat, pools = trainer.mini_batch_weights(
+        jagged(entropies), jagged(masks), mini_batch, order, top_ratio=0.2, loss_agg_mode="token-mean"
+    )
+    return list(flat.split([len(row) for row in entropies])), pools
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
+@settings(max_examples=60, deadline=None)
+def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(seed: int, dp_size: int, num_pools: int) -> None:
+    """The same mini-batches laid out for 1, 2 and 4 ranks, with the rows in another order, and padding rows."""
+    rows_per_pool = 8
+    entropies, masks = make_rows(rows_per_pool * num_pools, seed)
+    pool_of = [row // rows_per_pool for row in range(len(entropies))]
+    expected, _ = weights_by_row(entropies, masks, torch.tensor(pool_of), torch.arange(len(entropies)))
+
+    # verl's layout: rank r holds, one mini-batch behind the other, its share of each; 4 padding rows per mini-batch.
+    random = np.random.default_rng(seed)
+    layout: list[int | None] = []
+    shares = []
+    for pool in range(num_pools):
+        members: list[int | None] = [row for row in range(len(entropies)) if pool_of[row] == pool]
+        members += [None] * 4
+        random.shuffle(members)  # type: ignore[arg-type]
+        shares.append(np.array(members, dtype=object).reshape(dp_size, -1))
+    for rank in range(dp_size):
+        for share in shares:
+            layout.extend(share[rank])
+    worker = SimpleNamespace(_query_dispatch_info=lambda name: list(range(dp_size)))
+    this = SimpleNamespace(config=actor_config(rows_per_pool + 4), actor_rollout_wg=worker)
+    mini_batch = trainer.TokenWeights._mini_batch_of_row(this, len(layout))  # type: ignore[arg-type]
+    padded = [torch.tensor([5.0]) if row is None else entropies[row] for row in layout]
+    padded_masks = [torch.tensor([0]) if row is None else masks[row] for row in layout]
+    order = torch.tensor([10**6 + i if row is None else row for i, row in enumerate(layout)])
+    actual, pools = weights_by_row(padded, padded_masks, mini_batch, order)
+
+    for row, weights in zip(layout, actual, strict=True):
+        assert torch.equal(weights, torch.zeros(1) if row is None else expected[row])
+    for pool, statistics in enumerate(pools):
+        tokens = sum(int(masks[row].sum()) for row in range(len(masks)) if pool_of[row] == pool)
+        assert statistics.num_tokens == tokens
+        assert statistics.num_kept == max(1, math.ceil(tokens / 5))
+
+
+def actor_config(rows: int) -> SimpleNamespace:
+    section = SimpleNamespace(
+        actor=SimpleNamespace(ppo_mini_batch_size=rows, loss_agg_mode="token-mean"), rollout=SimpleNamespace(n=1)
+    )
+    return SimpleNamespace(actor_rollout_ref=section)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_mini_batches_are_those_that_verls_worker_cuts(dp_size: int) -> None:
+    """Against verl's own iterator over the contiguous part of each rank (engine_workers.py: train_mini_batch)."""
+    num_rows, mini_batch_rows = 48, 16
+    worker = SimpleNamespace(_query_dispatch_info=lambda name: list(range(dp_size)))
+    this = SimpleNamespace(config=actor_config(mini_batch_rows), actor_rollout_wg=worker)
+    ours = trainer.TokenWeights._mini_batch_of_row(this, num_rows)  # type: ignore[arg-type]
+    for rank in range(dp_size):
+        rows = torch.arange(num_rows).chunk(dp_size)[rank]
+        part = tu.get_tensordict({"row": rows, "ours": ours[rows]})
+        batches = tu.make_iterator(part, mini_batch_size=mini_batch_rows // dp_size, epochs=1, seed=42 + rank)
+        for number, batch in enumerate(batches):
+            assert batch["ours"].tolist() == [number] * (mini_batch_rows // dp_size)
+
+
+def test_rows_that_cannot_be_cut_are_refused() -> None:
+    worker = SimpleNamespace(_query_dispatch_info=lambda name: [0, 1])
+    this = SimpleNamespace(config=actor_config(16), actor_rollout_wg=worker)
+    with pytest.raises(EntropyForkError, match="50 rows cannot be cut"):
+        trainer.TokenWeights._mini_batch_of_row(this, 50)  # type: ignore[arg-type]
+
+
+def test_ties_between_rows_follow_the_data_not_the_run() -> None:
+    index = np.array([7, 3, 7, 3], dtype=object)
+    one_run = ["f0_0_0", "a1_1_0", "f0_1_0", "a1_0_0"]
+    another = ["00_0_0", "zz_1_0", "00_1_0", "zz_0_0"]
+    expected = [2, 1, 3, 0]
+    for keys in (one_run, another):
+        assert trainer._row_order(keys, index).tolist() == expected
+
+
+def test_double_registration_masks_once() -> None:
+    """peers.md: a mask applied twice by a double registration."""
+    before = dict(TRAINER_REGISTRY)
+    trainer.install()
+    assert before == TRAINER_REGISTRY
+    for name in MASKED_TRAINERS:
+        assert [base.__name__ for base in TRAINER_REGISTRY[name].__mro__].count("TokenWeights") == 1
+
+
+def test_an_existing_importance_weight_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peers.md: overwriting ``rollout_is_weights`` dropped the importance-sampling correction."""
+    written, metrics = run_hook(monkeypatch, importance=0.5)
+    without, _ = run_hook(monkeypatch, importance=None)
+    assert torch.equal(written, without * 0.5)
+    assert metrics["entropy_fork/kept_ratio"] == pytest.approx(0.2, abs=0.02)
+    assert metrics["entropy_fork/entropy_kept"] > metrics["entropy_fork/entropy_dropped"]
+
+
+def test_a_batch_without_entropies_stops_with_the_name_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peers.md: the mask was silently off for five months."""
+    with pytest.raises(EntropyForkError, match=r"no entropies in .* pid \d+"):
+        run_hook(monkeypatch, importance=None, with_entropy=False)
+
+
+def run_hook(
+    monkeypatch: pytest.MonkeyPatch, importance: float | None, with_entropy: bool = True
+) -> tuple[torch.Tensor, dict[str, float]]:
+    entropies, masks = make_rows(16, seed=3)
+    data: dict[str, torch.Tensor] = {"response_mask": jagged(masks)}
+    if with_entropy:
+        data["entropy"] = jagged(entropies)
+    if importance is not None:
+        data["rollout_is_weights"] = jagged([torch.full((len(row),), importance) for row in entropies])
+    written: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **kwargs: data)
+    monkeypatch.setattr(trainer.tq, "kv_batch_put", lambda fields, **kwargs: written.update(fields.items()))
+
+    class Stock:
+        def __init__(self, config: SimpleNamespace):
+            self.config = config
+
+        def _compute_advantage(self, batch: SimpleNamespace, metrics: dict) -> SimpleNamespace:
+            return batch
+
+    monkeypatch.setattr(trainer, "read_config", lambda config: SimpleNamespace(enabled=True, top_ratio=0.2))
+    this = type("Masked", (trainer.TokenWeights, Stock), {})(actor_config(8))
+    this.config.trainer = SimpleNamespace(critic_warmup=0)
+    this.global_steps = 1
+    this.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: [0])
+
+    class Batch(SimpleNamespace):
+        def __len__(self) -> int:
+            return 16
+
+    metrics: dict[str, float] = {}
+    this._compute_advantage(Batch(keys=[f"u_{i}_0" for i in range(16)], partition_id="train"), metrics)
+    return written["rollout_is_weights"].values(), metrics

@@ -1,0 +1,107 @@
+"""Token weights through verl's own losses: gradients of dropped tokens are zero, of kept ones the declared factor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+from entropy_fork.core.selection import select_top
+from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, kept_token_weights
+from entropy_fork.verl.config import MASKABLE_LOSSES
+
+ROWS, WIDTH = 6, 11
+MODES = (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    mask = torch.rand(ROWS, WIDTH, generator=random) < 0.8
+    mask[4] = False  # a row that rejection sampling or padding left without tokens
+    entropy = torch.rand(ROWS, WIDTH, generator=random)
+    entropy[5] = 0.001  # a response without a kept token
+    return {
+        "mask": mask,
+        "entropy": entropy,
+        "advantages": torch.randn(ROWS, WIDTH, generator=random),
+        "old_log_prob": -torch.rand(ROWS, WIDTH, generator=random),
+        "log_prob": -torch.rand(ROWS, WIDTH, generator=random),
+    }
+
+
+def weights_of(batch: dict[str, torch.Tensor], ratio: float, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.full((ROWS,), WIDTH)
+    flat_mask = batch["mask"].flatten()
+    kept = select_top(batch["entropy"].flatten(), flat_mask, lengths, ratio).kept
+    weights = kept_token_weights(kept, flat_mask, lengths, mode)
+    return weights.view(ROWS, WIDTH), kept.view(ROWS, WIDTH)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_everything_kept_weighs_exactly_one(batch: dict[str, torch.Tensor], mode: str) -> None:
+    weights, _ = weights_of(batch, 1.0, mode)
+    assert torch.equal(weights, batch["mask"].float())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_verls_aggregation_becomes_the_mean_over_kept_tokens(batch: dict[str, torch.Tensor], mode: str) -> None:
+    weights, kept = weights_of(batch, 0.2, mode)
+    loss = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(3))
+    mask = batch["mask"]
+    actual = agg_loss(loss * weights, mask, mode)
+    if mode == TOKEN_MEAN:
+        expected = loss[kept].mean()
+    elif mode == SEQ_MEAN_TOKEN_MEAN:
+        rows = [loss[row][kept[row]].mean() if kept[row].any() else torch.tensor(0.0) for row in range(ROWS)]
+        expected = torch.stack(rows).sum() / mask.any(dim=1).sum()
+    else:
+        expected = agg_loss(loss * kept, mask, mode)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_pool_without_tokens_weighs_zero_never_nan() -> None:
+    """peers.md: a response with no kept token gave 0/0 under seq-mean-token-mean."""
+    nothing = torch.zeros(4, dtype=torch.bool)
+    for mode in MODES:
+        weights = kept_token_weights(nothing, nothing, torch.tensor([4]), mode)
+        assert torch.equal(weights, torch.zeros(4))
+
+
+def test_an_aggregation_that_verl_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown loss_agg_mode 'mean'"):
+        kept_token_weights(torch.ones(2, dtype=torch.bool), torch.ones(2), torch.tensor([2]), "mean")
+
+
+@pytest.mark.parametrize("loss_mode", MASKABLE_LOSSES)
+def test_every_loss_that_is_let_through_multiplies_the_weights(batch: dict[str, torch.Tensor], loss_mode: str) -> None:
+    weights, kept = weights_of(batch, 0.2, TOKEN_MEAN)
+    plain, masked = (gradient(batch, loss_mode, w) for w in (torch.ones_like(weights), weights))
+    assert (masked[~kept] == 0).all()
+    torch.testing.assert_close(masked, plain * weights, atol=1e-7, rtol=1e-5)
+    assert masked[kept].abs().sum() > 0
+
+
+def gradient(batch: dict[str, torch.Tensor], loss_mode: str, weights: torch.Tensor) -> torch.Tensor:
+    config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_mini_batch_size=ROWS,
+        ppo_micro_batch_size_per_gpu=ROWS,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=0.1),
+    )
+    log_prob = batch["log_prob"].clone().requires_grad_()
+    torch.manual_seed(0)  # clip_cov draws which tokens it clips
+    loss, _ = get_policy_loss_fn(loss_mode)(
+        old_log_prob=batch["old_log_prob"],
+        log_prob=log_prob,
+        advantages=batch["advantages"],
+        response_mask=batch["mask"],
+        loss_agg_mode="token-mean",
+        config=config,
+        rollout_is_weights=weights,
+    )
+    loss.backward()
+    assert log_prob.grad is not None
+    return log_prob.grad
