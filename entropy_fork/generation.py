@@ -117,7 +117,7 @@ def _append(
     log_probs: list[float],
     end_ids: Sequence[int],
 ) -> None:
-    for row in np.flatnonzero(open_rows):
+    for row in np.flatnonzero(open_rows).tolist():
         answer = answers[row]
         answer.token_ids.append(tokens[row])
         answer.log_probs.append(log_probs[row])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils import tensordict_utils as tu
 
@@ -159,8 +160,19 @@ def run_hook(
             return batch
 
     monkeypatch.setattr(trainer, "read_config", lambda config: SimpleNamespace(enabled=True, top_ratio=0.2))
-    this = type("Masked", (trainer.TokenWeights, Stock), {})(actor_config(8))
-    this.config.trainer = SimpleNamespace(critic_warmup=0)
+    config = {
+        "actor_rollout_ref": {
+            "actor": {
+                "ppo_mini_batch_size": 8,
+                "loss_agg_mode": "token-mean",
+                "policy_loss": {"loss_mode": "vanilla"},
+            },
+            "rollout": {"n": 1},
+        },
+        "trainer": {"critic_warmup": 0},
+    }
+    this = type("Masked", (trainer.TokenWeights, Stock), {})(OmegaConf.create(config))
+    assert this.config.actor_rollout_ref.actor.policy_loss.loss_mode == "entropy_fork/vanilla"
     this.global_steps = 1
     this.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: [0])
 

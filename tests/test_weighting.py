@@ -9,7 +9,8 @@ from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
 from entropy_fork.core.selection import select_top
 from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, kept_token_weights
-from entropy_fork.verl.config import MASKABLE_LOSSES
+from entropy_fork.verl.config import MASKABLE_LOSSES, guarded_name
+from entropy_fork.verl.errors import EntropyForkError
 
 ROWS, WIDTH = 6, 11
 MODES = (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)
@@ -83,7 +84,19 @@ def test_every_loss_that_is_let_through_multiplies_the_weights(batch: dict[str, 
     assert masked[kept].abs().sum() > 0
 
 
-def gradient(batch: dict[str, torch.Tensor], loss_mode: str, weights: torch.Tensor) -> torch.Tensor:
+def test_a_worker_without_weights_stops_with_its_name(batch: dict[str, torch.Tensor]) -> None:
+    """peers.md: fails when the mask is missing. The loss that masked runs send to their workers."""
+    with pytest.raises(EntropyForkError, match=r"no token weights reached the policy loss in .* pid \d+"):
+        gradient(batch, guarded_name("vanilla"), None)
+
+
+def test_the_guard_changes_nothing_else(batch: dict[str, torch.Tensor]) -> None:
+    weights, _ = weights_of(batch, 0.2, TOKEN_MEAN)
+    for name in MASKABLE_LOSSES:
+        assert torch.equal(gradient(batch, guarded_name(name), weights), gradient(batch, name, weights))
+
+
+def gradient(batch: dict[str, torch.Tensor], loss_mode: str, weights: torch.Tensor | None) -> torch.Tensor:
     config = FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,

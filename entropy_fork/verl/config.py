@@ -32,6 +32,11 @@ MASKABLE_LOSSES = (
 MASKED_TRAINERS = ("sync", "colocate_async", "separate_async")
 
 
+def guarded_name(loss_mode: str) -> str:
+    """The name under which ``policy_loss.py`` registers a loss of verl's with its guard."""
+    return f"{NODE}/{loss_mode}"
+
+
 @dataclass
 class EntropyForkConfig:
     """Which tokens are trained on.
@@ -72,7 +77,9 @@ def read_config(config: DictConfig) -> EntropyForkConfig | None:
         parsed: EntropyForkConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         known = ", ".join(f"{f.name} ({f.type})" for f in fields(EntropyForkConfig))
-        raise EntropyForkError(f"bad config node '{NODE}': {str(error).splitlines()[0]}. Known keys: {known}.") from None
+        raise EntropyForkError(
+            f"bad config node '{NODE}': {str(error).splitlines()[0]}. Known keys: {known}."
+        ) from None
     try:
         kept_count(1, parsed.top_ratio)
     except ValueError as error:
@@ -140,9 +147,9 @@ def _check_maskable(config: DictConfig) -> None:
             "entropies, and its loss ignores token weights. Write bypass_mode=False, or entropy_fork=off."
         )
     if loss_mode not in MASKABLE_LOSSES:
-        reason = "takes the logarithm of token weights, and a zero poisons the sequence" if loss_mode == "geo_mean" else (
-            "is not known to multiply token weights into its gradient"
-        )  # fmt: skip
+        reason = "is not known to multiply token weights into its gradient"
+        if loss_mode == "geo_mean":
+            reason = "takes the logarithm of token weights, and a zero poisons the sequence"
         raise EntropyForkError(
             f"actor.policy_loss.loss_mode={loss_mode} {reason}. Use one of {', '.join(MASKABLE_LOSSES)}, "
             f"or entropy_fork=off."
@@ -179,7 +186,7 @@ def _check_data_files(config: DictConfig) -> None:
                 raise EntropyForkError(f"data.{key}: {path} is not a readable parquet file: {error}") from None
             if missing := sorted(needed - columns):
                 raise EntropyForkError(
-                    f"data.{key}: {path} lacks the column(s) {', '.join(missing)}; it has {', '.join(sorted(columns))}. "
-                    f"verl expects prompt (a list of chat messages), data_source, and reward_model with its "
-                    f"ground_truth. Another name for the prompt column: data.prompt_key=NAME."
+                    f"data.{key}: {path} lacks the column(s) {', '.join(missing)}; it has "
+                    f"{', '.join(sorted(columns))}. verl expects prompt (a list of chat messages), data_source, and "
+                    f"reward_model with its ground_truth. Another name for the prompt column: data.prompt_key=NAME."
                 )

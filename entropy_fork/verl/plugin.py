@@ -17,10 +17,13 @@ import verl
 import wrapt
 from packaging.version import Version
 
-from entropy_fork.verl import config
+from entropy_fork.verl import config, platform_cpu
 from entropy_fork.verl.errors import EntropyForkError
 
 SUPPORTED = "0.9"
+
+#: asked for, and only then: see platform_cpu.py
+ON_CPU = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
 def check_verl_version(version: str) -> None:
@@ -35,7 +38,10 @@ def check_verl_version(version: str) -> None:
 @wrapt.decorator
 def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
     result = wrapped(*args, **kwargs)
-    config.check_before_training(kwargs["config"] if "config" in kwargs else args[0])
+    root = kwargs["config"] if "config" in kwargs else args[0]
+    config.check_before_training(root)
+    if ON_CPU:
+        platform_cpu.check_before_training(root)
     return result
 
 
@@ -53,19 +59,17 @@ def register_on_import(extended: str, ours: str) -> None:
 
 
 def _register() -> None:
-    on_cpu = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
     try:
         check_verl_version(verl.__version__)
     except EntropyForkError as error:
-        if on_cpu:  # verl would swallow the reason and go on to "Unknown platform 'cpu'"
+        if ON_CPU:  # verl would swallow the reason and go on to "Unknown platform 'cpu'"
             raise SystemExit(str(error)) from None
         raise
     config.register_schema()
     wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.trainer")
-    if on_cpu:
-        from entropy_fork.verl import platform_cpu
-
+    register_on_import("verl.trainer.ppo.core_algos", "entropy_fork.verl.policy_loss")
+    if ON_CPU:
         platform_cpu.register()
         register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")
 

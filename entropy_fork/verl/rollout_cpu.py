@@ -1,8 +1,8 @@
 """A rollout for machines without an accelerator: transformers behind verl's server interface.
 
-Hooks: ``RolloutReplicaRegistry`` (servers) and verl's table of rollout adapters (training workers), both under the name
-``transformers``; see ``platform_cpu.py``. verl sends requests one by one to a server actor; the server collects what has
-arrived and answers it as one batch (``entropy_fork/generation.py``).
+Hooks: ``RolloutReplicaRegistry`` (servers) and verl's table of rollout adapters (training workers), both under the
+name ``transformers``; see ``platform_cpu.py``. verl sends requests one by one to a server actor; the server collects
+what has arrived and answers it as one batch (``entropy_fork/generation.py``).
 """
 
 from __future__ import annotations

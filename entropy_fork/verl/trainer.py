@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
+from omegaconf import open_dict
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 
 from entropy_fork.core.selection import select_top
 from entropy_fork.core.statistics import PoolStatistics, kept_metrics
 from entropy_fork.core.weighting import kept_token_weights
-from entropy_fork.verl.config import MASKED_TRAINERS, NODE, read_config
+from entropy_fork.verl.config import MASKED_TRAINERS, NODE, guarded_name, read_config
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
 
@@ -34,18 +35,25 @@ class TokenWeights:
     def __init__(self, config: Any):
         self.entropy_fork = read_config(config)
         if self.entropy_fork is not None:
+            with open_dict(config):  # what the workers will be given
+                policy_loss = config.actor_rollout_ref.actor.policy_loss
+                policy_loss.loss_mode = guarded_name(policy_loss.loss_mode)
             print(f"entropy_fork: top_ratio={self.entropy_fork.top_ratio} is active in {process_name()}", flush=True)
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
         updates_actor = self.config.trainer.critic_warmup <= self.global_steps  # type: ignore[attr-defined]
         if self.entropy_fork is not None and updates_actor:
-            self._write_token_weights(batch, metrics)
+            batch = self._write_token_weights(batch, metrics)
         return batch
 
-    def _write_token_weights(self, batch: Any, metrics: dict) -> None:
-        """Select in each mini-batch, write ``rollout_is_weights``, and report what was kept."""
+    def _write_token_weights(self, batch: Any, metrics: dict) -> Any:
+        """Select in each mini-batch, write ``rollout_is_weights``, and report what was kept.
+
+        Returns the batch as the TransferQueue describes it after the write. Workers fetch the fields that the
+        description names and no others, so with the old one the weights would not reach them.
+        """
         assert self.entropy_fork is not None
         actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
         fields = ["entropy", "response_mask", "rollout_is_weights", "index"]
@@ -66,12 +74,12 @@ class TokenWeights:
         if "rollout_is_weights" in data:
             weights = weights * data["rollout_is_weights"].values()
         output = torch.nested.nested_tensor_from_jagged(weights, data["response_mask"].offsets())
-        tq.kv_batch_put(
+        metrics.update({f"{NODE}/{name}": value for name, value in kept_metrics(pools).items()})
+        return tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
             fields=TensorDict({"rollout_is_weights": output}, batch_size=len(batch)),
         )
-        metrics.update({f"{NODE}/{name}": value for name, value in kept_metrics(pools).items()})
 
     def _mini_batch_of_row(self, num_rows: int) -> torch.Tensor:
         """Which mini-batch each row of the batch is trained in, shape (num_rows,).
@@ -92,8 +100,8 @@ class TokenWeights:
 
 
 def mini_batch_weights(
-    entropy: torch.Tensor,
-    response_mask: torch.Tensor,
+    entropy: Any,
+    response_mask: Any,
     mini_batch: torch.Tensor,
     row_order: torch.Tensor,
     top_ratio: float,
@@ -142,7 +150,7 @@ def _row_order(keys: list[str], index: Any) -> torch.Tensor:
         uid, session, output = key.rsplit("_", 2)
         identities.append((data_index, int(session), int(output), uid))
     order = torch.empty(len(keys), dtype=torch.int64)
-    order[sorted(range(len(keys)), key=identities.__getitem__)] = torch.arange(len(keys))  # type: ignore[index]
+    order[sorted(range(len(keys)), key=identities.__getitem__)] = torch.arange(len(keys))
     return order
 
 

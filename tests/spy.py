@@ -1,0 +1,53 @@
+"""Loaded into every process of a real run through VERL_USE_EXTERNAL_MODULES: notes what reaches the loss in the worker.
+
+It wraps the entry "vanilla" of verl's public registry of policy losses, so it sees exactly what verl's ppo_loss hands
+over, and it wraps the driver's selection, so that both sides of the same run can be compared.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import wrapt
+
+FOLDER = Path(os.environ["ENTROPY_FORK_SPY"])
+
+
+def _save(kind: str, **tensors: Any) -> None:
+    number = len(list(FOLDER.glob(f"{kind}-{os.getpid()}-*.pt")))
+    torch.save(tensors, FOLDER / f"{kind}-{os.getpid()}-{number:03d}.pt")
+
+
+def _note_loss(module: Any) -> None:
+    original = module.POLICY_LOSS_REGISTRY["vanilla"]
+
+    def vanilla(**kwargs: Any) -> Any:
+        names = ("rollout_is_weights", "response_mask", "old_log_prob", "advantages")
+        _save("loss", **{name: kwargs[name] for name in names})
+        return original(**kwargs)
+
+    module.POLICY_LOSS_REGISTRY["vanilla"] = vanilla
+
+
+def _note_selection(module: Any) -> None:
+    @wrapt.decorator
+    def noting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+        weights, pools = wrapped(*args, **kwargs)
+        _save(
+            "selection",
+            weights=weights,
+            lengths=kwargs["response_mask"].offsets().diff(),
+            entropy=kwargs["entropy"].values(),
+            response_mask=kwargs["response_mask"].values(),
+            mini_batch=kwargs["mini_batch"],
+        )
+        return weights, pools
+
+    module.mini_batch_weights = noting(module.mini_batch_weights)
+
+
+wrapt.register_post_import_hook(_note_loss, "verl.trainer.ppo.core_algos")
+wrapt.register_post_import_hook(_note_selection, "entropy_fork.verl.trainer")

@@ -1,0 +1,185 @@
+"""The real ``verl.trainer.main_ppo``, in processes of its own, on a tiny random model."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+pytestmark = pytest.mark.e2e
+
+
+@dataclass
+class Finished:
+    """A run that has ended."""
+
+    output: str
+    folder: Path
+
+    def metric(self, name: str) -> list[float]:
+        """A metric by step, as verl's console logger printed it."""
+        pattern = re.compile(rf"step:[1-9]\d* - .*?{re.escape(name)}:(?:np\.\w+\()?([-\d.e+]+)")
+        return [float(value) for value in pattern.findall(self.output)]
+
+    def parameters(self, step: int) -> dict[str, torch.Tensor]:
+        """The trained parameters of a checkpoint, ranks side by side."""
+        shards = sorted((self.folder / "checkpoints" / f"global_step_{step}" / "actor").glob("model_*.pt"))
+        assert shards, self.output[-3000:]
+        states = [torch.load(shard, weights_only=False) for shard in shards]
+        local = [{name: getattr(t, "_local_tensor", t) for name, t in state.items()} for state in states]
+        return {name: torch.cat([part[name].flatten() for part in local]) for name in local[0]}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's world with hardly any warm-up: random answers do for these tests."""
+    folder = tmp_path_factory.mktemp("world") / "world"
+    build = TESTS.parent / "examples" / "cpu_demo" / "build.py"
+    arguments = ["--steps", "30", "--train-problems", "64", "--test-problems", "8", "--warmup-problems", "500"]
+    subprocess.run([sys.executable, str(build), "--output", str(folder), *arguments], check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture
+def main_ppo(world: Path, tmp_path: Path) -> Iterator:
+    """Run main_ppo to its end in a session of its own, which is ended whatever happens."""
+    groups: list[int] = []
+    ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
+
+    def run(*overrides: str, expect: int = 0, folder: str = "run", **environment: str) -> Finished:
+        directory = tmp_path / folder
+        directory.mkdir(exist_ok=True)
+        arguments = [
+            sys.executable, "-m", "verl.trainer.main_ppo", "+recipe=demo_cpu", f"demo.dir={world}",
+            "data.train_batch_size=8", "data.max_response_length=24", "actor_rollout_ref.rollout.n=4",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=4", "algorithm.filter_groups.enable=false",
+            "reward.reward_kwargs.overlong_buffer_cfg.len=8", "trainer.total_training_steps=1",
+            "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1", "trainer.logger=[console]",
+            f"trainer.default_local_dir={directory}/checkpoints", f"hydra.run.dir={directory}/hydra", *overrides,
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            arguments,
+            cwd=directory,
+            env={
+                **os.environ,
+                "PYTHONWARNINGS": "ignore",
+                "VERL_PLATFORM": "cpu",
+                "RAY_TMPDIR": ray_folder,
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        groups.append(process.pid)
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == expect, output[-6000:]
+        return Finished(output, directory)
+
+    yield run
+    for group in groups:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def spy_environment(folder: Path) -> dict[str, str]:
+    folder.mkdir()
+    return {"VERL_USE_EXTERNAL_MODULES": "spy", "PYTHONPATH": str(TESTS), "ENTROPY_FORK_SPY": str(folder)}
+
+
+def load(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
+    return [torch.load(file) for file in sorted(folder.glob(f"{kind}-*.pt"))]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Path, ranks: int) -> None:  # type: ignore[no-untyped-def]
+    """One and two FSDP ranks, dynamic batches, two mini-batches: what the loss sees is what the driver selected."""
+    spy = tmp_path / "spy"
+    run = main_ppo(
+        f"trainer.n_gpus_per_node={ranks}",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=256",
+        **spy_environment(spy),
+    )
+    (selection,) = load(spy, "selection")
+    lengths = selection["lengths"].tolist()
+    rows = {name: selection[name].split(lengths) for name in ("weights", "entropy", "response_mask")}
+
+    # 1. The selection is the top 20% of each mini-batch, re-stated here.
+    for pool in selection["mini_batch"].unique():
+        members = (selection["mini_batch"] == pool).nonzero().squeeze(1).tolist()
+        entropy = torch.cat([rows["entropy"][row] for row in members])
+        weights = torch.cat([rows["weights"][row] for row in members])
+        num_kept = math.ceil(entropy.numel() / 5)
+        assert torch.cat([rows["response_mask"][row] for row in members]).all()
+        assert (weights > 0).sum() == num_kept
+        assert entropy[weights > 0].min() >= entropy[weights == 0].max()
+        torch.testing.assert_close(weights[weights > 0], torch.full((num_kept,), entropy.numel() / num_kept))
+
+    # 2. What arrived in the workers, row by row, is exactly that, in as many micro-batches as they cut.
+    losses = load(spy, "loss")
+    assert len(losses) > ranks * 2, "dynamic batching should have cut more micro-batches than mini-batches"
+    arrived = sorted(
+        tuple(weights[: int(mask.sum())].tolist())
+        for loss in losses
+        for weights, mask in zip(loss["rollout_is_weights"], loss["response_mask"], strict=True)
+    )
+    assert arrived == sorted(tuple(row.tolist()) for row in rows["weights"])
+
+    # 3. The metrics say it.
+    kept = sum(math.ceil(sum(lengths[i] for i in range(len(lengths)) if selection["mini_batch"][i] == p) / 5)
+               for p in selection["mini_batch"].unique())  # fmt: skip
+    assert run.metric("entropy_fork/kept_tokens") == [kept]
+    assert run.metric("entropy_fork/kept_ratio") == [pytest.approx(kept / sum(lengths))]
+    assert run.metric("entropy_fork/entropy_kept")[0] > run.metric("entropy_fork/entropy_dropped")[0]
+    assert run.metric("training/rollout_probs_diff_max")[0] < 1e-4, "the weight sync does not work"
+    assert "is active in" in run.output
+
+
+def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The same recorded answers through stock verl without the plugin's node, with it off, and with ρ = 1.0."""
+    replay = [
+        "skip.rollout_tq.enable=true",
+        f"skip.rollout_tq.dump_dir={tmp_path}/answers",
+        "skip.rollout_tq.steps=[1]",
+    ]
+    recorded = main_ppo("entropy_fork=off", *replay, folder="off").parameters(1)
+    everything = main_ppo("entropy_fork=global", "entropy_fork.top_ratio=1.0", *replay, folder="all").parameters(1)
+    masked = main_ppo("entropy_fork=global", *replay, folder="masked").parameters(1)
+    assert recorded.keys() == everything.keys()
+    for name, parameter in recorded.items():
+        assert torch.equal(parameter, everything[name]), name
+    assert any(not torch.equal(parameter, masked[name]) for name, parameter in recorded.items())
+
+
+def test_save_validate_reference_and_resume(main_ppo) -> None:  # type: ignore[no-untyped-def]
+    """A run with a reference policy and its KL loss stops after step 1 and goes on to step 2, with validation."""
+    reference = [
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8",
+        "trainer.test_freq=1",
+    ]
+    first = main_ppo(*reference)
+    assert first.metric("actor/kl_loss"), first.output[-3000:]
+    assert first.metric("val-core/cpu_demo/acc/mean@1")
+    second = main_ppo(*reference, "trainer.total_training_steps=2", "trainer.val_before_train=true")
+    assert "setting global step to 1" in second.output
+    assert "step:2 - " in second.output
+    assert "step:1 - " not in second.output.replace("step:1 - val", "")
+    assert second.metric("training/rollout_probs_diff_max")[0] < 1e-4
+    assert len(second.parameters(2)) == len(first.parameters(1))
