@@ -1,4 +1,4 @@
-"""The wheel, installed by itself: the recipes are inside, and verl's main_ppo finds them from an unrelated directory."""
+"""The wheel by itself: the recipes are inside, and main_ppo finds them from an unrelated directory."""
 
 from __future__ import annotations
 
