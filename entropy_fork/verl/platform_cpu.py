@@ -161,12 +161,12 @@ def check_before_training(config: DictConfig) -> None:
 
 
 def _complete_torch_cpu() -> None:
-    """Give ``torch.cpu`` the memory functions that verl calls on whatever ``get_torch_device()`` returns.
+    """Give ``torch.cpu`` the functions that verl calls on whatever ``get_torch_device()`` returns.
 
     A module of our own with these functions would not do: verl compares the device module with ``torch.cpu`` itself
     (utils/flops_counter.py, utils/profiler/performance.py).
     """
-    for name, value in {
+    nothing: dict[str, Any] = {
         "empty_cache": None,
         "ipc_collect": None,
         "reset_peak_memory_stats": None,
@@ -175,9 +175,12 @@ def _complete_torch_cpu() -> None:
         "memory_reserved": 0,
         "max_memory_allocated": 0,
         "max_memory_reserved": 0,
-    }.items():
+    }
+    functions = {name: lambda *_, _value=value, **__: _value for name, value in nothing.items()}
+    functions |= {"get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state}
+    for name, function in functions.items():
         if not hasattr(torch.cpu, name):
-            setattr(torch.cpu, name, lambda *_, _value=value, **__: _value)
+            setattr(torch.cpu, name, function)
 
 
 def _extend_distributed(module: Any) -> None:
