@@ -160,6 +160,7 @@ def run_hook(
             return batch
 
     monkeypatch.setattr(trainer, "read_config", lambda config: SimpleNamespace(enabled=True, top_ratio=0.2))
+    monkeypatch.setattr(trainer, "check_maskable", lambda config: None)
     config = {
         "actor_rollout_ref": {
             "actor": {

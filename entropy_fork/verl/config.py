@@ -104,7 +104,7 @@ def check_before_training(config: DictConfig) -> None:
         _make_typed(config)
         _check_data_files(config)
     if masked is not None:
-        _check_maskable(config)
+        check_maskable(config)
 
 
 def preset_names(group: str) -> list[str]:
@@ -125,7 +125,11 @@ def _make_typed(config: DictConfig) -> None:
         config[NODE] = OmegaConf.merge(OmegaConf.structured(EntropyForkConfig), node)
 
 
-def _check_maskable(config: DictConfig) -> None:
+def check_maskable(config: DictConfig) -> None:
+    """Refuse what the token weights would not reach, or would not be exact in.
+
+    The launcher asks before Ray starts, and the trainer once more, for those who start it in another way.
+    """
     actor = config.actor_rollout_ref.actor
     correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None)
     loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla")

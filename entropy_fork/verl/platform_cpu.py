@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -176,7 +176,9 @@ def _complete_torch_cpu() -> None:
         "max_memory_allocated": 0,
         "max_memory_reserved": 0,
     }
-    functions = {name: lambda *_, _value=value, **__: _value for name, value in nothing.items()}
+    functions: dict[str, Callable[..., Any]] = {
+        name: lambda *_, _value=value, **__: _value for name, value in nothing.items()
+    }
     functions |= {"get_rng_state": torch.get_rng_state, "set_rng_state": torch.set_rng_state}
     for name, function in functions.items():
         if not hasattr(torch.cpu, name):

@@ -25,7 +25,7 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 from entropy_fork.core.selection import select_top
 from entropy_fork.core.statistics import PoolStatistics, kept_metrics
 from entropy_fork.core.weighting import kept_token_weights
-from entropy_fork.verl.config import MASKED_TRAINERS, NODE, guarded_name, read_config
+from entropy_fork.verl.config import MASKED_TRAINERS, NODE, check_maskable, guarded_name, read_config
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
 
@@ -35,6 +35,7 @@ class TokenWeights:
     def __init__(self, config: Any):
         self.entropy_fork = read_config(config)
         if self.entropy_fork is not None:
+            check_maskable(config)
             with open_dict(config):  # what the workers will be given
                 policy_loss = config.actor_rollout_ref.actor.policy_loss
                 policy_loss.loss_mode = guarded_name(policy_loss.loss_mode)
