@@ -40,10 +40,16 @@ Compose = Callable[..., Any]
 def test_what_a_cpu_cannot_do_is_refused(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, override: str, match: str
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else name)
     platform_cpu.check_before_training(compose("+recipe=demo_cpu"))
     with pytest.raises(EntropyForkError, match=match):
         platform_cpu.check_before_training(compose("+recipe=demo_cpu", override))
+
+
+def test_a_missing_extra_is_named(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("zmq", "fastapi") else name)
+    with pytest.raises(EntropyForkError, match=r"needs fastapi, zmq.*pip install 'entropy-fork\[cpu\]'"):
+        platform_cpu.check_before_training(compose("+recipe=demo_cpu"))
 
 
 def test_verl_finds_our_parts_in_its_registries() -> None:

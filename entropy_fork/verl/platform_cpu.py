@@ -28,6 +28,9 @@ from entropy_fork.verl.errors import EntropyForkError
 #: Ray counts logical accelerators under this name only (verl/single_controller/ray/base.py: _check_resource_available)
 RAY_RESOURCE = "GPU"
 
+#: imported by verl's V1 trainer and rollout servers without being required by it: the extra "cpu" installs them
+EXTRA_MODULES = ("cachetools", "fastapi", "msgspec", "uvicorn", "zmq")
+
 #: how often the driver asks whether answers have come
 POLL_SECONDS = 0.1
 
@@ -137,6 +140,11 @@ def check_before_training(config: DictConfig) -> None:
         EntropyForkError: with what is wrong and what to write instead.
     """
     rollout = config.actor_rollout_ref.rollout
+    if missing := [name for name in EXTRA_MODULES if importlib.util.find_spec(name) is None]:
+        raise EntropyForkError(
+            f"verl on a CPU needs {', '.join(missing)}, which come with vLLM or sglang elsewhere. Install the extra: "
+            f"pip install 'entropy-fork[cpu]'."
+        )
     if config.trainer.device != "cpu":
         raise EntropyForkError(
             f"VERL_PLATFORM=cpu, but trainer.device={config.trainer.device}. Add +cluster=cpu to the command line (it "

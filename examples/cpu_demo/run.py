@@ -138,7 +138,7 @@ def lines_of(arguments: list[str], output: Path) -> Iterator[str]:
 
 
 def train(arguments: list[str], output: Path, steps: int, console: Console) -> Run:
-    """Train, with a progress bar that shows the metrics of each step."""
+    """Train, with a line of metrics per step above a progress bar."""
     run, began = Run(), time.monotonic()
     progress = Progress(
         TextColumn("training"),
@@ -159,7 +159,8 @@ def train(arguments: list[str], output: Path, steps: int, console: Console) -> R
             run.metrics.setdefault(step, {}).update(values)
             if step == 1:
                 run.seconds_to_first_step = time.monotonic() - began
-            progress.update(task, completed=step, note=one_line(values))
+            console.print(f"step {step:3d}  {one_line(values)}", highlight=False, soft_wrap=True)
+            progress.update(task, completed=step, note="")
     return run
 
 
@@ -170,9 +171,10 @@ def one_line(values: dict[str, float]) -> str:
         "kept": "entropy_fork/kept_ratio",
         "τ": "entropy_fork/threshold",
         "entropy": "actor/entropy",
-        "s": "timing_s/step",
+        "tokens": "response_length/mean",
+        "seconds": "timing_s/step",
     }
-    return " ".join(f"{label} {values[name]:.3f}" for label, name in shown.items() if name in values)
+    return "  ".join(f"{label} {values[name]:.3f}" for label, name in shown.items() if name in values)
 
 
 def show(run: Run, output: Path, preset: str, console: Console) -> None:
