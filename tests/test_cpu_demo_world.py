@@ -140,7 +140,7 @@ def test_check_chain(response, expected):
 
 def test_find_choices_leaves_out_what_is_forced():
     response = r"First +5=12. Then *3=36. Last -4=32. \boxed{32}"
-    found = [(response[choice.start : choice.end], str(choice.kind)) for choice in world.find_choices(response)]
+    found = [(response[choice.start : choice.end], choice.kind.value) for choice in world.find_choices(response)]
     assert found == [
         ("First", "connective"),
         ("+5", "operation"),
