@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from entropy_fork.core.randomness import uniform_numbers
+
 
 @dataclass(frozen=True)
 class Request:
@@ -164,17 +166,3 @@ class _Sampler:
         keep[:, 0] = True
         kept = torch.empty_like(keep).scatter_(1, order, keep)
         return torch.log_softmax(log_probs.masked_fill(~kept, -torch.inf), dim=-1)
-
-
-def uniform_numbers(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """One number in [0, 1) for each (seed, counter), both uint64: SplitMix64 (Steele et al., 2014) as a hash."""
-
-    def mix(z: np.ndarray) -> np.ndarray:
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-    with np.errstate(over="ignore"):
-        golden = np.uint64(0x9E3779B97F4A7C15)
-        hashed = mix(mix(seeds + golden) + (counters + np.uint64(1)) * golden)
-    return (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53

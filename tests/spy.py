@@ -39,14 +39,12 @@ def _note_selection(module: Any) -> None:
         _save(
             "selection",
             weights=weights,
-            lengths=kwargs["response_mask"].offsets().diff(),
-            entropy=kwargs["entropy"].values(),
-            response_mask=kwargs["response_mask"].values(),
-            mini_batch=kwargs["mini_batch"],
+            response_mask=kwargs["eligible"],
+            **{name: kwargs[name] for name in ("entropy", "lengths", "mini_batch")},
         )
         return weights, pools
 
-    module.mini_batch_weights = noting(module.mini_batch_weights)
+    module.batch_weights = noting(module.batch_weights)
 
 
 wrapt.register_post_import_hook(_note_loss, "verl.trainer.ppo.core_algos")

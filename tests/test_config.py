@@ -61,7 +61,37 @@ def test_off_and_absent_mean_stock_verl(compose: Compose, data: list[str]) -> No
 @pytest.mark.parametrize("ratio", ["0", "1.2", "-0.5", "nan"])
 def test_a_ratio_out_of_range(compose: Compose, data: list[str], ratio: str) -> None:
     config = compose("+entropy_fork=global", f"entropy_fork.top_ratio={ratio}", *data)
-    refused(config, r"entropy_fork.top_ratio: top_ratio must be in \(0, 1\].*entropy_fork=off")
+    refused(config, r"entropy_fork: top_ratio must be in \(0, 1\].*entropy_fork=off")
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("select=upper", "select must be one of top, bottom, random, band"),
+        ("pool=epoch", "pool must be one of response, mini_batch, batch"),
+        ("denominator=some", "denominator must be one of kept, all"),
+        ("weight=fuzzy", "weight must be one of hard, soft"),
+        ("ties=none", "ties must be one of exact, threshold"),
+        ("schedule=stairs", "schedule must be one of constant, linear, cosine"),
+        ("schedule=linear", "needs schedule_steps"),
+    ],
+)
+def test_a_value_without_meaning(compose: Compose, data: list[str], override: str, match: str) -> None:
+    refused(compose("+entropy_fork=global", f"entropy_fork.{override}", *data), match)
+
+
+def test_a_schedule_that_ends_out_of_range(compose: Compose, data: list[str]) -> None:
+    schedule = ["entropy_fork.schedule=linear", "entropy_fork.schedule_steps=10", "entropy_fork.final_ratio=1.5"]
+    refused(compose("+entropy_fork=global", *schedule, *data), "top_ratio must be in .0, 1., got 1.5")
+
+
+@pytest.mark.parametrize(("preset", "select", "ratio"), [("bottom80", "bottom", 0.8), ("random20", "random", 0.2)])
+def test_the_controls(compose: Compose, data: list[str], preset: str, select: str, ratio: float) -> None:
+    config = compose("+recipe=demo_cpu", f"entropy_fork={preset}", *data)
+    check_before_training(config)
+    parsed = read_config(config)
+    assert parsed is not None
+    assert (parsed.select, parsed.top_ratio) == (select, ratio)
 
 
 def test_a_mistyped_key_or_value_is_refused_by_hydra_itself(compose: Compose) -> None:
@@ -123,7 +153,7 @@ def test_data_files(compose: Compose, data: list[str], tmp_path: Path) -> None:
 
 
 def test_presets_of_this_install() -> None:
-    assert {"global", "off"} <= set(preset_names("entropy_fork"))
+    assert {"global", "off", "bottom80", "random20"} <= set(preset_names("entropy_fork"))
     assert {"dapo", "demo_cpu"} <= set(preset_names("recipe"))
 
 

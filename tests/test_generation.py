@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from entropy_fork.generation import Answer, Request, generate, uniform_numbers
+from entropy_fork.core.randomness import uniform_numbers
+from entropy_fork.generation import Answer, Request, generate
 
 VOCABULARY, END = 50, 7
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from decimal import ROUND_CEILING, Decimal
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entropy_fork.core.selection import kept_count, select_top
+from entropy_fork.core.selection import Selector, kept_count, select_tokens
 
+TOP20 = Selector(0.2)
 RATIOS = st.one_of(st.sampled_from([0.01, 0.07, 0.1, 0.2, 0.3, 0.5, 0.9, 1.0]), st.floats(0.001, 1.0))
 
 
@@ -25,10 +27,10 @@ def pools(draw: st.DrawFn) -> tuple[list[list[float]], list[list[int]]]:
     return rows, masks
 
 
-def restated(rows: list[list[float]], masks: list[list[int]], ratio: float) -> set[tuple[int, int]]:
+def restated(rows: list[list[float]], masks: list[list[int]], ratio: float, sign: int = -1) -> set[tuple[int, int]]:
     """Sort every eligible token by (entropy down, position up, row up) and take the first ceil(ρN)."""
     tokens = [
-        (-entropy, position, row)
+        (sign * entropy, position, row)
         for row, (entropies, mask) in enumerate(zip(rows, masks, strict=True))
         for position, (entropy, eligible) in enumerate(zip(entropies, mask, strict=True))
         if eligible
@@ -42,11 +44,18 @@ def flat(rows: list[list[float]], dtype: torch.dtype = torch.float32) -> torch.T
 
 
 def select(
-    rows: list[list[float]], masks: list[list[int]], ratio: float, row_order: list[int] | None = None
+    rows: list[list[float]],
+    masks: list[list[int]],
+    ratio: float,
+    row_order: list[int] | None = None,
+    row_seeds: list[int] | None = None,
+    **settings: Any,
 ) -> tuple[set[tuple[int, int]], float]:
     lengths = torch.tensor([len(row) for row in rows])
     order = None if row_order is None else torch.tensor(row_order)
-    selection = select_top(flat(rows), flat(masks, torch.int64), lengths, ratio, order)
+    selector = Selector(ratio, **settings)
+    seeds = torch.arange(len(rows)) if row_seeds is None else torch.tensor(row_seeds)
+    selection = select_tokens(flat(rows), flat(masks, torch.int64), lengths, selector, order, seeds)
     kept = {
         (row, position)
         for row, values in enumerate(selection.kept.split(lengths.tolist()))
@@ -67,16 +76,86 @@ def test_equals_the_sorted_restatement(pool: tuple[list[list[float]], list[list[
         assert math.isnan(threshold)
 
 
-@given(pools(), RATIOS, st.randoms(use_true_random=False))
+@given(pools(), RATIOS)
 @settings(max_examples=200, deadline=None)
-def test_the_order_of_rows_does_not_matter(pool, ratio: float, random) -> None:  # type: ignore[no-untyped-def]
+def test_bottom_is_the_sorted_restatement_from_below(pool: tuple, ratio: float) -> None:
     rows, masks = pool
-    expected, threshold = select(rows, masks, ratio, list(range(len(rows))))
+    assert select(rows, masks, ratio, select="bottom")[0] == restated(rows, masks, ratio, sign=1)
+
+
+@given(pools(), st.sampled_from([0.1, 0.25, 0.5]), st.sampled_from([0.6, 0.8, 1.0]))
+@settings(max_examples=200, deadline=None)
+def test_a_band_is_one_top_without_the_other(pool: tuple, band_from: float, ratio: float) -> None:
+    rows, masks = pool
+    kept, _ = select(rows, masks, ratio, select="band", band_from=band_from)
+    assert kept == restated(rows, masks, ratio) - restated(rows, masks, band_from)
+
+
+@given(pools(), RATIOS)
+@settings(max_examples=200, deadline=None)
+def test_threshold_keeps_every_token_at_the_threshold(pool: tuple, ratio: float) -> None:
+    rows, masks = pool
+    exact = restated(rows, masks, ratio)
+    edge = min((rows[row][position] for row, position in exact), default=math.inf)
+    expected = {
+        (row, position)
+        for row, mask in enumerate(masks)
+        for position, eligible in enumerate(mask)
+        if eligible and rows[row][position] >= edge
+    }
+    assert select(rows, masks, ratio, ties="threshold")[0] == expected >= exact
+
+
+def test_random_keeps_its_share_uniformly_and_differently_for_other_seeds() -> None:
+    rows = [[float(position) for position in range(200)] for _ in range(50)]
+    masks = [[1] * 200 for _ in rows]
+    kept, threshold = select(rows, masks, 0.2, select="random")
+    assert len(kept) == 2000
+    assert math.isnan(threshold)
+    by_position = torch.bincount(torch.tensor([position for _, position in kept]), minlength=200)
+    assert 3 <= by_position.float().mean() <= 17
+    assert by_position.max() < 30, "positions are favoured"
+    other, _ = select(rows, masks, 0.2, select="random", row_seeds=list(range(1000, 1050)))
+    assert 300 < len(kept & other) < 500, "two independent draws share a fifth of a fifth"
+
+
+def test_random_without_seeds_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs row_seeds"):
+        select_tokens(torch.rand(4), torch.ones(4), torch.tensor([4]), Selector(0.5, select="random"))
+
+
+SELECTORS = st.sampled_from(
+    [{}, {"select": "bottom"}, {"select": "random"}, {"select": "band", "band_from": 0.0005}, {"ties": "threshold"}]
+)
+
+
+@given(pools(), RATIOS, SELECTORS, st.randoms(use_true_random=False))
+@settings(max_examples=300, deadline=None)
+def test_the_order_of_rows_does_not_matter(pool, ratio: float, settings: dict, random) -> None:  # type: ignore[no-untyped-def]
+    rows, masks = pool
     order = list(range(len(rows)))
+    expected, threshold = select(rows, masks, ratio, order, order, **settings)
     random.shuffle(order)
-    kept, shuffled_threshold = select([rows[i] for i in order], [masks[i] for i in order], ratio, order)
+    shuffled_rows, shuffled_masks = [rows[i] for i in order], [masks[i] for i in order]
+    kept, shuffled_threshold = select(shuffled_rows, shuffled_masks, ratio, order, order, **settings)
     assert {(order[row], position) for row, position in kept} == expected
     assert shuffled_threshold == threshold or (math.isnan(threshold) and math.isnan(shuffled_threshold))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"select": "upper"}, "select must be one of top, bottom, random, band, got 'upper'"),
+        ({"ties": "all"}, "ties must be one of exact, threshold"),
+        ({"select": "band"}, r"band_from must be in \(0, top_ratio\)"),
+        ({"select": "band", "band_from": 0.3}, r"band_from must be in \(0, top_ratio\)"),
+        ({"band_from": 0.1}, "means something with select=band only"),
+        ({"select": "random", "ties": "threshold"}, "write ties=exact"),
+    ],
+)
+def test_a_selector_without_meaning_is_refused(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Selector(0.2, **settings)
 
 
 @given(pools(), RATIOS, st.integers(1, 5))
@@ -105,7 +184,7 @@ def test_a_ratio_outside_is_refused_with_the_way_out(ratio: float) -> None:
 def test_ninety_percent_equal_entropies_do_not_keep_everything() -> None:
     """peers.md: ``entropy >= quantile`` keeps every one of the equal tokens."""
     entropy = torch.cat([torch.zeros(900), torch.linspace(1, 2, 100)])
-    selection = select_top(entropy, torch.ones(1000), torch.tensor([1000]), 0.2)
+    selection = select_tokens(entropy, torch.ones(1000), torch.tensor([1000]), TOP20)
     assert selection.kept.sum() == 200
     assert selection.kept[900:].all()
     assert selection.kept[:100].all(), "among equals the earliest positions are taken"
@@ -115,7 +194,7 @@ def test_a_pool_beyond_2_to_the_24_tokens() -> None:
     """peers.md: ``torch.quantile`` refuses more than 2^24 elements."""
     num_tokens = 2**24 + 5
     entropy = torch.rand(num_tokens, generator=torch.Generator().manual_seed(0))
-    selection = select_top(entropy, torch.ones(num_tokens, dtype=torch.bool), torch.tensor([num_tokens]), 0.2)
+    selection = select_tokens(entropy, torch.ones(num_tokens, dtype=torch.bool), torch.tensor([num_tokens]), TOP20)
     assert selection.kept.sum() == math.ceil(num_tokens / 5)
     assert entropy[selection.kept].min() == selection.threshold >= entropy[~selection.kept].max()
 
@@ -123,20 +202,20 @@ def test_a_pool_beyond_2_to_the_24_tokens() -> None:
 def test_broken_entropies_are_refused_but_not_outside_of_the_mask() -> None:
     entropy = torch.tensor([1.0, math.nan, 2.0])
     lengths = torch.tensor([3])
-    assert select_top(entropy, torch.tensor([1, 0, 1]), lengths, 0.5).kept.tolist() == [False, False, True]
+    assert select_tokens(entropy, torch.tensor([1, 0, 1]), lengths, Selector(0.5)).kept.tolist() == [False, False, True]
     with pytest.raises(ValueError, match="not finite"):
-        select_top(entropy, torch.ones(3), lengths, 0.5)
+        select_tokens(entropy, torch.ones(3), lengths, Selector(0.5))
 
 
 def test_bfloat16_entropies_select_like_their_values() -> None:
     entropy = torch.rand(1000, generator=torch.Generator().manual_seed(1)).bfloat16()
     lengths = torch.tensor([1000])
-    exact = select_top(entropy.float(), torch.ones(1000), lengths, 0.2).kept
-    assert torch.equal(select_top(entropy, torch.ones(1000), lengths, 0.2).kept, exact)
+    exact = select_tokens(entropy.float(), torch.ones(1000), lengths, TOP20).kept
+    assert torch.equal(select_tokens(entropy, torch.ones(1000), lengths, TOP20).kept, exact)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="must both be flat"):
-        select_top(torch.rand(4), torch.ones(5), torch.tensor([4]), 0.2)
+        select_tokens(torch.rand(4), torch.ones(5), torch.tensor([4]), TOP20)
     with pytest.raises(ValueError, match="must both be flat"):
-        select_top(torch.rand(4), torch.ones(4), torch.tensor([3]), 0.2)
+        select_tokens(torch.rand(4), torch.ones(4), torch.tensor([3]), TOP20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils import tensordict_utils as tu
 
+from entropy_fork.core.batch import batch_weights
+from entropy_fork.core.selection import Selector
 from entropy_fork.verl import trainer
-from entropy_fork.verl.config import MASKED_TRAINERS
+from entropy_fork.verl.config import MASKED_TRAINERS, EntropyForkConfig
 from entropy_fork.verl.errors import EntropyForkError
 
 
@@ -32,22 +35,49 @@ def make_rows(num_rows: int, seed: int) -> tuple[list[torch.Tensor], list[torch.
 
 
 def weights_by_row(
-    entropies: list[torch.Tensor], masks: list[torch.Tensor], mini_batch: torch.Tensor, order: torch.Tensor
+    entropies: list[torch.Tensor], masks: list[torch.Tensor], mini_batch: torch.Tensor, order: torch.Tensor, **what: Any
 ) -> tuple[list[torch.Tensor], list]:
-    flat, pools = trainer.mini_batch_weights(
-        jagged(entropies), jagged(masks), mini_batch, order, top_ratio=0.2, loss_agg_mode="token-mean"
+    lengths = torch.tensor([len(row) for row in entropies])
+    flat, pools = batch_weights(
+        torch.cat(entropies),
+        torch.cat(masks),
+        lengths,
+        mini_batch,
+        what.pop("selector", Selector(0.2)),
+        what.pop("pool", "mini_batch"),
+        "token-mean",
+        row_order=order,
+        row_seeds=order,
+        **what,
     )
-    return list(flat.split([len(row) for row in entropies])), pools
+    return list(flat.split(lengths.tolist())), pools
 
 
-@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
-@settings(max_examples=60, deadline=None)
-def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(seed: int, dp_size: int, num_pools: int) -> None:
+MEANINGS = st.sampled_from(
+    [
+        {},
+        {"pool": "batch"},
+        {"pool": "response"},
+        {"denominator": "all"},
+        {"weight": "soft"},
+        {"selector": Selector(0.8, "bottom")},
+        {"selector": Selector(0.2, "random")},
+        {"selector": Selector(0.2, "band", band_from=0.1)},
+        {"selector": Selector(0.2, ties="threshold")},
+    ]
+)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), MEANINGS)
+@settings(max_examples=150, deadline=None)
+def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
+    seed: int, dp_size: int, num_pools: int, meaning: dict[str, Any]
+) -> None:
     """The same mini-batches laid out for 1, 2 and 4 ranks, with the rows in another order, and padding rows."""
     rows_per_pool = 8
     entropies, masks = make_rows(rows_per_pool * num_pools, seed)
     pool_of = [row // rows_per_pool for row in range(len(entropies))]
-    expected, _ = weights_by_row(entropies, masks, torch.tensor(pool_of), torch.arange(len(entropies)))
+    expected, _ = weights_by_row(entropies, masks, torch.tensor(pool_of), torch.arange(len(entropies)), **meaning)
 
     # verl's layout: rank r holds, one mini-batch behind the other, its share of each; 4 padding rows per mini-batch.
     random = np.random.default_rng(seed)
@@ -67,10 +97,13 @@ def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(seed: int, dp
     padded = [torch.tensor([5.0]) if row is None else entropies[row] for row in layout]
     padded_masks = [torch.tensor([0]) if row is None else masks[row] for row in layout]
     order = torch.tensor([10**6 + i if row is None else row for i, row in enumerate(layout)])
-    actual, pools = weights_by_row(padded, padded_masks, mini_batch, order)
+    actual, pools = weights_by_row(padded, padded_masks, mini_batch, order, **meaning)
 
     for row, weights in zip(layout, actual, strict=True):
-        assert torch.equal(weights, torch.zeros(1) if row is None else expected[row])
+        # soft weights are divided by a mean, whose last bits depend on the order of summation
+        torch.testing.assert_close(weights, torch.zeros(1) if row is None else expected[row], rtol=1e-6, atol=0)
+    if meaning:
+        return
     for pool, statistics in enumerate(pools):
         tokens = sum(int(masks[row].sum()) for row in range(len(masks)) if pool_of[row] == pool)
         assert statistics.num_tokens == tokens
@@ -112,7 +145,9 @@ def test_ties_between_rows_follow_the_data_not_the_run() -> None:
     another = ["00_0_0", "zz_1_0", "00_1_0", "zz_0_0"]
     expected = [2, 1, 3, 0]
     for keys in (one_run, another):
-        assert trainer._row_order(keys, index).tolist() == expected
+        assert trainer._order(trainer._identities(keys, index)).tolist() == expected
+        assert len(set(trainer._seeds(trainer._identities(keys, index), 0, 1).tolist())) == 4
+    assert torch.equal(*(trainer._seeds(trainer._identities(keys, index), 0, 1) for keys in (one_run, another)))
 
 
 def test_double_registration_masks_once() -> None:
@@ -159,7 +194,7 @@ def run_hook(
         def _compute_advantage(self, batch: SimpleNamespace, metrics: dict) -> SimpleNamespace:
             return batch
 
-    monkeypatch.setattr(trainer, "read_config", lambda config: SimpleNamespace(enabled=True, top_ratio=0.2))
+    monkeypatch.setattr(trainer, "read_config", lambda config: EntropyForkConfig())
     monkeypatch.setattr(trainer, "check_maskable", lambda config: None)
     config = {
         "actor_rollout_ref": {

@@ -7,8 +7,8 @@ import torch
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
-from entropy_fork.core.selection import select_top
-from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, kept_token_weights
+from entropy_fork.core.selection import Selector, select_tokens
+from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, token_weights
 from entropy_fork.verl.config import MASKABLE_LOSSES, guarded_name
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -32,11 +32,14 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-def weights_of(batch: dict[str, torch.Tensor], ratio: float, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+def weights_of(
+    batch: dict[str, torch.Tensor], ratio: float, mode: str, denominator: str = "kept", soft: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.full((ROWS,), WIDTH)
     flat_mask = batch["mask"].flatten()
-    kept = select_top(batch["entropy"].flatten(), flat_mask, lengths, ratio).kept
-    weights = kept_token_weights(kept, flat_mask, lengths, mode)
+    kept = select_tokens(batch["entropy"].flatten(), flat_mask, lengths, Selector(ratio)).kept
+    entropy = batch["entropy"].flatten() if soft else None
+    weights = token_weights(kept, flat_mask, lengths, mode, denominator, entropy)
     return weights.view(ROWS, WIDTH), kept.view(ROWS, WIDTH)
 
 
@@ -62,17 +65,46 @@ def test_verls_aggregation_becomes_the_mean_over_kept_tokens(batch: dict[str, to
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_denominator_all_leaves_verls_mean(batch: dict[str, torch.Tensor], mode: str) -> None:
+    """The paper's v1, TRL and ms-swift: the same mask, a smaller loss."""
+    weights, kept = weights_of(batch, 0.2, mode, denominator="all")
+    assert torch.equal(weights, kept.float())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_soft_weights_are_in_proportion_to_entropy_with_a_mean_of_one(
+    batch: dict[str, torch.Tensor], mode: str
+) -> None:
+    weights, kept = weights_of(batch, 0.5, mode, denominator="all", soft=True)
+    assert (weights[~kept] == 0).all()
+    assert weights[kept].mean() == pytest.approx(1.0, rel=1e-6)
+    ratio = weights[kept] / batch["entropy"][kept]
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+
+
+def test_soft_weights_of_a_pool_without_entropy_are_one() -> None:
+    everything = torch.ones(3, dtype=torch.bool)
+    weights = token_weights(everything, everything, torch.tensor([3]), TOKEN_MEAN, "all", torch.zeros(3))
+    assert torch.equal(weights, torch.ones(3))
+
+
+def test_an_unknown_denominator_is_refused() -> None:
+    with pytest.raises(ValueError, match="denominator must be one of kept, all, got 'some'"):
+        token_weights(torch.ones(1, dtype=torch.bool), torch.ones(1), torch.tensor([1]), TOKEN_MEAN, "some")
+
+
 def test_a_pool_without_tokens_weighs_zero_never_nan() -> None:
     """peers.md: a response with no kept token gave 0/0 under seq-mean-token-mean."""
     nothing = torch.zeros(4, dtype=torch.bool)
     for mode in MODES:
-        weights = kept_token_weights(nothing, nothing, torch.tensor([4]), mode)
+        weights = token_weights(nothing, nothing, torch.tensor([4]), mode)
         assert torch.equal(weights, torch.zeros(4))
 
 
 def test_an_aggregation_that_verl_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown loss_agg_mode 'mean'"):
-        kept_token_weights(torch.ones(2, dtype=torch.bool), torch.ones(2), torch.tensor([2]), "mean")
+        token_weights(torch.ones(2, dtype=torch.bool), torch.ones(2), torch.tensor([2]), "mean")
 
 
 @pytest.mark.parametrize("loss_mode", MASKABLE_LOSSES)

@@ -44,5 +44,5 @@ def test_main_ppo_finds_the_recipes_of_the_installed_wheel(
     assert f"file://{target}/entropy_fork/recipes" in paths.stdout, paths.stderr[-3000:]
     config = python(*main_ppo, "--cfg", "job", "+recipe=demo_cpu", "entropy_fork=off", PYTHONPATH=str(target))
     assert config.returncode == 0, config.stderr[-3000:]
-    assert "entropy_fork:\n  enabled: false\n  top_ratio: 0.2\n" in config.stdout
+    assert "entropy_fork:\n  enabled: false\n" in config.stdout
     assert "clip_ratio_high: 0.28" in config.stdout

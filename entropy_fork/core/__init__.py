@@ -1,6 +1,7 @@
 """Which tokens are trained on, and with what weight: torch and numpy, nothing of verl.
 
-Read in this order: ``selection`` (which tokens), ``weighting`` (the factor on each), ``statistics`` (what was kept).
+Read in this order: ``selection`` (which tokens of a pool), ``weighting`` (the factor on each), ``batch`` (both, for the
+pools and mini-batches of a batch), ``schedule`` (ρ over time), ``statistics`` (what was kept).
 
 Tensors of this package are *flat*: the response tokens of all rows behind one another, as in the ``values()`` of a
 jagged nested tensor, with ``lengths`` saying how many belong to each row. Nothing is padded, so a batch costs what its

@@ -1,8 +1,10 @@
-"""Which tokens are forks: the top ρ of a pool by entropy, exactly ceil(ρN) of them (arXiv 2506.01939, Eq. 6).
+"""Which tokens are trained on: a share ρ of a pool, by entropy (arXiv 2506.01939, Eq. 6) or by its controls.
 
 The paper keeps every token with ``H_t >= τ_ρ``. That is not well defined when entropies are equal (with 90% of them
-equal it keeps everything), and an interpolated quantile keeps another number than was asked for. Here exactly
-``ceil(ρN)`` tokens are kept, and among equals at the threshold the one that comes first in its response.
+equal it keeps everything), and an interpolated quantile keeps another number than was asked for. ``ties="exact"``
+keeps exactly ``ceil(ρN)`` tokens, and among equals at the threshold the one that comes first in its response;
+``ties="threshold"`` is the paper's text. All selections are one: the tokens of highest *score*, where the score is the
+entropy (top, band), its negative (bottom) or a hash of the token's identity (random).
 """
 
 from __future__ import annotations
@@ -15,6 +17,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_fork.core.randomness import uniform_numbers
+
+SELECTS = ("top", "bottom", "random", "band")
+TIES = ("exact", "threshold")
+
+
+@dataclass(frozen=True)
+class Selector:
+    """What to keep of a pool.
+
+    Attributes:
+        top_ratio: ρ in (0, 1], the share that is kept.
+        select: ``top`` (highest entropy), ``bottom`` (lowest), ``random`` (uniformly, by identity), or ``band`` (the
+            tokens that ``top_ratio`` keeps without those that ``band_from`` would keep).
+        ties: ``exact`` or ``threshold``; see above.
+        band_from: for ``band``, the upper end in [0, ρ): 0.1 with ρ = 0.2 keeps the tokens between the top 10% and the
+            top 20%.
+
+    Raises:
+        ValueError: a value that has no meaning, with what to write instead.
+    """
+
+    top_ratio: float
+    select: str = "top"
+    ties: str = "exact"
+    band_from: float = 0.0
+
+    def __post_init__(self) -> None:
+        kept_count(1, self.top_ratio)
+        if self.select not in SELECTS:
+            raise ValueError(f"select must be one of {', '.join(SELECTS)}, got {self.select!r}")
+        if self.ties not in TIES:
+            raise ValueError(f"ties must be one of {', '.join(TIES)}, got {self.ties!r}")
+        if self.select == "band" and not 0.0 < self.band_from < self.top_ratio:
+            raise ValueError(
+                f"select=band keeps the tokens between the top band_from and the top top_ratio, so band_from must be "
+                f"in (0, top_ratio), got band_from={self.band_from!r}, top_ratio={self.top_ratio!r}"
+            )
+        if self.select != "band" and self.band_from != 0.0:
+            raise ValueError(f"band_from={self.band_from!r} means something with select=band only")
+        if self.select == "random" and self.ties == "threshold":
+            raise ValueError("select=random has no threshold on the entropy; write ties=exact")
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -22,9 +67,10 @@ class Selection:
 
     Attributes:
         kept: bool, shape (num_tokens,): True where the token is trained on.
-        threshold: τ in nats, the entropy of the last token that was kept; NaN for a pool without tokens.
+        threshold: τ in nats, the entropy at the edge: of the last token that was kept (the lowest for top and band,
+            the highest for bottom); NaN for random and for a pool without tokens.
         num_tokens: N, the tokens of the pool that could be kept (those with ``eligible``).
-        num_kept: ceil(ρN), or 0 for a pool without tokens.
+        num_kept: how many were; ceil(ρN) with ``ties="exact"`` and without a band.
     """
 
     kept: Tensor
@@ -46,10 +92,15 @@ def kept_count(num_tokens: int, top_ratio: float) -> int:
     return max(1, math.ceil(Fraction(repr(float(top_ratio))) * num_tokens))
 
 
-def select_top(
-    entropy: Tensor, eligible: Tensor, lengths: Tensor, top_ratio: float, row_order: Tensor | None = None
+def select_tokens(
+    entropy: Tensor,
+    eligible: Tensor,
+    lengths: Tensor,
+    selector: Selector,
+    row_order: Tensor | None = None,
+    row_seeds: Tensor | None = None,
 ) -> Selection:
-    """Keep the ceil(ρN) tokens of highest entropy in one pool.
+    """Keep a share of the tokens of one pool.
 
     Linear in the number of tokens and without a limit on it (``torch.quantile`` refuses more than 2^24).
 
@@ -58,46 +109,73 @@ def select_top(
         eligible: bool or int, shape (num_tokens,): the response mask. Tokens outside (tool output in a multi-turn
             answer, padding rows) are neither counted in N nor kept.
         lengths: int, shape (num_rows,): tokens per row; sums to num_tokens.
-        top_ratio: ρ in (0, 1].
-        row_order: int, shape (num_rows,), distinct: decides between tokens of equal entropy at equal positions of
+        selector: what to keep.
+        row_order: int, shape (num_rows,), distinct: decides between tokens of equal score at equal positions of
             different rows. Give something that belongs to the row itself, so that the choice does not depend on where
             the row happens to lie in the batch. By default the order in which the rows are given.
+        row_seeds: int64, shape (num_rows,): for ``random``, what a row's draws are derived from.
 
     Returns:
         The :class:`Selection`, on the CPU.
 
     Raises:
-        ValueError: ρ outside (0, 1], shapes that do not fit, or an entropy of an eligible token that is not finite.
+        ValueError: shapes that do not fit, an entropy of an eligible token that is not finite, or ``random`` without
+            ``row_seeds``.
     """
-    eligible_np = eligible.detach().cpu().numpy().astype(bool, copy=False)
-    lengths_np = lengths.detach().cpu().numpy()
-    if entropy.shape != eligible.shape or entropy.ndim != 1 or int(lengths_np.sum()) != entropy.numel():
+    mask = eligible.detach().cpu().numpy().astype(bool, copy=False)
+    rows = lengths.detach().cpu().numpy()
+    if entropy.shape != eligible.shape or entropy.ndim != 1 or int(rows.sum()) != entropy.numel():
         raise ValueError(
             f"entropy {tuple(entropy.shape)} and eligible {tuple(eligible.shape)} must both be flat, with "
-            f"sum(lengths) = {int(lengths_np.sum())} tokens"
+            f"sum(lengths) = {int(rows.sum())} tokens"
         )
-    num_tokens = int(np.count_nonzero(eligible_np))
-    num_kept = kept_count(num_tokens, top_ratio)
-    if num_kept == 0:
-        return Selection(torch.zeros_like(eligible, dtype=torch.bool, device="cpu"), math.nan, 0, 0)
-
+    num_tokens = int(np.count_nonzero(mask))
+    if num_tokens == 0:
+        return Selection(torch.zeros(mask.shape, dtype=torch.bool), math.nan, 0, 0)
     values = entropy.detach().to("cpu", torch.float32).numpy()
-    if not np.isfinite(values, where=eligible_np, out=np.ones(values.shape, dtype=bool)).all():
+    if not np.isfinite(values, where=mask, out=np.ones(values.shape, dtype=bool)).all():
         raise ValueError("the entropy of a response token is not finite: the policy's logits are broken at this step")
-    if num_kept == num_tokens:
-        threshold = float(values.min(where=eligible_np, initial=math.inf))
-        return Selection(torch.from_numpy(eligible_np.copy()), threshold, num_tokens, num_kept)
 
-    # Entropies of what must not be kept are put below all others: N < kept is impossible, so they never come in.
-    ranked = values if num_tokens == values.size else np.where(eligible_np, values, -np.inf)
-    threshold = np.partition(ranked, ranked.size - num_kept)[ranked.size - num_kept]
-    kept = ranked > threshold
-    missing = num_kept - int(np.count_nonzero(kept))
-    tied = np.flatnonzero(ranked == threshold)
+    scores = _scores(values, rows, selector, row_seeds)
+    # What must not be kept is put below all others: no more than N are ever kept, so it never comes in.
+    ranked = scores if num_tokens == scores.size else np.where(mask, scores, -np.inf)
+    order = None if row_order is None else row_order.cpu().numpy()
+    kept = _highest(ranked, kept_count(num_tokens, selector.top_ratio), selector.ties, rows, order)
+    kept &= mask  # with ties="threshold" and everything kept, -inf itself would pass
+    if selector.select == "band":
+        kept &= ~_highest(ranked, kept_count(num_tokens, selector.band_from), selector.ties, rows, order)
+    threshold = math.nan
+    if kept.any() and selector.select != "random":
+        edge = np.max if selector.select == "bottom" else np.min
+        threshold = float(edge(values[kept]))
+    return Selection(torch.from_numpy(kept), threshold, num_tokens, int(np.count_nonzero(kept)))
+
+
+def _scores(entropy: np.ndarray, lengths: np.ndarray, selector: Selector, row_seeds: Tensor | None) -> np.ndarray:
+    if selector.select == "bottom":
+        return -entropy
+    if selector.select == "random":
+        if row_seeds is None:
+            raise ValueError("select=random needs row_seeds, so that the same tokens are drawn again on other ranks")
+        seeds = np.repeat(row_seeds.cpu().numpy().astype(np.uint64), lengths)
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        positions = (np.arange(entropy.size) - starts).astype(np.uint64)
+        return uniform_numbers(seeds, positions)
+    return entropy
+
+
+def _highest(scores: np.ndarray, count: int, ties: str, lengths: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """The ``count`` highest scores as a mask; with ``ties="threshold"`` also all that equal the last of them."""
+    threshold = np.partition(scores, scores.size - count)[scores.size - count]
+    if ties == "threshold":
+        return scores >= threshold
+    kept = scores > threshold
+    missing = count - int(np.count_nonzero(kept))
+    tied = np.flatnonzero(scores == threshold)
     if missing < tied.size:
-        tied = _earliest(tied, missing, lengths_np, None if row_order is None else row_order.cpu().numpy())
+        tied = _earliest(tied, missing, lengths, order)
     kept[tied] = True
-    return Selection(torch.from_numpy(kept), float(threshold), num_tokens, num_kept)
+    return kept
 
 
 def _earliest(tied: np.ndarray, count: int, lengths: np.ndarray, row_order: np.ndarray | None) -> np.ndarray:

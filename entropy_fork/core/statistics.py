@@ -41,23 +41,23 @@ def kept_metrics(pools: Sequence[PoolStatistics]) -> dict[str, float]:
     Returns:
         ``kept_ratio`` (realised share), ``kept_tokens``, ``pool_tokens`` (smallest pool), ``threshold`` (mean over the
         pools, nats), ``threshold_min``, ``threshold_max``, ``entropy_kept``, ``entropy_dropped`` (means in nats; a side
-        without tokens is left out rather than reported as zero).
+        without tokens, and the threshold of a random selection, are left out rather than reported as zero).
     """
     pools = [pool for pool in pools if pool.num_tokens > 0]
     if not pools:
         return {}
     num_tokens = sum(pool.num_tokens for pool in pools)
     num_kept = sum(pool.num_kept for pool in pools)
-    thresholds = [pool.threshold for pool in pools]
     metrics = {
         "kept_ratio": num_kept / num_tokens,
         "kept_tokens": float(num_kept),
         "pool_tokens": float(min(pool.num_tokens for pool in pools)),
-        "threshold": math.fsum(thresholds) / len(thresholds),
-        "threshold_min": min(thresholds),
-        "threshold_max": max(thresholds),
-        "entropy_kept": math.fsum(pool.entropy_kept for pool in pools) / num_kept,
     }
+    if thresholds := [pool.threshold for pool in pools if not math.isnan(pool.threshold)]:
+        metrics["threshold"] = math.fsum(thresholds) / len(thresholds)
+        metrics["threshold_min"], metrics["threshold_max"] = min(thresholds), max(thresholds)
+    if num_kept > 0:
+        metrics["entropy_kept"] = math.fsum(pool.entropy_kept for pool in pools) / num_kept
     if num_kept < num_tokens:
         metrics["entropy_dropped"] = math.fsum(pool.entropy_dropped for pool in pools) / (num_tokens - num_kept)
     return metrics

@@ -2,8 +2,9 @@
 
 verl multiplies ``rollout_is_weights`` into the policy-gradient loss of each token and then divides by a number of
 tokens (``verl/trainer/ppo/core_algos.py: agg_loss``). The paper's second version and the authors' code divide by the
-number of *kept* tokens. That is verl's division by all tokens times (all / kept), so the denominator becomes a factor
-on the weight, and verl's own aggregation does the rest.
+number of *kept* tokens; its first version, TRL and ms-swift by *all*, which at ρ = 0.2 is a loss five times smaller
+under the same name. verl's own division is the one by all, so the other is a factor (all / kept) on the weight, and
+verl's own aggregation does the rest.
 """
 
 from __future__ import annotations
@@ -16,28 +17,50 @@ TOKEN_MEAN = "token-mean"
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
 TOKEN_SUMS = ("token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
+DENOMINATORS = ("kept", "all")
+WEIGHTS = ("hard", "soft")
 
-def kept_token_weights(kept: Tensor, eligible: Tensor, lengths: Tensor, loss_agg_mode: str) -> Tensor:
-    """Weights that turn verl's mean over all tokens into the mean over the kept ones.
 
-    With everything kept the weights are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit, also where verl
-    divides by more tokens than are eligible (tokens that rollout correction rejected stay in its denominator).
+def token_weights(
+    kept: Tensor,
+    eligible: Tensor,
+    lengths: Tensor,
+    loss_agg_mode: str,
+    denominator: str = "kept",
+    soft_entropy: Tensor | None = None,
+) -> Tensor:
+    """The weight of each token of one mini-batch over all ranks.
+
+    With everything kept and hard weights all are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit, also where
+    verl divides by more tokens than are eligible (tokens that rollout correction rejected stay in its denominator).
 
     Args:
-        kept: bool, shape (num_tokens,): the selection of one mini-batch over all ranks, flat.
+        kept: bool, shape (num_tokens,): the selection, flat.
         eligible: bool or int, shape (num_tokens,): the response mask.
         lengths: int, shape (num_rows,): tokens per row.
         loss_agg_mode: verl's ``actor.loss_agg_mode``.
+        denominator: ``kept`` turns verl's mean over all tokens into the mean over the kept ones, ``all`` leaves it.
+        soft_entropy: float, shape (num_tokens,), nats: where given, a kept token's weight is in proportion to its
+            entropy, with a mean of 1 over the kept tokens, instead of 1.
 
     Returns:
         float32, shape (num_tokens,). All zero where nothing is kept (never NaN).
 
     Raises:
-        ValueError: a ``loss_agg_mode`` that verl 0.9 does not have.
+        ValueError: a ``loss_agg_mode`` that verl 0.9 does not have, or an unknown ``denominator``.
     """
+    if denominator not in DENOMINATORS:
+        raise ValueError(f"denominator must be one of {', '.join(DENOMINATORS)}, got {denominator!r}")
     weights = kept.to(torch.float32)
     num_kept = int(kept.sum())
-    if loss_agg_mode in TOKEN_SUMS or num_kept == 0:
+    if num_kept == 0:
+        return weights
+    if soft_entropy is not None:
+        entropy = soft_entropy.to(torch.float64).clamp(min=0.0)
+        mean = float(entropy[kept].mean())
+        if mean > 0.0:
+            weights.mul_((entropy / mean).to(torch.float32))
+    if denominator == "all" or loss_agg_mode in TOKEN_SUMS:
         return weights
     if loss_agg_mode == TOKEN_MEAN:
         return weights.mul_(int(eligible.sum()) / num_kept)

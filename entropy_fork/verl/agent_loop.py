@@ -8,12 +8,12 @@ draw an answer's tokens from it alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+
+from entropy_fork.core.randomness import seed_of
 
 NAME = "seeded_single_turn"
 
@@ -28,8 +28,7 @@ def answer_seed(run_seed: int, step: int, raw_prompt: Any, index: Any, session: 
         index: the data set's index of the prompt (two rows may hold the same text).
         session: the answer's number in its group.
     """
-    identity = json.dumps([run_seed, step, list(raw_prompt), str(index), session], sort_keys=True, default=str)
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") >> 1
+    return seed_of(run_seed, step, list(raw_prompt), str(index), session)
 
 
 class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):

@@ -17,8 +17,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from entropy_fork.core.selection import kept_count
-from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS
+from entropy_fork.core.batch import POOLS
+from entropy_fork.core.schedule import ratio_at
+from entropy_fork.core.selection import Selector
+from entropy_fork.core.weighting import DENOMINATORS, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, WEIGHTS
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
 NODE = "entropy_fork"
@@ -39,16 +41,56 @@ def guarded_name(loss_mode: str) -> str:
 
 @dataclass
 class EntropyForkConfig:
-    """Which tokens are trained on.
+    """Which tokens are trained on, by their entropy under the old policy.
 
     Attributes:
         enabled: False leaves verl as it is (the preset ``off``: the same recipe as its own all-token baseline).
-        top_ratio: ρ in (0, 1], the share of response tokens of each mini-batch that is kept, those of highest entropy
-            under the old policy. 1.0 keeps everything and gives verl's own update bit for bit.
+        top_ratio: ρ in (0, 1], the share of the response tokens of a pool that is kept. 1.0 keeps everything and gives
+            verl's own update bit for bit.
+        select: ``top`` (highest entropy), ``bottom`` (lowest), ``random``, or ``band`` (between ``band_from`` and ρ).
+        band_from: for ``band``, in (0, ρ).
+        pool: ``response``, ``mini_batch`` or ``batch``: over what the share is taken; the last two span all ranks.
+        ties: ``exact`` (⌈ρN⌉ tokens, earliest position first) or ``threshold`` (every token at τ).
+        denominator: ``kept`` (the paper's v2, the authors' code) or ``all`` (v1, TRL, ms-swift).
+        weight: ``hard`` (1 for a kept token) or ``soft`` (in proportion to its entropy, with a mean of 1).
+        schedule, final_ratio, schedule_steps: ρ from ``top_ratio`` at step 1 to ``final_ratio`` at ``schedule_steps``
+            along a line (``linear``) or half a cosine (``cosine``); ``constant`` stays at ``top_ratio``.
+        seed: of ``select=random``.
     """
 
     enabled: bool = True
     top_ratio: float = 0.2
+    select: str = "top"
+    band_from: float = 0.0
+    pool: str = "mini_batch"
+    ties: str = "exact"
+    denominator: str = "kept"
+    weight: str = "hard"
+    schedule: str = "constant"
+    final_ratio: float = 1.0
+    schedule_steps: int = 0
+    seed: int = 0
+
+    def selector_at(self, step: int) -> Selector:
+        """What is kept of a pool at a training step (from 1).
+
+        Raises:
+            ValueError: a value that has no meaning.
+        """
+        ratio = ratio_at(step, self.top_ratio, self.schedule, self.final_ratio, self.schedule_steps)
+        return Selector(ratio, self.select, self.ties, self.band_from)
+
+    def check(self) -> None:
+        """Raise a ValueError for what any step of a run would stumble over."""
+        for step in (1, max(1, self.schedule_steps)):
+            self.selector_at(step)
+        for name, value, known in (
+            ("pool", self.pool, POOLS),
+            ("denominator", self.denominator, DENOMINATORS),
+            ("weight", self.weight, WEIGHTS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def register_schema() -> None:
@@ -81,9 +123,9 @@ def read_config(config: DictConfig) -> EntropyForkConfig | None:
             f"bad config node '{NODE}': {str(error).splitlines()[0]}. Known keys: {known}."
         ) from None
     try:
-        kept_count(1, parsed.top_ratio)
+        parsed.check()
     except ValueError as error:
-        raise EntropyForkError(f"{NODE}.top_ratio: {error}; entropy_fork=off trains without the mask") from None
+        raise EntropyForkError(f"{NODE}: {error}; entropy_fork=off trains without the mask") from None
     return parsed if parsed.enabled else None
 
 

@@ -22,9 +22,9 @@ from omegaconf import open_dict
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 
-from entropy_fork.core.selection import select_top
-from entropy_fork.core.statistics import PoolStatistics, kept_metrics
-from entropy_fork.core.weighting import kept_token_weights
+from entropy_fork.core.batch import batch_weights
+from entropy_fork.core.randomness import seed_of
+from entropy_fork.core.statistics import kept_metrics
 from entropy_fork.verl.config import MASKED_TRAINERS, NODE, check_maskable, guarded_name, read_config
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
@@ -50,7 +50,7 @@ class TokenWeights:
         return batch
 
     def _write_token_weights(self, batch: Any, metrics: dict) -> Any:
-        """Select in each mini-batch, write ``rollout_is_weights``, and report what was kept.
+        """Select in each pool, write ``rollout_is_weights``, and report what was kept.
 
         Returns the batch as the TransferQueue describes it after the write. Workers fetch the fields that the
         description names and no others, so with the old one the weights would not reach them.
@@ -64,18 +64,30 @@ class TokenWeights:
                 f"a mask was asked for, but this step's batch has no entropies in {process_name()}: verl's log-prob "
                 f"pass did not write them. Without them the run would train on all tokens, so it stops here."
             )
-        weights, pools = mini_batch_weights(
-            entropy=data["entropy"],
-            response_mask=data["response_mask"],
+        response_mask = data["response_mask"]
+        if not torch.equal(data["entropy"].offsets(), response_mask.offsets()):
+            raise EntropyForkError("entropies and response masks of the batch have different lengths")
+        identities = _identities(batch.keys, data.get("index", None))
+        spec = self.entropy_fork
+        selector = spec.selector_at(self.global_steps)  # type: ignore[attr-defined]
+        weights, pools = batch_weights(
+            entropy=data["entropy"].values(),
+            eligible=response_mask.values(),
+            lengths=response_mask.offsets().diff(),
             mini_batch=self._mini_batch_of_row(len(batch)),
-            row_order=_row_order(batch.keys, data.get("index", None)),
-            top_ratio=self.entropy_fork.top_ratio,
+            selector=selector,
+            pool=spec.pool,
             loss_agg_mode=actor.loss_agg_mode,
+            denominator=spec.denominator,
+            weight=spec.weight,
+            row_order=_order(identities),
+            row_seeds=_seeds(identities, spec.seed, self.global_steps) if selector.select == "random" else None,  # type: ignore[attr-defined]
         )
         if "rollout_is_weights" in data:
             weights = weights * data["rollout_is_weights"].values()
-        output = torch.nested.nested_tensor_from_jagged(weights, data["response_mask"].offsets())
+        output = torch.nested.nested_tensor_from_jagged(weights, response_mask.offsets())
         metrics.update({f"{NODE}/{name}": value for name, value in kept_metrics(pools).items()})
+        metrics[f"{NODE}/top_ratio"] = selector.top_ratio
         return tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
@@ -100,59 +112,28 @@ class TokenWeights:
         return (torch.arange(num_rows) % rows_per_rank) // mini_batch_size
 
 
-def mini_batch_weights(
-    entropy: Any,
-    response_mask: Any,
-    mini_batch: torch.Tensor,
-    row_order: torch.Tensor,
-    top_ratio: float,
-    loss_agg_mode: str,
-) -> tuple[torch.Tensor, list[PoolStatistics]]:
-    """Token weights of a batch in verl's layout.
+def _identities(keys: list[str], index: Any) -> list[tuple[str, int, int, str]]:
+    """What a row is, wherever it lies: its data set index, its number in the group, and which output of it.
 
-    Args:
-        entropy, response_mask: jagged nested, (num_rows, response length), as verl keeps them; entropy in nats.
-        mini_batch: int, shape (num_rows,).
-        row_order: int, shape (num_rows,): see :func:`entropy_fork.core.selection.select_top`.
-        top_ratio: ρ.
-        loss_agg_mode: verl's.
-
-    Returns:
-        Flat float32 weights in the order of ``response_mask.values()``, and the statistics of each mini-batch.
+    verl's keys are ``{uid}_{session}_{output}`` with a uid that is random in every run, so it comes last.
     """
-    offsets = response_mask.offsets()
-    if not torch.equal(entropy.offsets(), offsets):
-        raise EntropyForkError("entropies and response masks of the batch have different lengths")
-    lengths = offsets.diff()
-    flat_entropy, flat_mask = entropy.values(), response_mask.values()
-    weights = torch.zeros(flat_mask.numel(), dtype=torch.float32)
-    pools = []
-    for pool in range(int(mini_batch.max()) + 1):
-        rows = (mini_batch == pool).nonzero().squeeze(1).tolist()
-        slices = [slice(int(offsets[row]), int(offsets[row + 1])) for row in rows]
-        pool_entropy = torch.cat([flat_entropy[part] for part in slices])
-        pool_mask = torch.cat([flat_mask[part] for part in slices])
-        selection = select_top(pool_entropy, pool_mask, lengths[rows], top_ratio, row_order[rows])
-        pool_weights = kept_token_weights(selection.kept, pool_mask, lengths[rows], loss_agg_mode)
-        for part, values in zip(slices, pool_weights.split(lengths[rows].tolist()), strict=True):
-            weights[part] = values
-        pools.append(PoolStatistics.of(selection, pool_entropy, pool_mask))
-    return weights, pools
-
-
-def _row_order(keys: list[str], index: Any) -> torch.Tensor:
-    """Rows in the order of their data set index, then their number in the group: the same wherever they lie.
-
-    verl's keys are ``{uid}_{session}_{output}`` with a uid that is random in every run, so it only decides last.
-    """
-    indices = [0] * len(keys) if index is None else [str(value) for value in index.tolist()]
+    indices = [""] * len(keys) if index is None else [str(value) for value in index.tolist()]
     identities = []
     for key, data_index in zip(keys, indices, strict=True):
         uid, session, output = key.rsplit("_", 2)
         identities.append((data_index, int(session), int(output), uid))
-    order = torch.empty(len(keys), dtype=torch.int64)
-    order[sorted(range(len(keys)), key=identities.__getitem__)] = torch.arange(len(keys))
+    return identities
+
+
+def _order(identities: list[tuple[str, int, int, str]]) -> torch.Tensor:
+    order = torch.empty(len(identities), dtype=torch.int64)
+    order[sorted(range(len(identities)), key=identities.__getitem__)] = torch.arange(len(identities))
     return order
+
+
+def _seeds(identities: list[tuple[str, int, int, str]], seed: int, step: int) -> torch.Tensor:
+    """A seed per row for ``select=random``: the same on other ranks, in other orders and after a resume."""
+    return torch.tensor([seed_of(seed, step, *identity[:3]) for identity in identities], dtype=torch.int64)
 
 
 def install() -> None:
