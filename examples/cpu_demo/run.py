@@ -200,8 +200,9 @@ def show(run: Run, output: Path, preset: str, console: Console) -> None:
         table.add_row(f"  {label}", f"{run.mean(name, skip_first=True):.2f}")
     table.add_row("seconds in all", f"{run.seconds:.0f}")
     console.print(table)
-    console.print(f"tensorboard --logdir {output / 'tensorboard'}")
-    console.print(f"checkpoints {output / 'checkpoints'}, answers {output / 'rollouts'}, log {output / 'train.log'}")
+    for what, place in (("curves: tensorboard --logdir", "tensorboard"), ("checkpoints:", "checkpoints"),
+                        ("answers of each step:", "rollouts"), ("verl's whole log:", "train.log")):  # fmt: skip
+        console.print(f"{what} {output / place}", soft_wrap=True, highlight=False)
 
 
 def largest_difference(run: Run) -> str:
