@@ -190,3 +190,13 @@ def test_save_validate_reference_and_resume(main_ppo) -> None:  # type: ignore[n
     assert "step:1 - " not in second.output.replace("step:1 - val", "")
     assert second.metric("training/rollout_probs_diff_max")[0] < 1e-4
     assert len(second.parameters(2)) == len(first.parameters(1))
+
+
+def test_the_colocated_asynchronous_trainer_is_masked_too(main_ppo) -> None:  # type: ignore[no-untyped-def]
+    """Its own trainer class, answers that are interrupted and taken up again, and another preset."""
+    run = main_ppo("trainer.v1.trainer_mode=colocate_async", "trainer.total_training_steps=2", "entropy_fork=bottom80")
+    assert run.metric("entropy_fork/kept_ratio") == [pytest.approx(0.8, abs=0.01)] * 2
+    kept, dropped = run.metric("entropy_fork/entropy_kept"), run.metric("entropy_fork/entropy_dropped")
+    assert all(low < high for low, high in zip(kept, dropped, strict=True))
+    # only the first step: the answers of the second were begun by the policy before it, as this mode has it
+    assert run.metric("training/rollout_probs_diff_max")[0] < 1e-4
