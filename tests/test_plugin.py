@@ -104,3 +104,10 @@ def test_a_bad_ratio_stops_the_launcher_before_ray(python: Python) -> None:
     assert result.returncode != 0
     assert "top_ratio must be in (0, 1], got 1.2" in result.stderr
     assert "ray init kwargs" not in result.stdout
+
+
+def test_the_cpu_recipe_without_the_opt_in_says_how(python: Python) -> None:
+    result = python("-m", "verl.trainer.main_ppo", "+recipe=demo_cpu", VERL_PLATFORM="")
+    assert result.returncode != 0
+    assert "opted into by the environment: VERL_PLATFORM=cpu python -m" in result.stderr
+    assert "ray init kwargs" not in result.stdout

@@ -28,6 +28,9 @@ from entropy_fork.verl.errors import EntropyForkError
 #: Ray counts logical accelerators under this name only (verl/single_controller/ray/base.py: _check_resource_available)
 RAY_RESOURCE = "GPU"
 
+#: the name of the light rollout in ``actor_rollout_ref.rollout.name``
+ROLLOUT = "transformers"
+
 #: imported by verl's V1 trainer and rollout servers without being required by it: the extra "cpu" installs them
 EXTRA_MODULES = ("cachetools", "fastapi", "msgspec", "uvicorn", "zmq")
 
@@ -155,7 +158,7 @@ def check_before_training(config: DictConfig) -> None:
             f"actor.strategy={config.actor_rollout_ref.actor.strategy} does not run on a CPU (FSDP1 refuses its "
             f"parameters). Write actor_rollout_ref.actor.strategy=fsdp2, or add +cluster=cpu."
         )
-    if rollout.name not in ("transformers", "vllm"):
+    if rollout.name not in (ROLLOUT, "vllm"):
         raise EntropyForkError(
             f"rollout.name={rollout.name} does not run on a CPU. Write actor_rollout_ref.rollout.name=transformers, or "
             f"vllm with the extra entropy-fork[cpu-vllm]."
@@ -252,7 +255,7 @@ def _extend_value_head(module: Any) -> None:
 
 def _extend_rollouts(module: Any) -> None:
     """Name the light rollout. verl keeps its rollout adapters in a private dict (the replicas have a public one)."""
-    module._ROLLOUT_REGISTRY[("transformers", "async")] = "entropy_fork.verl.rollout_cpu.TransformersAdapter"
+    module._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = "entropy_fork.verl.rollout_cpu.TransformersAdapter"
 
 
 def _extend_replicas(module: Any) -> None:
@@ -261,7 +264,7 @@ def _extend_replicas(module: Any) -> None:
 
         return TransformersReplica
 
-    module.RolloutReplicaRegistry.register("transformers", load_replica)
+    module.RolloutReplicaRegistry.register(ROLLOUT, load_replica)
 
 
 def _extend_replay_buffer(module: Any) -> None:

@@ -39,9 +39,14 @@ def check_verl_version(version: str) -> None:
 def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
     result = wrapped(*args, **kwargs)
     root = kwargs["config"] if "config" in kwargs else args[0]
-    config.check_before_training(root)
     if ON_CPU:
         platform_cpu.check_before_training(root)
+    elif root.actor_rollout_ref.rollout.name == platform_cpu.ROLLOUT:
+        raise EntropyForkError(
+            f"rollout.name={platform_cpu.ROLLOUT} (chosen by +cluster=cpu and +recipe=demo_cpu) is for machines without "
+            f"an accelerator, and those are opted into by the environment: VERL_PLATFORM=cpu python -m …"
+        )
+    config.check_before_training(root)
     return result
 
 
