@@ -43,7 +43,7 @@ def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[n
         platform_cpu.check_before_training(root)
     elif root.actor_rollout_ref.rollout.name == platform_cpu.ROLLOUT:
         raise EntropyForkError(
-            f"rollout.name={platform_cpu.ROLLOUT} (chosen by +cluster=cpu and +recipe=demo_cpu) is for machines without "
+            f"rollout.name={platform_cpu.ROLLOUT} (as in +cluster=cpu, +recipe=demo_cpu) is for machines without "
             f"an accelerator, and those are opted into by the environment: VERL_PLATFORM=cpu python -m …"
         )
     config.check_before_training(root)
