@@ -86,6 +86,15 @@ def test_a_run_that_asks_for_an_inactive_plugin_stops(python: Python, asked: str
     assert "VERL_USE_EXTERNAL_PLUGINS must be unset" in result.stderr
 
 
+@pytest.mark.parametrize("application", ["one_step_off_policy.main_ppo", "fully_async_policy.fully_async_main"])
+def test_verls_other_trainers_are_refused(python: Python, application: str) -> None:
+    """They have no token weights, and would accept the preset and train on all tokens."""
+    command = ("-m", f"verl.experimental.{application}", "--cfg", "job")
+    result = python(*command, "+entropy_fork=global", VERL_PLATFORM="")
+    assert result.returncode != 0
+    assert "has a trainer of its own, which would train on all tokens" in result.stderr, result.stderr[-2000:]
+
+
 def test_a_run_that_does_not_ask_is_left_alone(python: Python) -> None:
     assert python(*MAIN_PPO, VERL_USE_EXTERNAL_PLUGINS="none", VERL_PLATFORM="").returncode == 0
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils import tensordict_utils as tu
 
@@ -157,6 +158,16 @@ def test_double_registration_masks_once() -> None:
     assert before == TRAINER_REGISTRY
     for name in MASKED_TRAINERS:
         assert [base.__name__ for base in TRAINER_REGISTRY[name].__mro__].count("TokenWeights") == 1
+
+
+def test_verls_older_trainer_refuses_a_mask() -> None:
+    """A program that derives its trainer from it never comes past main_ppo's checks."""
+    config = OmegaConf.create({"entropy_fork": {"top_ratio": 0.2}})
+    with pytest.raises(EntropyForkError, match=r"RayPPOTrainer in .* pid \d+ .*has no token weights.*entropy_fork=off"):
+        RayPPOTrainer(config, None, {}, None)
+    config.entropy_fork.enabled = False
+    with pytest.raises(AttributeError):  # verl's own constructor, which wants more of a config than this
+        RayPPOTrainer(config, None, {}, None)
 
 
 def test_an_existing_importance_weight_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,7 @@ def _register() -> None:
     wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.trainer")
     register_on_import("verl.trainer.ppo.core_algos", "entropy_fork.verl.policy_loss")
+    register_on_import("verl.trainer.ppo.ray_trainer", "entropy_fork.verl.legacy_trainer")
     if ON_CPU:
         platform_cpu.register()
         register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -34,6 +35,11 @@ class EntropyForkSearchPath(SearchPathPlugin):
 
 
 def _why_inactive() -> str | None:
+    if application := _unmasked_application():
+        return (
+            f"{application} has a trainer of its own, which would train on all tokens. Use verl.trainer.main_ppo; for "
+            f"asynchronous training with trainer.v1.trainer_mode=colocate_async or separate_async."
+        )
     if "entropy_fork.verl.plugin" in sys.modules:
         return None
     try:
@@ -45,3 +51,12 @@ def _why_inactive() -> str | None:
         "verl did not load it. VERL_USE_EXTERNAL_PLUGINS must be unset, 'auto' or a list with 'entropy_fork' in it, "
         "and 'pip show entropy-fork' must find the package."
     )
+
+
+def _unmasked_application() -> str | None:
+    """The file of verl that is run, where it is another program than main_ppo (experimental trainers, SFT, …)."""
+    verl = Path(sys.modules["verl"].__file__ or "").resolve().parent
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+    if verl not in main.parents or main == verl / "trainer" / "main_ppo.py":
+        return None  # main_ppo, or a program of the user's own
+    return str(main.relative_to(verl.parent))

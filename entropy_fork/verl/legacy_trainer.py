@@ -1,0 +1,27 @@
+"""The older trainers of verl, which have no token weights: refused where a mask is asked for.
+
+Hook: none. ``RayPPOTrainer`` is what the legacy trainer is, and what programs outside of verl still derive their own
+from; such a program does not pass main_ppo's checks. Its constructor is wrapped, so that a config that asks for a mask
+stops it instead of training on all tokens.
+"""
+
+from __future__ import annotations
+
+import wrapt
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+from entropy_fork.verl.config import read_config
+from entropy_fork.verl.errors import EntropyForkError, process_name
+
+
+@wrapt.decorator
+def _refusing_a_mask(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    if read_config(kwargs["config"] if "config" in kwargs else args[0]) is not None:
+        raise EntropyForkError(
+            f"{type(instance).__name__} in {process_name()} has no token weights and would train on all tokens. Use "
+            f"the V1 trainer (verl.trainer.main_ppo with trainer.use_v1=True), or entropy_fork=off."
+        )
+    return wrapped(*args, **kwargs)
+
+
+RayPPOTrainer.__init__ = _refusing_a_mask(RayPPOTrainer.__init__)
