@@ -268,7 +268,7 @@ def _extend_replicas(module: Any) -> None:
 
 
 def _extend_replay_buffer(module: Any) -> None:
-    """The driver looks for finished answers every 2 s, with no key to change it: most of a step of a tiny model."""
+    """The driver looks for finished answers every 2 s, with no key to change it: much of a step of a tiny model."""
 
     @wrapt.decorator
     def polling_faster(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]

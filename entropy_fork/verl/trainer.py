@@ -53,7 +53,8 @@ class TokenWeights:
         """Select in each pool, write ``rollout_is_weights``, and report what was kept.
 
         Returns the batch as the TransferQueue describes it after the write. Workers fetch the fields that the
-        description names and no others, so with the old one the weights would not reach them.
+        description names and no others, so with the old one the weights would not reach them. (Where importance
+        weights already stood in the field, what workers fetch under its name is the product written here.)
         """
         assert self.entropy_fork is not None
         actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
