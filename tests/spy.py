@@ -35,16 +35,19 @@ def _note_loss(module: Any) -> None:
 def _note_selection(module: Any) -> None:
     @wrapt.decorator
     def noting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
-        weights, pools = wrapped(*args, **kwargs)
+        weights = wrapped(*args, **kwargs)
+        rows, _, mini_batch, _ = args
         _save(
             "selection",
             weights=weights,
-            response_mask=kwargs["eligible"],
-            **{name: kwargs[name] for name in ("entropy", "lengths", "mini_batch")},
+            mini_batch=mini_batch,
+            response_mask=rows.eligible,
+            entropy=rows.entropy,
+            lengths=rows.lengths,
         )
-        return weights, pools
+        return weights
 
-    module.batch_weights = noting(module.batch_weights)
+    module.weigh_mini_batches = noting(module.weigh_mini_batches)
 
 
 wrapt.register_post_import_hook(_note_loss, "verl.trainer.ppo.core_algos")

@@ -68,7 +68,8 @@ def test_a_ratio_out_of_range(compose: Compose, data: list[str], ratio: str) -> 
     ("override", "match"),
     [
         ("select=upper", "select must be one of top, bottom, random, band"),
-        ("pool=epoch", "pool must be one of response, mini_batch, batch"),
+        ("entropy=new", "entropy must be one of old, current"),
+        ("pool=epoch", "pool must be one of response, micro_batch, mini_batch, batch"),
         ("denominator=some", "denominator must be one of kept, all"),
         ("weight=fuzzy", "weight must be one of hard, soft"),
         ("ties=none", "ties must be one of exact, threshold"),
@@ -78,6 +79,50 @@ def test_a_ratio_out_of_range(compose: Compose, data: list[str], ratio: str) -> 
 )
 def test_a_value_without_meaning(compose: Compose, data: list[str], override: str, match: str) -> None:
     refused(compose("+entropy_fork=global", f"entropy_fork.{override}", *data), match)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["entropy=current", "pool=batch"], "no pool=batch: the policy changes with each mini-batch.*entropy=old"),
+        (["entropy=current", "select=random"], "select=random looks at no entropy; write entropy=old"),
+        (["select=band", "band_from=0.3"], r"band_from must be in .0, top_ratio."),
+    ],
+)
+def test_values_that_do_not_go_together(compose: Compose, data: list[str], overrides: list[str], match: str) -> None:
+    refused(compose("+entropy_fork=global", *[f"entropy_fork.{value}" for value in overrides], *data), match)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["entropy_fork.entropy=current", "entropy_fork.pool=micro_batch", "actor_rollout_ref.actor.shuffle=true"],
+)
+def test_what_the_engine_selects_needs_an_engine_of_ours(compose: Compose, data: list[str], override: str) -> None:
+    megatron = "actor_rollout_ref.actor.strategy=megatron"
+    check_before_training(compose("+entropy_fork=global", megatron, *data))
+    check_before_training(compose("+entropy_fork=global", override, *data))
+    refused(
+        compose("+entropy_fork=global", override, megatron, *data),
+        r"works in verl's engines fsdp, fsdp2, and actor.strategy=megatron. Write entropy_fork.entropy=old "
+        r"entropy_fork.pool=mini_batch actor_rollout_ref.actor.shuffle=False",
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "meaning"),
+    [
+        ("global", ("old", "mini_batch", "exact", "kept")),
+        ("official", ("current", "micro_batch", "exact", "kept")),
+        ("paper_v1", ("current", "micro_batch", "exact", "all")),
+    ],
+)
+def test_the_presets_say_what_they_are(compose: Compose, data: list[str], preset: str, meaning: tuple) -> None:
+    config = compose(f"+entropy_fork={preset}", *data)
+    check_before_training(config)
+    parsed = read_config(config)
+    assert parsed is not None
+    assert (parsed.entropy, parsed.pool, parsed.ties, parsed.denominator) == meaning
+    assert (parsed.top_ratio, parsed.select, parsed.weight) == (0.2, "top", "hard")
 
 
 def test_a_schedule_that_ends_out_of_range(compose: Compose, data: list[str]) -> None:
@@ -126,7 +171,6 @@ def test_a_preset_that_arrived_as_a_plain_value(compose: Compose, data: list[str
         ("actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean", r"loss_mode=geo_mean takes the logarithm"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=bypass_mode", r"is not known to multiply token weights"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=mine", r"Use one of vanilla, "),
-        ("actor_rollout_ref.actor.shuffle=true", r"actor.shuffle=False"),
         ("trainer.v1.trainer_mode=mine", r"not one of sync, colocate_async, separate_async"),
         ("distillation.enabled=true", r"replaces the policy loss"),
     ],

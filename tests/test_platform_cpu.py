@@ -22,6 +22,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from entropy_fork.verl import platform_cpu, vllm_cpu
 from entropy_fork.verl.agent_loop import answer_seed
+from entropy_fork.verl.engine import ForkingTokens
 from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.rollout_cpu import TransformersAdapter, TransformersReplica
 
@@ -57,7 +58,7 @@ def test_verl_finds_our_parts_in_its_registries() -> None:
     assert rollout_base.get_rollout_class("transformers") is TransformersAdapter
     assert RolloutReplicaRegistry.get("transformers") is TransformersReplica
     engine = EngineRegistry.get_engine_cls("language_model", "fsdp2")
-    assert engine is transformer_impl.FSDPEngineWithLMHead
+    assert engine.__mro__[1:3] == (ForkingTokens, transformer_impl.FSDPEngineWithLMHead)
     assert EngineRegistry.get_engine_cls("value_model", "fsdp2") is transformer_impl.FSDPEngineWithValueHead
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.utils import tensordict_utils as tu
 
-from entropy_fork.core.batch import batch_weights
+from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
+from entropy_fork.core.statistics import Pool
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import MASKED_TRAINERS, EntropyForkConfig
 from entropy_fork.verl.errors import EntropyForkError
@@ -36,49 +36,40 @@ def make_rows(num_rows: int, seed: int) -> tuple[list[torch.Tensor], list[torch.
 
 
 def weights_by_row(
-    entropies: list[torch.Tensor], masks: list[torch.Tensor], mini_batch: torch.Tensor, order: torch.Tensor, **what: Any
-) -> tuple[list[torch.Tensor], list]:
+    entropies: list[torch.Tensor], masks: list[torch.Tensor], mini_batch: torch.Tensor, order: torch.Tensor, rule: Rule
+) -> tuple[list[torch.Tensor], list[Pool]]:
     lengths = torch.tensor([len(row) for row in entropies])
-    flat, pools = batch_weights(
-        torch.cat(entropies),
-        torch.cat(masks),
-        lengths,
-        mini_batch,
-        what.pop("selector", Selector(0.2)),
-        what.pop("pool", "mini_batch"),
-        "token-mean",
-        row_order=order,
-        row_seeds=order,
-        **what,
-    )
-    return list(flat.split(lengths.tolist())), pools
+    rows = Rows(torch.cat(entropies), torch.cat(masks), lengths, order, seeds=order)
+    kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
+    return list(weigh_mini_batches(rows, kept, mini_batch, rule).split(lengths.tolist())), pools
 
 
-MEANINGS = st.sampled_from(
+TOP20 = Selector(0.2)
+RULES = st.sampled_from(
     [
-        {},
-        {"pool": "batch"},
-        {"pool": "response"},
-        {"denominator": "all"},
-        {"weight": "soft"},
-        {"selector": Selector(0.8, "bottom")},
-        {"selector": Selector(0.2, "random")},
-        {"selector": Selector(0.2, "band", band_from=0.1)},
-        {"selector": Selector(0.2, ties="threshold")},
+        Rule(TOP20),
+        Rule(TOP20, pool="batch"),
+        Rule(TOP20, pool="response"),
+        Rule(TOP20, denominator="all"),
+        Rule(TOP20, weight="soft"),
+        Rule(Selector(0.8, "bottom")),
+        Rule(Selector(0.2, "random")),
+        Rule(Selector(0.2, "band", band_from=0.1)),
+        Rule(Selector(0.2, ties="threshold")),
     ]
 )
 
 
-@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), MEANINGS)
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), RULES)
 @settings(max_examples=150, deadline=None)
 def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
-    seed: int, dp_size: int, num_pools: int, meaning: dict[str, Any]
+    seed: int, dp_size: int, num_pools: int, rule: Rule
 ) -> None:
     """The same mini-batches laid out for 1, 2 and 4 ranks, with the rows in another order, and padding rows."""
     rows_per_pool = 8
     entropies, masks = make_rows(rows_per_pool * num_pools, seed)
     pool_of = [row // rows_per_pool for row in range(len(entropies))]
-    expected, _ = weights_by_row(entropies, masks, torch.tensor(pool_of), torch.arange(len(entropies)), **meaning)
+    expected, _ = weights_by_row(entropies, masks, torch.tensor(pool_of), torch.arange(len(entropies)), rule)
 
     # verl's layout: rank r holds, one mini-batch behind the other, its share of each; 4 padding rows per mini-batch.
     random = np.random.default_rng(seed)
@@ -98,12 +89,12 @@ def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
     padded = [torch.tensor([5.0]) if row is None else entropies[row] for row in layout]
     padded_masks = [torch.tensor([0]) if row is None else masks[row] for row in layout]
     order = torch.tensor([10**6 + i if row is None else row for i, row in enumerate(layout)])
-    actual, pools = weights_by_row(padded, padded_masks, mini_batch, order, **meaning)
+    actual, pools = weights_by_row(padded, padded_masks, mini_batch, order, rule)
 
     for row, weights in zip(layout, actual, strict=True):
         # soft weights are divided by a mean, whose last bits depend on the order of summation
         torch.testing.assert_close(weights, torch.zeros(1) if row is None else expected[row], rtol=1e-6, atol=0)
-    if meaning:
+    if rule != Rule(TOP20):
         return
     for pool, statistics in enumerate(pools):
         tokens = sum(int(masks[row].sum()) for row in range(len(masks)) if pool_of[row] == pool)
@@ -189,7 +180,8 @@ def run_hook(
     monkeypatch: pytest.MonkeyPatch, importance: float | None, with_entropy: bool = True
 ) -> tuple[torch.Tensor, dict[str, float]]:
     entropies, masks = make_rows(16, seed=3)
-    data: dict[str, torch.Tensor] = {"response_mask": jagged(masks)}
+    advantages = [torch.full((len(row),), (-1.0) ** number) for number, row in enumerate(entropies)]
+    data: dict[str, torch.Tensor] = {"response_mask": jagged(masks), "advantages": jagged(advantages)}
     if with_entropy:
         data["entropy"] = jagged(entropies)
     if importance is not None:
@@ -206,12 +198,13 @@ def run_hook(
             return batch
 
     monkeypatch.setattr(trainer, "read_config", lambda config: EntropyForkConfig())
-    monkeypatch.setattr(trainer, "check_maskable", lambda config: None)
+    monkeypatch.setattr(trainer, "check_maskable", lambda *_: None)
     config = {
         "actor_rollout_ref": {
             "actor": {
                 "ppo_mini_batch_size": 8,
                 "loss_agg_mode": "token-mean",
+                "shuffle": False,
                 "policy_loss": {"loss_mode": "vanilla"},
             },
             "rollout": {"n": 1},

@@ -1,29 +1,73 @@
 """A whole batch at once: select in each pool, weigh in each mini-batch.
 
-The two need not be the same. What is selected is pooled over a response, a mini-batch or the batch; what verl divides
-by is always counted over the mini-batch, because that is what a gradient step is taken on.
+The two need not be the same. What is selected is pooled over a response, a micro-batch, a mini-batch or the batch; what
+verl divides by is always counted over the mini-batch, because that is what a gradient step is taken on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from entropy_fork.core.selection import Selector, select_tokens
-from entropy_fork.core.statistics import PoolStatistics
-from entropy_fork.core.weighting import token_weights
+from entropy_fork.core.statistics import Pool
+from entropy_fork.core.weighting import TOKEN_MEAN, token_weights
 
-POOLS = ("response", "mini_batch", "batch")
+ENTROPIES = ("old", "current")
+POOLS = ("response", "micro_batch", "mini_batch", "batch")
 
 
-def pool_of_rows(pool: str, mini_batch: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Rule:
+    """What "train on the top 20%" means at one training step, all of it.
+
+    Attributes:
+        selector: what to keep of a pool.
+        entropy: ``old`` or ``current``: of which policy, one of :data:`ENTROPIES`.
+        pool: over what the share is taken, one of :data:`POOLS`.
+        loss_agg_mode: verl's ``actor.loss_agg_mode``.
+        denominator: ``kept`` or ``all``, see :func:`entropy_fork.core.weighting.token_weights`.
+        weight: ``hard`` or ``soft``, see there.
+    """
+
+    selector: Selector
+    entropy: str = "old"
+    pool: str = "mini_batch"
+    loss_agg_mode: str = TOKEN_MEAN
+    denominator: str = "kept"
+    weight: str = "hard"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The responses of a batch or of a part of it, behind one another, without padding between them.
+
+    Attributes:
+        entropy: float, shape (num_tokens,), nats.
+        eligible: bool or int, shape (num_tokens,): the response mask.
+        lengths: int64, shape (num_rows,): tokens per row.
+        order: int64, shape (num_rows,): decides between equal tokens; see
+            :func:`entropy_fork.core.selection.select_tokens`.
+        seeds: int64, shape (num_rows,): what the draws of ``select=random`` are derived from.
+    """
+
+    entropy: Tensor
+    eligible: Tensor
+    lengths: Tensor
+    order: Tensor
+    seeds: Tensor
+
+
+def pool_of_rows(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = None) -> Tensor:
     """Which pool each row belongs to, int64, shape (num_rows,).
 
     Args:
         pool: one of :data:`POOLS`.
         mini_batch: int, shape (num_rows,): the mini-batch of each row.
+        micro_batch: int, shape (num_rows,): its micro-batch, where that is known.
     """
     if pool == "response":
         return torch.arange(mini_batch.numel())
@@ -31,60 +75,50 @@ def pool_of_rows(pool: str, mini_batch: Tensor) -> Tensor:
         return mini_batch
     if pool == "batch":
         return torch.zeros_like(mini_batch)
+    if pool == "micro_batch" and micro_batch is not None:
+        return micro_batch
     raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
 
 
-def batch_weights(
-    entropy: Tensor,
-    eligible: Tensor,
-    lengths: Tensor,
-    mini_batch: Tensor,
-    selector: Selector,
-    pool: str,
-    loss_agg_mode: str,
-    denominator: str = "kept",
-    weight: str = "hard",
-    row_order: Tensor | None = None,
-    row_seeds: Tensor | None = None,
-) -> tuple[Tensor, list[PoolStatistics]]:
-    """Token weights of a batch.
-
-    Args:
-        entropy: float, shape (num_tokens,), nats, rows behind one another.
-        eligible: bool or int, shape (num_tokens,): the response mask.
-        lengths: int, shape (num_rows,): tokens per row.
-        mini_batch: int, shape (num_rows,): the mini-batch that each row is trained in.
-        selector: what to keep of a pool.
-        pool: over what the share is taken.
-        loss_agg_mode: verl's.
-        denominator, weight: see :func:`entropy_fork.core.weighting.token_weights`; ``soft`` weighs by entropy.
-        row_order, row_seeds: see :func:`entropy_fork.core.selection.select_tokens`.
+def select_in_pools(rows: Rows, pool_of_row: Tensor, selector: Selector) -> tuple[Tensor, list[Pool]]:
+    """Keep a share of each pool.
 
     Returns:
-        float32 weights, shape (num_tokens,), and the statistics of each pool.
-    """
-    row_order = torch.arange(lengths.numel()) if row_order is None else row_order
-    kept = torch.zeros(entropy.numel(), dtype=torch.bool)
-    pools = []
-    for rows, tokens in _groups(pool_of_rows(pool, mini_batch), lengths):
-        pool_entropy, pool_eligible = _gather(entropy, tokens), _gather(eligible, tokens)
-        seeds = None if row_seeds is None else row_seeds[rows]
-        selection = select_tokens(pool_entropy, pool_eligible, lengths[rows], selector, row_order[rows], seeds)
-        _scatter(kept, tokens, selection.kept)
-        pools.append(PoolStatistics.of(selection, pool_entropy, pool_eligible))
+        bool, shape (num_tokens,): what is kept; and each pool's counts and threshold.
 
-    weights = torch.zeros(entropy.numel(), dtype=torch.float32)
-    for rows, tokens in _groups(mini_batch, lengths):
+    Raises:
+        ValueError: see :func:`entropy_fork.core.selection.select_tokens`.
+    """
+    kept = torch.zeros(rows.entropy.numel(), dtype=torch.bool)
+    pools = []
+    for members, tokens in _groups(pool_of_row, rows.lengths):
+        selection = select_tokens(
+            _gather(rows.entropy, tokens),
+            _gather(rows.eligible, tokens),
+            rows.lengths[members],
+            selector,
+            rows.order[members],
+            rows.seeds[members],
+        )
+        _scatter(kept, tokens, selection.kept)
+        pools.append(Pool(selection.num_tokens, selection.num_kept, selection.threshold))
+    return kept, pools
+
+
+def weigh_mini_batches(rows: Rows, kept: Tensor, mini_batch: Tensor, rule: Rule) -> Tensor:
+    """Token weights, float32, shape (num_tokens,), of a selection; ``mini_batch`` as in :func:`pool_of_rows`."""
+    weights = torch.zeros(rows.entropy.numel(), dtype=torch.float32)
+    for members, tokens in _groups(mini_batch, rows.lengths):
         part = token_weights(
             _gather(kept, tokens),
-            _gather(eligible, tokens),
-            lengths[rows],
-            loss_agg_mode,
-            denominator,
-            _gather(entropy, tokens) if weight == "soft" else None,
+            _gather(rows.eligible, tokens),
+            rows.lengths[members],
+            rule.loss_agg_mode,
+            rule.denominator,
+            _gather(rows.entropy, tokens) if rule.weight == "soft" else None,
         )
         _scatter(weights, tokens, part)
-    return weights, pools
+    return weights
 
 
 def _groups(group_of_row: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, list[slice]]]:

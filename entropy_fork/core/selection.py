@@ -92,6 +92,12 @@ def kept_count(num_tokens: int, top_ratio: float) -> int:
     return max(1, math.ceil(Fraction(repr(float(top_ratio))) * num_tokens))
 
 
+def exact_count(num_tokens: int, selector: Selector) -> int:
+    """How many tokens of a pool ``ties="exact"`` keeps: known before any entropy is."""
+    count = kept_count(num_tokens, selector.top_ratio)
+    return count - kept_count(num_tokens, selector.band_from) if selector.select == "band" else count
+
+
 def select_tokens(
     entropy: Tensor,
     eligible: Tensor,

@@ -3,61 +3,149 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 
+import torch
 from torch import Tensor
-
-from entropy_fork.core.selection import Selection
 
 
 @dataclass(frozen=True)
-class PoolStatistics:
-    """Sums over one pool, kept as sums so that pools can be added without weighing them wrongly.
-
-    Attributes:
-        num_tokens, num_kept: counts of eligible and of kept tokens.
-        threshold: τ in nats.
-        entropy_kept, entropy_dropped: summed entropy in nats of either side.
-    """
+class Pool:
+    """One pool of a selection: its eligible tokens, how many were kept, and τ in nats (NaN where there is none)."""
 
     num_tokens: int
     num_kept: int
     threshold: float
-    entropy_kept: float
-    entropy_dropped: float
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over a set of tokens. Sums, so that the tallies of ranks and of mini-batches add up without wrong weights.
+
+    Attributes:
+        num_tokens, num_kept: eligible tokens, and those of them that were kept.
+        entropy_kept, entropy_dropped: summed entropy of either side, nats.
+        positive_tokens, positive_kept, negative_tokens, negative_kept: the same counts, by sign of the advantage.
+        responses, responses_without_kept: responses with an eligible token, and those of them without a kept one.
+        known_to_both, kept_by_both: kept tokens where another selection of the same pools is known, and those of them
+            that it keeps as well.
+        thresholds, threshold_sum, threshold_min, threshold_max: how many pools have a τ, and its sum and ends in nats.
+        pool_tokens_min: eligible tokens of the smallest pool.
+    """
+
+    num_tokens: float = 0.0
+    num_kept: float = 0.0
+    entropy_kept: float = 0.0
+    entropy_dropped: float = 0.0
+    positive_tokens: float = 0.0
+    positive_kept: float = 0.0
+    negative_tokens: float = 0.0
+    negative_kept: float = 0.0
+    responses: float = 0.0
+    responses_without_kept: float = 0.0
+    known_to_both: float = 0.0
+    kept_by_both: float = 0.0
+    thresholds: float = 0.0
+    threshold_sum: float = 0.0
+    threshold_min: float = math.inf
+    threshold_max: float = -math.inf
+    pool_tokens_min: float = math.inf
 
     @classmethod
-    def of(cls, selection: Selection, entropy: Tensor, eligible: Tensor) -> PoolStatistics:
-        """Measure a selection; ``entropy`` and ``eligible`` are the flat tensors that it was made from."""
-        kept = float(entropy[selection.kept].double().sum())
-        everything = float(entropy[eligible.bool()].double().sum())
-        return cls(selection.num_tokens, selection.num_kept, selection.threshold, kept, everything - kept)
+    def of(
+        cls,
+        kept: Tensor,
+        entropy: Tensor,
+        eligible: Tensor,
+        lengths: Tensor,
+        pools: Sequence[Pool],
+        advantages: Tensor | None = None,
+        kept_by_other: Tensor | None = None,
+    ) -> Tally:
+        """Count a selection; all tensors are flat, shape (num_tokens,), but ``lengths`` of shape (num_rows,)."""
+        eligible = eligible.bool()
+        entropy_kept = _sum(entropy, kept)
+        num_rows = lengths.numel()
+        row = torch.repeat_interleave(torch.arange(num_rows), lengths)
+        has_token, has_kept = (torch.zeros(num_rows, dtype=torch.bool) for _ in range(2))
+        has_token[row[eligible]] = True
+        has_kept[row[kept]] = True
+        by_sign = {}
+        if advantages is not None:
+            for name, side in (("positive", advantages > 0), ("negative", advantages < 0)):
+                by_sign[f"{name}_tokens"] = _count(side & eligible)
+                by_sign[f"{name}_kept"] = _count(side & kept)
+        pools = [pool for pool in pools if pool.num_tokens > 0]
+        thresholds = [pool.threshold for pool in pools if not math.isnan(pool.threshold)]
+        return cls(
+            num_tokens=_count(eligible),
+            num_kept=_count(kept),
+            entropy_kept=entropy_kept,
+            entropy_dropped=_sum(entropy, eligible) - entropy_kept,
+            responses=_count(has_token),
+            responses_without_kept=_count(has_token & ~has_kept),
+            known_to_both=0.0 if kept_by_other is None else _count(kept),
+            kept_by_both=0.0 if kept_by_other is None else _count(kept & kept_by_other),
+            thresholds=float(len(thresholds)),
+            threshold_sum=math.fsum(thresholds),
+            threshold_min=min(thresholds, default=math.inf),
+            threshold_max=max(thresholds, default=-math.inf),
+            pool_tokens_min=float(min((pool.num_tokens for pool in pools), default=math.inf)),
+            **by_sign,
+        )
+
+    @classmethod
+    def merged(cls, tallies: Iterable[Tally]) -> Tally:
+        """One tally of several, of ranks or of micro-batches."""
+        rows = [asdict(tally) for tally in tallies]
+        combined = {}
+        for field in fields(cls):
+            values = [row[field.name] for row in rows]
+            if field.name.endswith("_min"):
+                combined[field.name] = min(values, default=math.inf)
+            elif field.name.endswith("_max"):
+                combined[field.name] = max(values, default=-math.inf)
+            else:
+                combined[field.name] = math.fsum(values)
+        return cls(**combined)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of a step.
+
+        Returns:
+            ``kept_ratio`` (realised share), ``kept_tokens``, ``pool_tokens`` (of the smallest pool), ``threshold``
+            (mean over the pools, nats; also ``_min`` and ``_max``), ``entropy_kept`` and ``entropy_dropped`` (means in
+            nats), ``kept_ratio_positive`` and ``kept_ratio_negative`` (share kept of the tokens with an advantage above
+            and below zero), ``responses_without_kept`` (share of the responses), ``overlap_with_old`` (share of the
+            kept tokens that the old policy's entropies would keep). What has no value is left out, not reported as 0.
+        """
+        if self.num_tokens == 0:
+            return {}
+        metrics = {
+            "kept_ratio": self.num_kept / self.num_tokens,
+            "kept_tokens": self.num_kept,
+            "pool_tokens": self.pool_tokens_min,
+            "responses_without_kept": self.responses_without_kept / self.responses,
+        }
+        if self.thresholds > 0:
+            metrics["threshold"] = self.threshold_sum / self.thresholds
+            metrics["threshold_min"], metrics["threshold_max"] = self.threshold_min, self.threshold_max
+        for name, total, count in (
+            ("entropy_kept", self.entropy_kept, self.num_kept),
+            ("entropy_dropped", self.entropy_dropped, self.num_tokens - self.num_kept),
+            ("kept_ratio_positive", self.positive_kept, self.positive_tokens),
+            ("kept_ratio_negative", self.negative_kept, self.negative_tokens),
+            ("overlap_with_old", self.kept_by_both, self.known_to_both),
+        ):
+            if count > 0:
+                metrics[name] = total / count
+        return metrics
 
 
-def kept_metrics(pools: Sequence[PoolStatistics]) -> dict[str, float]:
-    """The metrics of one step, over all its pools.
+def _count(mask: Tensor) -> float:
+    return float(torch.count_nonzero(mask))
 
-    Returns:
-        ``kept_ratio`` (realised share), ``kept_tokens``, ``pool_tokens`` (smallest pool), ``threshold`` (mean over the
-        pools, nats), ``threshold_min``, ``threshold_max``, ``entropy_kept``, ``entropy_dropped`` (means in nats; a side
-        without tokens, and the threshold of a random selection, are left out rather than reported as zero).
-    """
-    pools = [pool for pool in pools if pool.num_tokens > 0]
-    if not pools:
-        return {}
-    num_tokens = sum(pool.num_tokens for pool in pools)
-    num_kept = sum(pool.num_kept for pool in pools)
-    metrics = {
-        "kept_ratio": num_kept / num_tokens,
-        "kept_tokens": float(num_kept),
-        "pool_tokens": float(min(pool.num_tokens for pool in pools)),
-    }
-    if thresholds := [pool.threshold for pool in pools if not math.isnan(pool.threshold)]:
-        metrics["threshold"] = math.fsum(thresholds) / len(thresholds)
-        metrics["threshold_min"], metrics["threshold_max"] = min(thresholds), max(thresholds)
-    if num_kept > 0:
-        metrics["entropy_kept"] = math.fsum(pool.entropy_kept for pool in pools) / num_kept
-    if num_kept < num_tokens:
-        metrics["entropy_dropped"] = math.fsum(pool.entropy_dropped for pool in pools) / (num_tokens - num_kept)
-    return metrics
+
+def _sum(values: Tensor, mask: Tensor) -> float:
+    return float(values[mask].sum(dtype=torch.float64))

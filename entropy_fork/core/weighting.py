@@ -9,6 +9,8 @@ verl's own aggregation does the rest.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,26 @@ DENOMINATORS = ("kept", "all")
 WEIGHTS = ("hard", "soft")
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a factor is made of, summed over a whole mini-batch on all ranks.
+
+    Attributes:
+        num_tokens, num_kept: eligible tokens, and those of them that were kept.
+        entropy_kept: their summed entropy in nats; used by soft weights only.
+    """
+
+    num_tokens: int
+    num_kept: int
+    entropy_kept: float = 0.0
+
+    @classmethod
+    def of(cls, kept: Tensor, eligible: Tensor, entropy: Tensor | None = None) -> Counts:
+        """Count the tokens given; ``entropy`` is needed for soft weights."""
+        entropy_kept = 0.0 if entropy is None else float(_not_negative(entropy)[kept].sum())
+        return cls(int(torch.count_nonzero(eligible)), int(torch.count_nonzero(kept)), entropy_kept)
+
+
 def token_weights(
     kept: Tensor,
     eligible: Tensor,
@@ -28,8 +50,9 @@ def token_weights(
     loss_agg_mode: str,
     denominator: str = "kept",
     soft_entropy: Tensor | None = None,
+    counts: Counts | None = None,
 ) -> Tensor:
-    """The weight of each token of one mini-batch over all ranks.
+    """The weight of each token of one mini-batch, or of a part of one.
 
     With everything kept and hard weights all are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit, also where
     verl divides by more tokens than are eligible (tokens that rollout correction rejected stay in its denominator).
@@ -42,6 +65,7 @@ def token_weights(
         denominator: ``kept`` turns verl's mean over all tokens into the mean over the kept ones, ``all`` leaves it.
         soft_entropy: float, shape (num_tokens,), nats: where given, a kept token's weight is in proportion to its
             entropy, with a mean of 1 over the kept tokens, instead of 1.
+        counts: of the whole mini-batch, where the tokens given are only a part of it (a micro-batch, a rank's share).
 
     Returns:
         float32, shape (num_tokens,). All zero where nothing is kept (never NaN).
@@ -51,19 +75,17 @@ def token_weights(
     """
     if denominator not in DENOMINATORS:
         raise ValueError(f"denominator must be one of {', '.join(DENOMINATORS)}, got {denominator!r}")
+    counts = Counts.of(kept, eligible, soft_entropy) if counts is None else counts
     weights = kept.to(torch.float32)
-    num_kept = int(kept.sum())
-    if num_kept == 0:
+    if counts.num_kept == 0:
         return weights
-    if soft_entropy is not None:
-        entropy = soft_entropy.to(torch.float64).clamp(min=0.0)
-        mean = float(entropy[kept].mean())
-        if mean > 0.0:
-            weights.mul_((entropy / mean).to(torch.float32))
+    if soft_entropy is not None and counts.entropy_kept > 0.0:
+        mean = counts.entropy_kept / counts.num_kept
+        weights.mul_((_not_negative(soft_entropy) / mean).to(torch.float32))
     if denominator == "all" or loss_agg_mode in TOKEN_SUMS:
         return weights
     if loss_agg_mode == TOKEN_MEAN:
-        return weights.mul_(int(eligible.sum()) / num_kept)
+        return weights.mul_(counts.num_tokens / counts.num_kept)
     if loss_agg_mode == SEQ_MEAN_TOKEN_MEAN:
         # Each sequence has a mean of its own; one without a kept token keeps weight zero.
         row = torch.repeat_interleave(torch.arange(lengths.numel()), lengths.cpu())
@@ -75,3 +97,7 @@ def token_weights(
     raise ValueError(
         f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {(TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)}"
     )
+
+
+def _not_negative(entropy: Tensor) -> Tensor:
+    return entropy.to(torch.float64).clamp(min=0.0)

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from entropy_fork.core.batch import POOLS
+from entropy_fork.core.batch import ENTROPIES, POOLS, Rule
 from entropy_fork.core.schedule import ratio_at
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.weighting import DENOMINATORS, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, WEIGHTS
@@ -30,18 +30,21 @@ MASKABLE_LOSSES = (
     "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "dro", "cispo",
 )  # fmt: skip
 
+#: verl's engines that ``engine.py`` can make the selection in
+MASKED_STRATEGIES = ("fsdp", "fsdp2")
+
 #: verl's V1 trainers that ``trainer.py`` replaces by masked subclasses
 MASKED_TRAINERS = ("sync", "colocate_async", "separate_async")
 
 
-def guarded_name(loss_mode: str) -> str:
+def guarded_name(loss_mode: str, in_worker: bool = False) -> str:
     """The name under which ``policy_loss.py`` registers a loss of verl's with its guard."""
-    return f"{NODE}/{loss_mode}"
+    return f"{NODE}/in_worker/{loss_mode}" if in_worker else f"{NODE}/{loss_mode}"
 
 
 @dataclass
 class EntropyForkConfig:
-    """Which tokens are trained on, by their entropy under the old policy.
+    """Which tokens are trained on, by the entropy of their position. See docs/semantics.md.
 
     Attributes:
         enabled: False leaves verl as it is (the preset ``off``: the same recipe as its own all-token baseline).
@@ -49,7 +52,10 @@ class EntropyForkConfig:
             verl's own update bit for bit.
         select: ``top`` (highest entropy), ``bottom`` (lowest), ``random``, or ``band`` (between ``band_from`` and ρ).
         band_from: for ``band``, in (0, ρ).
-        pool: ``response``, ``mini_batch`` or ``batch``: over what the share is taken; the last two span all ranks.
+        entropy: ``old`` (of the policy that verl computes the old log-probs with: free) or ``current`` (of the policy
+            at each gradient step: the paper's Eq. 1 and the authors' code).
+        pool: ``response``, ``micro_batch``, ``mini_batch`` or ``batch``: over what the share is taken; the last two
+            span all ranks.
         ties: ``exact`` (⌈ρN⌉ tokens, earliest position first) or ``threshold`` (every token at τ).
         denominator: ``kept`` (the paper's v2, the authors' code) or ``all`` (v1, TRL, ms-swift).
         weight: ``hard`` (1 for a kept token) or ``soft`` (in proportion to its entropy, with a mean of 1).
@@ -62,6 +68,7 @@ class EntropyForkConfig:
     top_ratio: float = 0.2
     select: str = "top"
     band_from: float = 0.0
+    entropy: str = "old"
     pool: str = "mini_batch"
     ties: str = "exact"
     denominator: str = "kept"
@@ -80,17 +87,37 @@ class EntropyForkConfig:
         ratio = ratio_at(step, self.top_ratio, self.schedule, self.final_ratio, self.schedule_steps)
         return Selector(ratio, self.select, self.ties, self.band_from)
 
+    def rule_at(self, step: int, loss_agg_mode: str) -> Rule:
+        """All of it at a training step, for a given ``actor.loss_agg_mode``."""
+        return Rule(self.selector_at(step), self.entropy, self.pool, loss_agg_mode, self.denominator, self.weight)
+
+    def in_worker(self, shuffle: bool) -> bool:
+        """Whether the selection can only be made in the worker, in or right before a gradient step.
+
+        Args:
+            shuffle: verl's ``actor.shuffle``, which draws the mini-batches there.
+        """
+        return self.entropy == "current" or self.pool == "micro_batch" or shuffle
+
     def check(self) -> None:
         """Raise a ValueError for what any step of a run would stumble over."""
         for step in (1, max(1, self.schedule_steps)):
             self.selector_at(step)
         for name, value, known in (
+            ("entropy", self.entropy, ENTROPIES),
             ("pool", self.pool, POOLS),
             ("denominator", self.denominator, DENOMINATORS),
             ("weight", self.weight, WEIGHTS),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.entropy == "current" and self.pool == "batch":
+            raise ValueError(
+                "entropy=current has no pool=batch: the policy changes with each mini-batch of the batch. Write "
+                "pool=mini_batch, or entropy=old"
+            )
+        if self.entropy == "current" and self.select == "random":
+            raise ValueError("select=random looks at no entropy; write entropy=old, which costs nothing")
 
 
 def register_schema() -> None:
@@ -146,7 +173,7 @@ def check_before_training(config: DictConfig) -> None:
         _make_typed(config)
         _check_data_files(config)
     if masked is not None:
-        check_maskable(config)
+        check_maskable(config, masked)
 
 
 def preset_names(group: str) -> list[str]:
@@ -167,7 +194,7 @@ def _make_typed(config: DictConfig) -> None:
         config[NODE] = OmegaConf.merge(OmegaConf.structured(EntropyForkConfig), node)
 
 
-def check_maskable(config: DictConfig) -> None:
+def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:
     """Refuse what the token weights would not reach, or would not be exact in.
 
     The launcher asks before Ray starts, and the trainer once more, for those who start it in another way.
@@ -202,10 +229,11 @@ def check_maskable(config: DictConfig) -> None:
         )
     if actor.loss_agg_mode not in (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS):
         raise EntropyForkError(f"actor.loss_agg_mode={actor.loss_agg_mode} is not known to entropy_fork.")
-    if actor.shuffle:
+    if masked.in_worker(actor.shuffle) and actor.strategy not in MASKED_STRATEGIES:
         raise EntropyForkError(
-            "actor.shuffle=True draws the mini-batches inside the workers, so the top tokens of a mini-batch cannot be "
-            "taken before. Write actor_rollout_ref.actor.shuffle=False (verl's default), or entropy_fork=off."
+            f"entropy=current, pool=micro_batch and actor.shuffle=True select in the worker, which works in verl's "
+            f"engines {', '.join(MASKED_STRATEGIES)}, and actor.strategy={actor.strategy}. Write {NODE}.entropy=old "
+            f"{NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False, which works in every engine."
         )
     if OmegaConf.select(config, "distillation.enabled", default=False):
         raise EntropyForkError(

@@ -75,8 +75,9 @@ def _register() -> None:
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.trainer")
     register_on_import("verl.trainer.ppo.core_algos", "entropy_fork.verl.policy_loss")
     register_on_import("verl.trainer.ppo.ray_trainer", "entropy_fork.verl.legacy_trainer")
+    register_on_import("verl.workers.engine", "entropy_fork.verl.engine")
     if ON_CPU:
-        platform_cpu.register()
+        platform_cpu.register()  # before our engines, which derive from those that it registers
         register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")
 
 

@@ -4,33 +4,110 @@ Hook: verl's public registry of policy losses (``verl/trainer/ppo/core_algos.py:
 sends its workers the loss ``entropy_fork/NAME`` in the place of ``NAME`` (see ``trainer.py``). It computes what verl's
 loss computes. A worker without this plugin does not know the name and stops; a worker whose batch has no weights stops
 too, instead of training on all tokens. Either way the error comes from the process that would have got it wrong.
+
+Where the selection is made in the worker (``gradient_step.py``), weights in the batch prove nothing: they may be the
+importance weights of rollout correction alone. The loss is then ``entropy_fork/in_worker/NAME``, which runs only inside
+of :func:`weights_written`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn, register_policy_loss
+import torch
+from torch import Tensor
+from verl.trainer.ppo.core_algos import get_policy_loss_fn, register_policy_loss
 
-from entropy_fork.verl.config import MASKABLE_LOSSES, guarded_name
+from entropy_fork.verl.config import MASKABLE_LOSSES, NODE, guarded_name
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
+_written = ContextVar("entropy_fork_weights_written", default=False)
 
-def _guarded(name: str) -> Callable[..., Any]:
-    @functools.wraps(POLICY_LOSS_REGISTRY[name])
-    def policy_loss(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("rollout_is_weights") is None:
+
+@contextmanager
+def weights_written() -> Iterator[None]:
+    """Declare that the weights of the micro-batch at hand were written in this process."""
+    token = _written.set(True)
+    try:
+        yield
+    finally:
+        _written.reset(token)
+
+
+def _guarded(name: str, in_worker: bool) -> Callable[..., Any]:
+    def policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if rollout_is_weights is None or (in_worker and not _written.get()):
             raise EntropyForkError(
                 f"a mask was asked for, but no token weights reached the policy loss in {process_name()}: it would "
                 f"train on all tokens, so it stops here."
             )
         # Looked up at every call, so that a loss which somebody registers anew under verl's name is the one used.
-        return get_policy_loss_fn(name)(*args, **kwargs)
+        loss, metrics = get_policy_loss_fn(name)(
+            old_log_prob=old_log_prob,
+            log_prob=log_prob,
+            advantages=advantages,
+            response_mask=response_mask,
+            loss_agg_mode=loss_agg_mode,
+            config=config,
+            rollout_is_weights=rollout_is_weights,
+        )
+        kept = (rollout_is_weights != 0) & response_mask.bool()
+        return loss, metrics | kept_sums(old_log_prob, log_prob.detach(), advantages, kept, config)
 
     return policy_loss
 
 
+def kept_sums(
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, kept: Tensor, config: Any
+) -> dict[str, float]:
+    """What verl's ``pg_clipfrac`` and ``ppo_kl`` would be on the kept tokens, as sums over a micro-batch.
+
+    verl averages a loss's metrics over micro-batches and ranks, whatever their sizes. Of sums that leaves their ratio
+    right: see :func:`kept_means`.
+
+    Args:
+        old_log_prob, log_prob, advantages: float, shape (rows, response_length); nats for the first two.
+        kept: bool, same shape.
+        config: verl's ``ActorConfig``, for its clip range.
+
+    Returns:
+        The number of kept tokens; how many of them PPO's clip would take out of the gradient (whether or not this loss
+        clips); and their summed ``old_log_prob - log_prob``.
+    """
+    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped = ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+    return {
+        f"{NODE}/loss_tokens": float(kept.sum()),
+        f"{NODE}/loss_clipped": float((clipped & kept).sum()),
+        f"{NODE}/loss_kl": float(torch.where(kept, -log_ratio, 0.0).sum()),
+    }
+
+
+def kept_means(sums: dict[str, float]) -> dict[str, float]:
+    """``pg_clipfrac`` and ``ppo_kl`` (nats) of the kept tokens, from (averaged) :func:`kept_sums`."""
+    tokens = sums[f"{NODE}/loss_tokens"]
+    if tokens == 0:
+        return {}
+    return {
+        f"{NODE}/pg_clipfrac": sums[f"{NODE}/loss_clipped"] / tokens,
+        f"{NODE}/ppo_kl": sums[f"{NODE}/loss_kl"] / tokens,
+    }
+
+
 for _name in MASKABLE_LOSSES:
-    register_policy_loss(guarded_name(_name))(_guarded(_name))
+    for _in_worker in (False, True):
+        register_policy_loss(guarded_name(_name, _in_worker))(_guarded(_name, _in_worker))

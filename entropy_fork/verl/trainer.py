@@ -10,23 +10,38 @@ entropies over all ranks (``_compute_old_log_prob``), and has laid the rows out 
 contiguous part (``_balance_batch``), which its worker cuts into mini-batches in order
 (``engine_workers.py: train_mini_batch``). The weights go into the field ``rollout_is_weights``, which verl's policy
 losses multiply into the loss of each token; importance weights that already stand there are multiplied, not replaced.
+
+What cannot be selected here (the current policy's entropies, micro-batches, shuffled mini-batches) is selected in the
+worker: see ``gradient_step.py``. The driver then sends the rule, and who each row is.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import open_dict
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 
-from entropy_fork.core.batch import batch_weights
+from entropy_fork.core.batch import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.randomness import seed_of
-from entropy_fork.core.statistics import kept_metrics
-from entropy_fork.verl.config import MASKED_TRAINERS, NODE, check_maskable, guarded_name, read_config
+from entropy_fork.core.statistics import Tally
+from entropy_fork.verl.config import (
+    MASKED_TRAINERS,
+    NODE,
+    EntropyForkConfig,
+    check_maskable,
+    guarded_name,
+    read_config,
+)
+from entropy_fork.verl.engine import check_worker
 from entropy_fork.verl.errors import EntropyForkError, process_name
+from entropy_fork.verl.gradient_step import KEPT, ROW_IDENTITY, RULE, tally_of
+from entropy_fork.verl.policy_loss import kept_means
 
 
 class TokenWeights:
@@ -35,12 +50,23 @@ class TokenWeights:
     def __init__(self, config: Any):
         self.entropy_fork = read_config(config)
         if self.entropy_fork is not None:
-            check_maskable(config)
+            check_maskable(config, self.entropy_fork)
+            actor = config.actor_rollout_ref.actor
             with open_dict(config):  # what the workers will be given
-                policy_loss = config.actor_rollout_ref.actor.policy_loss
-                policy_loss.loss_mode = guarded_name(policy_loss.loss_mode)
-            print(f"entropy_fork: top_ratio={self.entropy_fork.top_ratio} is active in {process_name()}", flush=True)
+                in_worker = self.entropy_fork.in_worker(actor.shuffle)
+                actor.policy_loss.loss_mode = guarded_name(actor.policy_loss.loss_mode, in_worker)
+            print(f"entropy_fork: {_in_words(self.entropy_fork)} is active in {process_name()}", flush=True)
         super().__init__(config)  # type: ignore[call-arg]
+
+    def on_init_end(self) -> None:
+        if self.entropy_fork is not None:
+            actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
+            strategy = actor.strategy if self.entropy_fork.in_worker(actor.shuffle) else None
+            workers = self.actor_rollout_wg.workers  # type: ignore[attr-defined]
+            ray.get(
+                [worker.__ray_call__.remote(check_worker, actor.policy_loss.loss_mode, strategy) for worker in workers]
+            )
+        super().on_init_end()  # type: ignore[misc]
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
@@ -49,8 +75,28 @@ class TokenWeights:
             batch = self._write_token_weights(batch, metrics)
         return batch
 
+    def _update_actor(self, batch: Any, metrics: dict) -> Any:
+        if self.entropy_fork is None:
+            return super()._update_actor(batch, metrics)  # type: ignore[misc]
+        config = self.config.actor_rollout_ref  # type: ignore[attr-defined]
+        in_worker = self.entropy_fork.in_worker(config.actor.shuffle)
+        if in_worker:
+            rule = self.entropy_fork.rule_at(self.global_steps, config.actor.loss_agg_mode)  # type: ignore[attr-defined]
+            batch.extra_info[RULE] = rule
+        num_rows = len(batch)
+        batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
+        prefix = f"actor/{NODE}/"
+        ours = {key.removeprefix("actor/"): metrics.pop(key) for key in list(metrics) if key.startswith(prefix)}
+        metrics.update(kept_means(ours))
+        if in_worker and self.entropy_fork.pool != "batch":  # which was selected, and reported, on the driver
+            tally = tally_of(ours, num_rows // (config.actor.ppo_mini_batch_size * config.rollout.n))
+            metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
+        return batch
+
     def _write_token_weights(self, batch: Any, metrics: dict) -> Any:
         """Select in each pool, write ``rollout_is_weights``, and report what was kept.
+
+        Where the selection is made in the worker, what is written is what that needs: who each row is.
 
         Returns the batch as the TransferQueue describes it after the write. Workers fetch the fields that the
         description names and no others, so with the old one the weights would not reach them. (Where importance
@@ -58,41 +104,47 @@ class TokenWeights:
         """
         assert self.entropy_fork is not None
         actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
-        fields = ["entropy", "response_mask", "rollout_is_weights", "index"]
+        fields = ["entropy", "response_mask", "rollout_is_weights", "advantages", "index"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         if "entropy" not in data:
             raise EntropyForkError(
                 f"a mask was asked for, but this step's batch has no entropies in {process_name()}: verl's log-prob "
                 f"pass did not write them. Without them the run would train on all tokens, so it stops here."
             )
-        response_mask = data["response_mask"]
-        if not torch.equal(data["entropy"].offsets(), response_mask.offsets()):
+        offsets = data["response_mask"].offsets()
+        if not torch.equal(data["entropy"].offsets(), offsets):
             raise EntropyForkError("entropies and response masks of the batch have different lengths")
+        rule = self.entropy_fork.rule_at(self.global_steps, actor.loss_agg_mode)  # type: ignore[attr-defined]
         identities = _identities(batch.keys, data.get("index", None))
-        spec = self.entropy_fork
-        selector = spec.selector_at(self.global_steps)  # type: ignore[attr-defined]
-        weights, pools = batch_weights(
+        rows = Rows(
             entropy=data["entropy"].values(),
-            eligible=response_mask.values(),
-            lengths=response_mask.offsets().diff(),
-            mini_batch=self._mini_batch_of_row(len(batch)),
-            selector=selector,
-            pool=spec.pool,
-            loss_agg_mode=actor.loss_agg_mode,
-            denominator=spec.denominator,
-            weight=spec.weight,
-            row_order=_order(identities),
-            row_seeds=_seeds(identities, spec.seed, self.global_steps) if selector.select == "random" else None,  # type: ignore[attr-defined]
+            eligible=data["response_mask"].values(),
+            lengths=offsets.diff(),
+            order=_order(identities),
+            seeds=_seeds(identities, self.entropy_fork.seed, self.global_steps),  # type: ignore[attr-defined]
         )
-        if "rollout_is_weights" in data:
-            weights = weights * data["rollout_is_weights"].values()
-        output = torch.nested.nested_tensor_from_jagged(weights, response_mask.offsets())
-        metrics.update({f"{NODE}/{name}": value for name, value in kept_metrics(pools).items()})
-        metrics[f"{NODE}/top_ratio"] = selector.top_ratio
+        metrics[f"{NODE}/top_ratio"] = rule.selector.top_ratio
+        in_worker = self.entropy_fork.in_worker(actor.shuffle)
+        written = {}
+        if in_worker:
+            written[ROW_IDENTITY] = _nested(torch.stack([rows.order, rows.seeds], dim=1).flatten(), 2)
+        if not in_worker or rule.pool == "batch":  # a worker sees no more than its mini-batch
+            mini_batch = torch.zeros_like(rows.lengths) if in_worker else self._mini_batch_of_row(len(batch))
+            kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
+            advantages = data["advantages"].values()
+            tally = Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages)
+            metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
+            if in_worker:
+                written[KEPT] = torch.nested.nested_tensor_from_jagged(kept.to(torch.uint8), offsets)
+            else:
+                weights = weigh_mini_batches(rows, kept, mini_batch, rule)
+                if "rollout_is_weights" in data:
+                    weights = weights * data["rollout_is_weights"].values()
+                written["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(weights, offsets)
         return tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
-            fields=TensorDict({"rollout_is_weights": output}, batch_size=len(batch)),
+            fields=TensorDict(written, batch_size=len(batch)),
         )
 
     def _mini_batch_of_row(self, num_rows: int) -> torch.Tensor:
@@ -135,6 +187,15 @@ def _order(identities: list[tuple[str, int, int, str]]) -> torch.Tensor:
 def _seeds(identities: list[tuple[str, int, int, str]], seed: int, step: int) -> torch.Tensor:
     """A seed per row for ``select=random``: the same on other ranks, in other orders and after a resume."""
     return torch.tensor([seed_of(seed, step, *identity[:3]) for identity in identities], dtype=torch.int64)
+
+
+def _nested(values: torch.Tensor, per_row: int) -> torch.Tensor:
+    return torch.nested.nested_tensor_from_jagged(values, torch.arange(0, values.numel() + 1, per_row))
+
+
+def _in_words(spec: EntropyForkConfig) -> str:
+    changed = [f.name for f in fields(spec) if getattr(spec, f.name) != f.default or f.name == "top_ratio"]
+    return " ".join(f"{name}={getattr(spec, name)}" for name in changed)
 
 
 def install() -> None:

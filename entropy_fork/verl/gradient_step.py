@@ -1,0 +1,227 @@
+"""Selection in the worker: the mask of one gradient step, made where the mini-batch is.
+
+The driver cannot select before the update what is only known during it: the current policy's entropies, what shares a
+micro-batch, and mini-batches that are shuffled in the worker. Then it sends the :class:`Rule` along with the batch, and
+the engine (see ``engine.py``) makes the mask before, or in, each gradient step:
+
+- Entropies that are known before the step (the old policy's, or the current one's by a pass without gradients) give
+  weights that are written into the batch before it is cut into micro-batches.
+- The current policy's over a micro-batch need no pass of their own: the loss sees them (``model_output["entropy"]``).
+  How many tokens *all* micro-batches on all ranks will keep follows from their sizes, so the denominator is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
+from verl.workers.engine.utils import prepare_micro_batches
+from verl.workers.utils.padding import response_from_nested
+
+from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools
+from entropy_fork.core.ranks import Ranks, select_over_ranks
+from entropy_fork.core.selection import exact_count
+from entropy_fork.core.statistics import Pool, Tally
+from entropy_fork.core.weighting import Counts, token_weights
+from entropy_fork.verl.config import NODE
+from entropy_fork.verl.errors import EntropyForkError, process_name
+from entropy_fork.verl.policy_loss import weights_written
+
+#: what the driver sends: the rule; per row its order and its seed; and, where it could select itself, the kept tokens
+RULE = "entropy_fork_rule"
+ROW_IDENTITY = "entropy_fork_row_identity"
+KEPT = "entropy_fork_kept"
+
+#: the number of a row in its mini-batch, by which a micro-batch is recognised
+ROW = "entropy_fork_row"
+
+
+class GradientStep:
+    """The mask of one gradient step on one rank.
+
+    Args:
+        engine: verl's engine; its data-parallel ranks must all make their step.
+        data: this rank's rows of the mini-batch, in verl's layout without padding. Weights are multiplied into its
+            field ``rollout_is_weights`` here, unless they are made in the loss.
+        rule: what to keep.
+        loss_function: verl's.
+
+    Raises:
+        EntropyForkError: entropies that the rule needs are not there.
+        ValueError: an entropy that is not finite.
+    """
+
+    def __init__(self, engine: Any, data: TensorDict, rule: Rule, loss_function: Callable[..., Any]):
+        self.rule = rule
+        self.loss_function = loss_function
+        self.ranks = Ranks(engine.get_data_parallel_group(), get_device_name())
+        self.entropy_wanted: bool = tu.get_non_tensor_data(data, key="calculate_entropy", default=False)
+        self._engine = engine
+        self._tallies: list[Tally] = []
+        # Hard weights of exactly so many tokens need nothing of a micro-batch but its size.
+        exact = rule.selector.ties == "exact" and rule.weight == "hard"
+        self.in_loss = rule.entropy == "current" and rule.pool == "micro_batch" and exact
+        self._micro_batches: list[list[int]] = []
+        if rule.pool == "micro_batch":
+            data[ROW] = torch.arange(len(data), device=data["response_mask"].device)
+            self._micro_batches = _cut(engine, data)
+        self._next_micro_batch = 0
+        if self.in_loss:
+            self._counts = self._counts_of(data["response_mask"])
+            tu.assign_non_tensor(data, calculate_entropy=True)
+        else:
+            _multiply_into(data, self._weights_before(data))
+
+    def loss(self, model_output: dict[str, Any], data: TensorDict, dp_group: Any = None) -> Any:
+        """verl's loss on a micro-batch, with its weights in place."""
+        if self.rule.pool == "micro_batch":
+            self._check_micro_batch(data)
+        if self.in_loss:
+            entropy = response_from_nested(model_output["entropy"].detach(), data["response_mask"]).values()
+            _multiply_into(data, self._weights_in_loss(data, entropy))
+            if not self.entropy_wanted:  # verl would report it, and add 0 times its gradient
+                model_output = {name: value for name, value in model_output.items() if name != "entropy"}
+        with weights_written():
+            return self.loss_function(model_output=model_output, data=data, dp_group=dp_group)
+
+    @contextmanager
+    def entropy_without_gradient(self) -> Iterator[None]:
+        """Where only the mask looks at the entropies, keep no graph of them: it is as large as the logits."""
+        if not self.in_loss or self.entropy_wanted:
+            yield
+            return
+        function = self._engine.compute_entropy_from_logits
+        self._engine.compute_entropy_from_logits = torch.no_grad()(function)
+        try:
+            yield
+        finally:
+            self._engine.compute_entropy_from_logits = function
+
+    def metrics(self) -> dict[str, list[float]]:
+        """The :class:`Tally` of the step over all ranks, as verl collects metrics; see :func:`tally_of`."""
+        tally = self.ranks.merge_tallies(Tally.merged(self._tallies))
+        return {f"{NODE}/{name}": [value] for name, value in asdict(tally).items()}
+
+    def _weights_before(self, data: TensorDict) -> Tensor:
+        old = data["entropy"].values().cpu() if "entropy" in data else None
+        if self.rule.entropy == "current":
+            rows = _rows(data, self._entropy_of_a_pass(data))
+        elif old is not None:
+            rows = _rows(data, old)
+        else:
+            raise EntropyForkError(f"a mask was asked for, but the batch has no entropies in {process_name()}.")
+        if KEPT in data:
+            kept, pools = data[KEPT].values().cpu().bool(), list[Pool]()
+        else:
+            kept, pools = self._select(rows)
+        by_old = None
+        if self.rule.entropy == "current" and old is not None:
+            by_old, _ = self._select(replace(rows, entropy=old))
+        self._count(data, rows, kept, pools, by_old)
+        soft_entropy = rows.entropy if self.rule.weight == "soft" else None
+        counts = self.ranks.sum_counts(Counts.of(kept, rows.eligible, soft_entropy))
+        return self._weigh(rows, kept, counts)
+
+    def _weights_in_loss(self, data: TensorDict, entropy: Tensor) -> Tensor:
+        rows = _rows(data, entropy.cpu())
+        one_pool = torch.zeros_like(rows.lengths)
+        kept, pools = select_in_pools(rows, one_pool, self.rule.selector)
+        by_old = None
+        if "entropy" in data:
+            old = replace(rows, entropy=data["entropy"].values().cpu())
+            by_old, _ = select_in_pools(old, one_pool, self.rule.selector)
+        self._count(data, rows, kept, pools, by_old)
+        return self._weigh(rows, kept, self._counts)
+
+    def _select(self, rows: Rows) -> tuple[Tensor, list[Pool]]:
+        if self.rule.pool == "mini_batch":
+            kept, pool = select_over_ranks(rows, self.rule.selector, self.ranks)
+            return kept, [pool]
+        micro_batch = torch.zeros_like(rows.lengths)
+        for number, members in enumerate(self._micro_batches):
+            micro_batch[members] = number
+        one_mini_batch = torch.zeros_like(rows.lengths)
+        return select_in_pools(rows, pool_of_rows(self.rule.pool, one_mini_batch, micro_batch), self.rule.selector)
+
+    def _weigh(self, rows: Rows, kept: Tensor, counts: Counts) -> Tensor:
+        soft_entropy = rows.entropy if self.rule.weight == "soft" else None
+        mode, denominator = self.rule.loss_agg_mode, self.rule.denominator
+        return token_weights(kept, rows.eligible, rows.lengths, mode, denominator, soft_entropy, counts)
+
+    def _count(self, data: TensorDict, rows: Rows, kept: Tensor, pools: list[Pool], by_old: Tensor | None) -> None:
+        advantages = data["advantages"].values().cpu()
+        self._tallies.append(Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages, by_old))
+
+    def _entropy_of_a_pass(self, data: TensorDict) -> Tensor:
+        tu.assign_non_tensor(data, calculate_entropy=True)
+        output = self._engine.infer_batch(data)["model_output"]
+        tu.assign_non_tensor(data, calculate_entropy=self.entropy_wanted)
+        return response_from_nested(output["entropy"], data["response_mask"]).values().cpu()
+
+    def _counts_of(self, response_mask: Tensor) -> Counts:
+        """Kept and eligible tokens of the mini-batch, before any of its entropies is known."""
+        mask: Any = response_mask
+        row = torch.repeat_interleave(torch.arange(len(mask)), mask.offsets().diff().cpu())
+        per_row = torch.bincount(row, weights=mask.values().cpu().double(), minlength=len(mask))
+        sizes = [int(per_row[members].sum()) for members in self._micro_batches]
+        kept = sum(exact_count(size, self.rule.selector) for size in sizes)
+        return self.ranks.sum_counts(Counts(sum(sizes), kept))
+
+    def _check_micro_batch(self, data: TensorDict) -> None:
+        members = data[ROW].tolist()
+        if members != self._micro_batches[self._next_micro_batch]:
+            raise EntropyForkError(
+                f"verl cut the mini-batch into other micro-batches than were counted in {process_name()} (rows "
+                f"{members}), so the denominator would be wrong. Write entropy_fork.pool=mini_batch, and report this."
+            )
+        self._next_micro_batch += 1
+
+
+def tally_of(metrics: dict[str, float], num_mini_batches: int) -> Tally:
+    """The tally of a training step from the metrics that :meth:`GradientStep.metrics` gave, averaged by verl."""
+    average = Tally(**{name: metrics[f"{NODE}/{name}"] for name in asdict(Tally())})
+    return Tally.merged([average] * num_mini_batches)
+
+
+def _rows(data: TensorDict, entropy: Tensor) -> Rows:
+    mask = data["response_mask"]
+    if entropy.numel() != mask.values().numel():
+        raise EntropyForkError(f"{entropy.numel()} entropies for {mask.values().numel()} response tokens")
+    order, seeds = data[ROW_IDENTITY].values().cpu().view(-1, 2).unbind(1)
+    return Rows(entropy, mask.values().cpu(), mask.offsets().diff().cpu(), order, seeds)
+
+
+def _multiply_into(data: TensorDict, weights: Tensor) -> None:
+    mask = data["response_mask"]
+    weights = weights.to(mask.device)
+    if "rollout_is_weights" in data:
+        weights = weights * data["rollout_is_weights"].values()
+    lengths = mask.offsets().diff()
+    data["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(
+        weights,
+        mask.offsets(),
+        # without these, torch pads every row to the length of all of them together
+        min_seqlen=int(lengths.min()),
+        max_seqlen=int(lengths.max()),
+    )
+
+
+def _cut(engine: Any, data: TensorDict) -> list[list[int]]:
+    """The rows of each micro-batch, in order: verl's own function on what it looks at, so not on the whole batch."""
+    settings = ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "force_group_size")
+    light = tu.get_tensordict(
+        {"input_ids": data["input_ids"], ROW: data[ROW]},
+        {name: tu.get_non_tensor_data(data, key=name, default=None) for name in settings if name in data},
+    )
+    tu.assign_non_tensor(light, sp_size=engine.ulysses_sequence_parallel_size)
+    micro_batches, _ = prepare_micro_batches(
+        light, dp_group=engine.get_data_parallel_group(), same_micro_num_in_dp=True
+    )
+    return [micro_batch[ROW].tolist() for micro_batch in micro_batches]
