@@ -56,7 +56,7 @@ class Processes:
         answers = []
         for process, connection in self._members:
             if not connection.poll(TIMEOUT_SECONDS):
-                raise TimeoutError(f"{function.__name__} hangs in pid {process.pid}")
+                raise TimeoutError(f"{function} hangs in pid {process.pid}")
             answers.append(connection.recv())
         if failures := [answer for is_good, answer in answers if not is_good]:
             raise RuntimeError("\n".join(failures))

@@ -16,9 +16,10 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine.base import EngineRegistry
 
+# As a module: where importing it is what imported verl's engines, it is half-way through at this moment.
+from entropy_fork.verl import gradient_step
 from entropy_fork.verl.config import MASKED_STRATEGIES, NODE
 from entropy_fork.verl.errors import EntropyForkError, process_name
-from entropy_fork.verl.gradient_step import RULE, GradientStep
 
 #: vendors of verl's own platforms, which register no engine of their own; another vendor's plugin may, and keeps it
 VENDORS = ("nvidia", "amd", "huawei", "cpu")
@@ -29,10 +30,10 @@ class ForkingTokens:
 
     def train_batch(self, data: TensorDict, loss_function: Callable[..., Any]) -> Any:
         """One gradient step; with a rule in ``data``, on the tokens that it keeps."""
-        rule = tu.get_non_tensor_data(data, key=RULE, default=None)
+        rule = tu.get_non_tensor_data(data, key=gradient_step.RULE, default=None)
         if rule is None:
             return super().train_batch(data, loss_function)  # type: ignore[misc]
-        step = GradientStep(self, data, rule, loss_function)
+        step = gradient_step.GradientStep(self, data, rule, loss_function)
         with step.entropy_without_gradient():
             outputs = super().train_batch(data, step.loss)  # type: ignore[misc]
         outputs["metrics"].update(step.metrics())
