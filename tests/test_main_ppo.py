@@ -200,3 +200,25 @@ def test_the_colocated_asynchronous_trainer_is_masked_too(main_ppo) -> None:  # 
     assert all(low < high for low, high in zip(kept, dropped, strict=True))
     # only the first step: the answers of the second were begun by the policy before it, as this mode has it
     assert run.metric("training/rollout_probs_diff_max")[0] < 1e-4
+
+
+def test_the_separate_asynchronous_trainer_is_masked_too(main_ppo) -> None:  # type: ignore[no-untyped-def]
+    """Two FSDP ranks send their weights, in several buckets, to a server of its own, and take two updates in between.
+
+    With no answers ordered in advance each step's come from the weights that were sent last, and are compared with the
+    trainer's at that time. Both steps tell when the second update has lost the policy that its answers came from, and
+    the second step tells when the weights did not arrive.
+    """
+    run = main_ppo(
+        "trainer.v1.trainer_mode=separate_async",
+        "trainer.v1.separate_async.parameter_sync_step=2",
+        "trainer.v1.separate_async.num_warmup_batches=0",
+        "trainer.total_training_steps=2",
+        "trainer.n_gpus_per_node=2",
+        "actor_rollout_ref.rollout.nnodes=1",
+        "actor_rollout_ref.rollout.n_gpus_per_node=1",
+        "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=1",
+    )
+    assert run.metric("entropy_fork/kept_ratio") == [pytest.approx(0.2, abs=0.01)] * 2
+    assert run.metric("training/off_policy/trajectory_staleness/max") == [0, 0]
+    assert max(run.metric("training/rollout_probs_diff_max")) < 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import inspect
 import os
@@ -11,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from verl.checkpoint_engine import CheckpointEngineRegistry
 from verl.plugin.platform import get_platform
 from verl.trainer.ppo.v1 import replay_buffer
-from verl.utils import distributed, flops_counter
+from verl.utils import distributed, flops_counter, fsdp_utils
 from verl.utils import model as verl_model
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
@@ -22,9 +26,10 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from entropy_fork.verl import platform_cpu, vllm_cpu
 from entropy_fork.verl.agent_loop import answer_seed
+from entropy_fork.verl.checkpoint_engine_cpu import RayCheckpointEngine
 from entropy_fork.verl.engine import ForkingTokens
 from entropy_fork.verl.errors import EntropyForkError
-from entropy_fork.verl.rollout_cpu import TransformersAdapter, TransformersReplica
+from entropy_fork.verl.rollout_cpu import TransformersAdapter, TransformersReplica, in_buckets
 
 Compose = Callable[..., Any]
 
@@ -47,6 +52,21 @@ def test_what_a_cpu_cannot_do_is_refused(
         platform_cpu.check_before_training(compose("+recipe=demo_cpu", override))
 
 
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("actor_rollout_ref.rollout.nnodes=0", r"there are none.*rollout.nnodes=1"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", r"backend=naive does not.*backend=ray"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", r"backend=nccl does not.*backend=ray"),
+    ],
+)
+def test_what_a_separate_rollout_needs_is_named(compose: Compose, override: str, match: str) -> None:
+    separate = ["+recipe=demo_cpu", "trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.rollout.nnodes=1"]
+    platform_cpu.check_before_training(compose(*separate))
+    with pytest.raises(EntropyForkError, match=match):
+        platform_cpu.check_before_training(compose(*separate, override))
+
+
 def test_a_missing_extra_is_named(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("zmq", "fastapi") else name)
     with pytest.raises(EntropyForkError, match=r"needs fastapi, zmq.*pip install 'entropy-fork\[cpu\]'"):
@@ -60,6 +80,7 @@ def test_verl_finds_our_parts_in_its_registries() -> None:
     engine = EngineRegistry.get_engine_cls("language_model", "fsdp2")
     assert engine.__mro__[1:3] == (ForkingTokens, transformer_impl.FSDPEngineWithLMHead)
     assert EngineRegistry.get_engine_cls("value_model", "fsdp2") is transformer_impl.FSDPEngineWithValueHead
+    assert CheckpointEngineRegistry.get("ray") is RayCheckpointEngine
 
 
 def test_the_cpu_is_never_detected() -> None:
@@ -72,6 +93,7 @@ def test_the_places_that_are_wrapped_are_still_there() -> None:
         assert 'f"cpu:gloo,{get_device_name()}' in inspect.getsource(function)
     assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl.FSDPEngine)
     assert 'attn_implementation="flash_attention_2"' in inspect.getsource(verl_model.load_valuehead_model.__wrapped__)
+    assert "local_gpu_tensor.detach().cpu()" in inspect.getsource(fsdp_utils.fsdp2_sharded_save_to_cpu.__wrapped__)
     assert isinstance(rollout_base._ROLLOUT_REGISTRY, dict)
     assert "device == torch.cpu" in inspect.getsource(flops_counter)
     signature = inspect.signature(replay_buffer.ReplayBuffer.__init__.__wrapped__)
@@ -98,6 +120,33 @@ def test_a_process_group_of_one(tmp_path: Any) -> None:
         assert torch.get_num_threads() == os.cpu_count()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_old_policy_is_kept_while_the_new_one_is_trained(tmp_path: Any) -> None:
+    torch.distributed.init_process_group(backend="gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(torch.nn.Linear(2, 3), mesh=init_device_mesh("cpu", (1,)))
+        weight = model.weight.to_local()  # type: ignore[attr-defined]
+        old = weight.clone()
+        kept, spec = fsdp_utils.fsdp2_sharded_save_to_cpu(model)
+        with torch.no_grad():
+            weight.add_(1)
+        fsdp_utils.fsdp2_sharded_load_from_cpu(model, kept, spec)
+        assert torch.equal(weight, old)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1, 1, 1, 1]), (3, [2, 1, 1]), (4, [3, 1]), (100, [4])])
+def test_weights_travel_in_buckets(limit: int, sizes: list[int]) -> None:
+    weights = [(name, torch.zeros(size, dtype=torch.uint8)) for name, size in zip("abcd", (1, 2, 1, 5), strict=True)]
+
+    async def collect() -> list[list[tuple[str, torch.Tensor]]]:
+        return [bucket async for bucket in in_buckets(iter(weights), limit)]
+
+    buckets = asyncio.run(collect())
+    assert [len(bucket) for bucket in buckets] == sizes
+    assert [name for bucket in buckets for name, _ in bucket] == ["a", "b", "c", "d"]
 
 
 def test_vllms_linear_layers_keep_looking_at_their_parameter() -> None:

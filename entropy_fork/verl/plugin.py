@@ -79,6 +79,7 @@ def _register() -> None:
     if ON_CPU:
         platform_cpu.register()  # before our engines, which derive from those that it registers
         register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")
+        register_on_import("verl.checkpoint_engine.base", "entropy_fork.verl.checkpoint_engine_cpu")
 
 
 # Python runs a module once in a process, so nothing here is registered twice.

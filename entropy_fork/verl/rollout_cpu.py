@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import ray
@@ -29,6 +29,23 @@ SETTLE_SECONDS = 0.03
 
 def _server_name(replica_rank: int) -> str:
     return f"transformers_server_{replica_rank}"
+
+
+async def in_buckets(
+    weights: Generator[tuple[str, torch.Tensor], None, None] | AsyncGenerator[tuple[str, torch.Tensor], None],
+    limit: int,
+) -> AsyncGenerator[list[tuple[str, torch.Tensor]], None]:
+    """Weights by the bucket: at most ``limit`` bytes each, and at least one tensor."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    async for name, tensor in ensure_async_iterator(weights):
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor.detach().cpu()))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
 
 
 class TransformersServer:
@@ -54,6 +71,8 @@ class TransformersServer:
         self._open = asyncio.Event()
         self._open.set()
         self._aborting = False
+        self._rejecting = False
+        self._computing = asyncio.Lock()
         self._serving: asyncio.Task | None = None
 
     async def ready(self) -> bool:
@@ -67,6 +86,8 @@ class TransformersServer:
             raise EntropyForkError("rollout.name=transformers answers text only; use rollout.name=vllm for media")
         if self.global_steps is None:
             raise EntropyForkError(f"a request came before the weights did, in {process_name()}")
+        if self._rejecting:  # the client asks another server
+            return self._output(Answer(), sampling_params)
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         limit = sampling_params.get("max_tokens", sampling_params.get("max_new_tokens", self.config.response_length))
         request = Request(
@@ -83,7 +104,9 @@ class TransformersServer:
         self._arrived.set()
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve())
-        answer = await future
+        return self._output(await future, sampling_params)
+
+    def _output(self, answer: Answer, sampling_params: dict[str, Any]) -> TokenOutput:
         return TokenOutput(
             token_ids=answer.token_ids,
             log_probs=answer.log_probs if sampling_params.get("logprobs") else None,
@@ -106,14 +129,15 @@ class TransformersServer:
             # The order of arrival must not matter, down to the row that an answer is computed in.
             batch.sort(key=lambda item: (item[0].seed, tuple(item[0].prompt_ids)))
             try:
-                answers = await asyncio.to_thread(
-                    generate,
-                    self.model,
-                    [request for request, _ in batch],
-                    self.end_ids,
-                    self.config.prompt_length,
-                    lambda: self._aborting,
-                )
+                async with self._computing:
+                    answers = await asyncio.to_thread(
+                        generate,
+                        self.model,
+                        [request for request, _ in batch],
+                        self.end_ids,
+                        self.config.prompt_length,
+                        lambda: self._aborting,
+                    )
             except Exception as error:  # each waiting request gets the error, and the server lives on
                 for _, future in batch:
                     future.set_exception(error)
@@ -148,16 +172,21 @@ class TransformersServer:
         self.global_steps = global_steps
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
-        """End all answers as they are, and hold new requests until :meth:`resume_generation`."""
+        """End all answers as they are, and hold new requests until :meth:`resume_generation`, or send them away.
+
+        Returns when no token is being computed any more: what comes next is often new weights.
+        """
         self._open.clear()
-        self._aborting = True
+        self._aborting, self._rejecting = True, reject_request
         aborted, self._waiting = self._waiting, []
         for _, future in aborted:
             future.set_result(Answer())
+        async with self._computing:
+            pass
         return {"aborted_count": len(aborted)}
 
     async def resume_generation(self) -> None:
-        self._aborting = False
+        self._aborting = self._rejecting = False
         self._open.set()
 
     # There is no device memory to free, no cache that outlives a batch, and no profiler.
@@ -171,7 +200,7 @@ class TransformersServer:
 
 
 class TransformersReplica(RolloutReplica):
-    """One server beside the training workers."""
+    """One server, beside a training worker or (``separate_async``) beside a worker that only receives weights."""
 
     async def launch_servers(self) -> None:
         if self.world_size != 1:
@@ -199,7 +228,7 @@ class TransformersReplica(RolloutReplica):
 
 
 class TransformersAdapter(BaseRollout):
-    """The end of the rollout that lives in each training worker: it sends the weights."""
+    """The end of the rollout that lives in each of these workers: it hands the weights on to the server."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1):
         super().__init__(config, model_config, device_mesh)
@@ -228,14 +257,9 @@ class TransformersAdapter(BaseRollout):
             )
         if self._server is None:
             self._server = ray.get_actor(_server_name(self.replica_rank))
-        limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
-        bucket: list[tuple[str, torch.Tensor]] = []
-        size, is_first = 0, True
-        async for name, tensor in ensure_async_iterator(weights):
-            if bucket and size + tensor.nbytes > limit:
-                await self._server.load_weights.remote(bucket, is_first, False)
-                bucket, size, is_first = [], 0, False
-            bucket.append((name, tensor.detach().cpu()))
-            size += tensor.nbytes
-        await self._server.load_weights.remote(bucket, is_first, True)
+        is_first = True
+        async for bucket in in_buckets(weights, self.config.checkpoint_engine.update_weights_bucket_megabytes << 20):
+            await self._server.load_weights.remote(bucket, is_first, False)
+            is_first = False
+        await self._server.load_weights.remote([], is_first, True)
         await self._server.set_global_steps.remote(0 if global_steps is None else global_steps)
