@@ -1,7 +1,7 @@
 """Loaded into every process of a real run through VERL_USE_EXTERNAL_MODULES: notes what reaches the loss in the worker.
 
 It wraps the entry "vanilla" of verl's public registry of policy losses, so it sees exactly what verl's ppo_loss hands
-over, and it wraps the driver's selection, so that both sides of the same run can be compared.
+over, and it wraps the selection on the driver and in the worker, so that both sides of the same run can be compared.
 """
 
 from __future__ import annotations
@@ -50,5 +50,26 @@ def _note_selection(module: Any) -> None:
     module.weigh_mini_batches = noting(module.weigh_mini_batches)
 
 
+def _note_gradient_steps(module: Any) -> None:
+    @wrapt.decorator
+    def noting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+        weights = wrapped(*args, **kwargs)
+        rows, kept, counts = args
+        _save(
+            "step",
+            weights=weights,
+            kept=kept,
+            response_mask=rows.eligible,
+            entropy=rows.entropy,
+            lengths=rows.lengths,
+            rows=rows.order,
+            counts=torch.tensor([counts.num_tokens, counts.num_kept]),
+        )
+        return weights
+
+    module.GradientStep._weigh = noting(module.GradientStep._weigh)
+
+
 wrapt.register_post_import_hook(_note_loss, "verl.trainer.ppo.core_algos")
 wrapt.register_post_import_hook(_note_selection, "entropy_fork.verl.trainer")
+wrapt.register_post_import_hook(_note_gradient_steps, "entropy_fork.verl.gradient_step")

@@ -152,6 +152,77 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     assert "is active in" in run.output
 
 
+def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The authors' method on two ranks, with mini-batches that the workers shuffle and go through twice."""
+    spy = tmp_path / "spy"
+    run = main_ppo(
+        "entropy_fork=official",
+        "trainer.n_gpus_per_node=2",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=256",
+        "actor_rollout_ref.actor.shuffle=true",
+        "actor_rollout_ref.actor.ppo_epochs=2",
+        **spy_environment(spy),
+    )
+    assert not load(spy, "selection"), "the driver selected as well"
+    micro_batches = load(spy, "step")
+    num_mini_batches = 2 * 2  # two of them, twice
+    assert len(micro_batches) > 2 * num_mini_batches, "dynamic batching should have cut the mini-batches"
+
+    # 1. The top 20% of each micro-batch, each kept token with the factor of its whole mini-batch.
+    for part in micro_batches:
+        num_kept = math.ceil(part["entropy"].numel() / 5)
+        assert part["response_mask"].all()
+        assert part["kept"].sum() == num_kept
+        assert part["entropy"][part["kept"]].min() >= part["entropy"][~part["kept"]].max()
+        num_tokens, num_kept_by_all = part["counts"].tolist()
+        factor = torch.full((num_kept,), num_tokens / num_kept_by_all)
+        torch.testing.assert_close(part["weights"][part["kept"]], factor)
+        assert not part["weights"][~part["kept"]].any()
+
+    # 2. The announced counts are those of all micro-batches, over both ranks and all gradient steps.
+    assert sorted(row for part in micro_batches for row in part["rows"].tolist()) == sorted([*range(32), *range(32)])
+    announced = {tuple(part["counts"].tolist()) for part in micro_batches}
+    everything = sum(part["entropy"].numel() for part in micro_batches)
+    kept = sum(int(part["kept"].sum()) for part in micro_batches)
+    assert len(announced) <= num_mini_batches
+    if len(announced) == num_mini_batches:
+        assert (sum(n for n, _ in announced), sum(k for _, k in announced)) == (everything, kept)
+
+    # 3. What arrived in verl's loss is exactly that.
+    arrived = sorted(
+        tuple(weights[: int(mask.sum())].tolist())
+        for loss in load(spy, "loss")
+        for weights, mask in zip(loss["rollout_is_weights"], loss["response_mask"], strict=True)
+    )
+    made = [row for part in micro_batches for row in part["weights"].split(part["lengths"].tolist())]
+    assert arrived == sorted(tuple(row.tolist()) for row in made)
+
+    # 4. The metrics say it.
+    assert run.metric("entropy_fork/kept_ratio") == [pytest.approx(kept / everything)]
+    assert run.metric("entropy_fork/kept_tokens") == [pytest.approx(kept / 2)]
+    assert 0.5 < run.metric("entropy_fork/overlap_with_old")[0] <= 1.0
+
+
+def test_the_papers_equation_with_a_critic_a_kl_loss_and_an_entropy_bonus(main_ppo) -> None:  # type: ignore[no-untyped-def]
+    """One gradient step per training step, so that the current policy is the old one: both must select the same."""
+    run = main_ppo(
+        "entropy_fork.entropy=current",
+        "trainer.total_training_steps=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+        "algorithm.adv_estimator=gae",
+        "critic.model.path=${demo.dir}/model",
+        "critic.ppo_micro_batch_size_per_gpu=4",
+        "critic.optim.lr=1e-4",
+        "actor_rollout_ref.actor.use_kl_loss=true",
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8",
+        "actor_rollout_ref.actor.entropy_coeff=0.001",
+    )
+    assert run.metric("entropy_fork/kept_ratio") == [pytest.approx(0.2, abs=0.005)] * 2
+    assert run.metric("entropy_fork/overlap_with_old") == [pytest.approx(1.0, abs=0.01)] * 2
+    for name in ("critic/vf_loss", "actor/kl_loss", "actor/entropy_loss", "entropy_fork/kept_ratio_positive"):
+        assert len(run.metric(name)) == 2, name
+
+
 def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, world: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """The same recorded answers, without the plugin's config node and with ρ = 1.0: the same parameters bit for bit.
 
