@@ -9,11 +9,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import Processes
 
 # Before anything imports verl: the platform is resolved once in a process.
 os.environ["VERL_PLATFORM"] = "cpu"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[dict[int, Processes]]:
+    """1, 2 and 4 real ranks."""
+    worlds = {size: Processes(size) for size in (1, 2, 4)}
+    yield worlds
+    for world in worlds.values():
+        world.close()
 
 
 @pytest.fixture

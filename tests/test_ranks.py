@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,70 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Processes
+from rows import SELECTORS, TOP20, make_rows, take, weights_on_rank, with_padding_rows
 
-from entropy_fork.core.batch import Rows, Rule, select_in_pools, weigh_mini_batches
-from entropy_fork.core.ranks import Ranks, select_over_ranks
+from entropy_fork.core.batch import Rule, select_in_pools, weigh_mini_batches
+from entropy_fork.core.ranks import Ranks
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.statistics import Pool, Tally
-from entropy_fork.core.weighting import TOKEN_MEAN, Counts, token_weights
-
-TOP20 = Selector(0.2)
-SELECTORS = st.sampled_from(
-    [
-        TOP20,
-        Selector(1.0),
-        Selector(0.03),
-        Selector(0.8, "bottom"),
-        Selector(0.2, "random"),
-        Selector(0.5, "band", band_from=0.1),
-        Selector(0.2, ties="threshold"),
-    ]
-)
-
-
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, Processes]]:
-    worlds = {size: Processes(size) for size in (1, 2, 4)}
-    yield worlds
-    for world in worlds.values():
-        world.close()
-
-
-def make_rows(seed: int, num_rows: int, eligible: float = 0.8) -> Rows:
-    """Few distinct entropies, so that ties are common, and rows of very different lengths."""
-    random = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 25, (num_rows,), generator=random)
-    total = int(lengths.sum())
-    return Rows(
-        entropy=(torch.rand(total, generator=random) * 6).round() / 3,
-        eligible=(torch.rand(total, generator=random) < eligible).long(),
-        lengths=lengths,
-        order=torch.randperm(num_rows, generator=random),
-        seeds=torch.randint(0, 2**62, (num_rows,), generator=random),
-    )
-
-
-def take(rows: Rows, members: list[int]) -> Rows:
-    """Some of the rows, in the order given."""
-    entropy, eligible = (values.split(rows.lengths.tolist()) for values in (rows.entropy, rows.eligible))
-    index = torch.tensor(members, dtype=torch.int64)
-    return Rows(
-        torch.cat([entropy[row] for row in members]),
-        torch.cat([eligible[row] for row in members]),
-        rows.lengths[index],
-        rows.order[index],
-        rows.seeds[index],
-    )
-
-
-def weights_on_rank(_: dict, rows: Rows, rule: Rule) -> tuple[list[torch.Tensor], Pool]:
-    """What a rank does, on the rows that it has."""
-    ranks = Ranks(torch.distributed.group.WORLD)
-    kept, pool = select_over_ranks(rows, rule.selector, ranks)
-    soft = rows.entropy if rule.weight == "soft" else None
-    counts = ranks.sum_counts(Counts.of(kept, rows.eligible, soft))
-    weights = token_weights(kept, rows.eligible, rows.lengths, rule.loss_agg_mode, rule.denominator, soft, counts)
-    return list(weights.split(rows.lengths.tolist())), pool
+from entropy_fork.core.weighting import TOKEN_MEAN
 
 
 @given(
@@ -98,13 +39,7 @@ def test_the_same_weights_on_any_number_of_ranks(
     kept, pools = select_in_pools(rows, one, selector)
     expected = weigh_mini_batches(rows, kept, one, rule).split(rows.lengths.tolist())
 
-    padded = Rows(
-        torch.cat([rows.entropy, torch.full((4,), 9.0)]),
-        torch.cat([rows.eligible, torch.zeros(4, dtype=torch.int64)]),
-        torch.cat([rows.lengths, torch.ones(4, dtype=torch.int64)]),
-        torch.cat([rows.order, torch.arange(100, 104)]),
-        torch.cat([rows.seeds, torch.arange(4)]),
-    )
+    padded = with_padding_rows(rows, 4)
     deal = list(range(12))
     shuffle.shuffle(deal)
     shares = [deal[rank::size] for rank in range(size)]
@@ -117,18 +52,6 @@ def test_the_same_weights_on_any_number_of_ranks(
                 assert torch.equal(actual, wanted)
             else:  # divided by a mean, whose last bits depend on the order of summation
                 torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_with_other_numbers_of_tokens_and_with_none(worlds: dict[int, Processes], size: int) -> None:
-    """The last rank has no eligible token, the others have very different numbers of them."""
-    shares = [make_rows(rank, num_rows=1 + 3 * rank) for rank in range(size)]
-    shares[-1] = replace(shares[-1], eligible=torch.zeros_like(shares[-1].eligible))
-    answers = worlds[size](weights_on_rank, [(share, Rule(TOP20)) for share in shares])
-    tokens = sum(int(share.eligible.sum()) for share in shares)
-    kept = sum(int((row > 0).sum()) for weights, _ in answers for row in weights)
-    assert kept == -(-tokens // 5)
-    assert not any(row.any() for row in answers[-1][0])
 
 
 def test_no_token_anywhere(worlds: dict[int, Processes]) -> None:

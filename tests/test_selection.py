@@ -158,15 +158,6 @@ def test_a_selector_without_meaning_is_refused(settings: dict[str, Any], match: 
         Selector(0.2, **settings)
 
 
-@given(pools(), RATIOS, st.integers(1, 5))
-@settings(max_examples=200, deadline=None)
-def test_padding_rows_do_not_matter(pool, ratio: float, num_padding: int) -> None:  # type: ignore[no-untyped-def]
-    rows, masks = pool
-    # verl's padding rows hold one token outside of the mask; its entropy is whatever the model says there.
-    padded_rows, padded_masks = rows + [[9.0]] * num_padding, masks + [[0]] * num_padding
-    assert select(padded_rows, padded_masks, ratio)[0] == select(rows, masks, ratio)[0]
-
-
 @pytest.mark.parametrize(
     ("num_tokens", "ratio", "expected"),
     [(0, 0.2, 0), (1, 0.01, 1), (100, 0.07, 7), (30, 0.1, 3), (15, 0.2, 3), (16, 0.2, 4), (10**9, 0.2, 2 * 10**8)],
@@ -179,24 +170,6 @@ def test_count_is_the_ceiling_of_the_decimal_that_was_written(num_tokens: int, r
 def test_a_ratio_outside_is_refused_with_the_way_out(ratio: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \(0, 1\].*0.2 keeps the top 20%"):
         kept_count(10, ratio)
-
-
-def test_ninety_percent_equal_entropies_do_not_keep_everything() -> None:
-    """peers.md: ``entropy >= quantile`` keeps every one of the equal tokens."""
-    entropy = torch.cat([torch.zeros(900), torch.linspace(1, 2, 100)])
-    selection = select_tokens(entropy, torch.ones(1000), torch.tensor([1000]), TOP20)
-    assert selection.kept.sum() == 200
-    assert selection.kept[900:].all()
-    assert selection.kept[:100].all(), "among equals the earliest positions are taken"
-
-
-def test_a_pool_beyond_2_to_the_24_tokens() -> None:
-    """peers.md: ``torch.quantile`` refuses more than 2^24 elements."""
-    num_tokens = 2**24 + 5
-    entropy = torch.rand(num_tokens, generator=torch.Generator().manual_seed(0))
-    selection = select_tokens(entropy, torch.ones(num_tokens, dtype=torch.bool), torch.tensor([num_tokens]), TOP20)
-    assert selection.kept.sum() == math.ceil(num_tokens / 5)
-    assert entropy[selection.kept].min() == selection.threshold >= entropy[~selection.kept].max()
 
 
 def test_broken_entropies_are_refused_but_not_outside_of_the_mask() -> None:

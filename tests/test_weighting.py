@@ -95,7 +95,6 @@ def test_an_unknown_denominator_is_refused() -> None:
 
 
 def test_a_pool_without_tokens_weighs_zero_never_nan() -> None:
-    """peers.md: a response with no kept token gave 0/0 under seq-mean-token-mean."""
     nothing = torch.zeros(4, dtype=torch.bool)
     for mode in MODES:
         weights = token_weights(nothing, nothing, torch.tensor([4]), mode)
@@ -117,7 +116,7 @@ def test_every_loss_that_is_let_through_multiplies_the_weights(batch: dict[str, 
 
 
 def test_a_worker_without_weights_stops_with_its_name(batch: dict[str, torch.Tensor]) -> None:
-    """peers.md: fails when the mask is missing. The loss that masked runs send to their workers."""
+    """The loss that masked runs send to their workers."""
     with pytest.raises(EntropyForkError, match=r"no token weights reached the policy loss in .* pid \d+"):
         gradient(batch, guarded_name("vanilla"), None)
 

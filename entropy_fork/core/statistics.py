@@ -125,9 +125,10 @@ class Tally:
         metrics = {
             "kept_ratio": self.num_kept / self.num_tokens,
             "kept_tokens": self.num_kept,
-            "pool_tokens": self.pool_tokens_min,
             "responses_without_kept": self.responses_without_kept / self.responses,
         }
+        if self.pool_tokens_min < math.inf:
+            metrics["pool_tokens"] = self.pool_tokens_min
         if self.thresholds > 0:
             metrics["threshold"] = self.threshold_sum / self.thresholds
             metrics["threshold_min"], metrics["threshold_max"] = self.threshold_min, self.threshold_max

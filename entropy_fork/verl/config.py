@@ -9,6 +9,7 @@ stops with ``No module named 'entropy_fork'`` instead of training on all tokens.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,14 @@ def read_config(config: DictConfig) -> EntropyForkConfig | None:
     """The typed node of a root config, or None where it is absent or switched off.
 
     Raises:
-        EntropyForkError: the node is not a mapping, or has an unknown key or a value out of range.
+        EntropyForkError: the node lies elsewhere than at the root, is not a mapping, or has an unknown key or a value
+            out of range.
     """
+    if misplaced := next(_nodes_below(OmegaConf.to_container(config, resolve=False)), None):
+        raise EntropyForkError(
+            f"'{misplaced}' does nothing: '{NODE}' is read at the root of the config. Write +{NODE}=global or "
+            f"+{NODE}.top_ratio=… on the command line, without '{misplaced.removesuffix(NODE)}' in front."
+        )
     node = OmegaConf.select(config, NODE, default=None)
     if node is None:
         return None
@@ -154,6 +161,14 @@ def read_config(config: DictConfig) -> EntropyForkConfig | None:
     except ValueError as error:
         raise EntropyForkError(f"{NODE}: {error}; entropy_fork=off trains without the mask") from None
     return parsed if parsed.enabled else None
+
+
+def _nodes_below(node: Any, path: str = "") -> Iterator[str]:
+    """Where a key of our name lies under another: verl's nodes take keys that they do not know, and ignore them."""
+    for key, child in node.items() if isinstance(node, dict) else ():
+        if path and key == NODE:
+            yield f"{path}{key}"
+        yield from _nodes_below(child, f"{path}{key}.")
 
 
 def check_before_training(config: DictConfig) -> None:

@@ -73,8 +73,10 @@ def kept_sums(
 ) -> dict[str, float]:
     """What verl's ``pg_clipfrac`` and ``ppo_kl`` would be on the kept tokens, as sums over a micro-batch.
 
-    verl averages a loss's metrics over micro-batches and ranks, whatever their sizes. Of sums that leaves their ratio
-    right: see :func:`kept_means`.
+    verl averages a loss's metrics over the micro-batches and ranks of a mini-batch, whatever their sizes, and then over
+    mini-batches. Of sums that leaves their ratio right (see :func:`kept_means`): exactly in a mini-batch, and in a step
+    whose mini-batches are cut into equally many micro-batches. With dynamic batch sizes they may not be, and one that
+    is cut into more counts for less.
 
     Args:
         old_log_prob, log_prob, advantages: float, shape (rows, response_length); nats for the first two.
@@ -87,7 +89,7 @@ def kept_sums(
     """
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
-    log_ratio = log_prob - old_log_prob
+    log_ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0)  # as verl does, against overflow
     ratio = log_ratio.exp()
     clipped = ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
     return {

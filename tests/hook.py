@@ -1,0 +1,84 @@
+"""The advantage hook without Ray: a masked trainer over a batch that lies in memory, in verl's layout."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from rows import jagged, make_rows
+
+from entropy_fork.verl import trainer
+from entropy_fork.verl.config import EntropyForkConfig
+
+NUM_ROWS, MINI_BATCH_ROWS = 16, 8
+
+
+class Stock:
+    """What a masked trainer needs of verl's."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
+        return batch
+
+
+def run_hook(
+    monkeypatch: pytest.MonkeyPatch,
+    importance: float | None = None,
+    with_entropy: bool = True,
+    trainer_class: type | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Run the hook with the preset ``global`` on two mini-batches, one of whose rows is padding.
+
+    Returns:
+        the fields of the batch as workers would get them; and the metrics.
+    """
+    rows = make_rows(seed=3, num_rows=NUM_ROWS, eligible=0.9)
+    rows.eligible.split(rows.lengths.tolist())[5].zero_()
+    sign = torch.tensor([1.0, -1.0]).repeat(NUM_ROWS // 2)
+    data = {
+        "response_mask": jagged(rows.eligible, rows.lengths),
+        "advantages": jagged(sign.repeat_interleave(rows.lengths), rows.lengths),
+    }
+    if with_entropy:
+        data["entropy"] = jagged(rows.entropy, rows.lengths)
+    if importance is not None:
+        data["rollout_is_weights"] = jagged(torch.full_like(rows.entropy, importance), rows.lengths)
+    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **_: data)
+
+    class Batch(SimpleNamespace):
+        def __len__(self) -> int:
+            return NUM_ROWS
+
+    batch = Batch(keys=[f"u_{row}_0" for row in range(NUM_ROWS)], partition_id="train")
+
+    def put(fields: Any, **_: Any) -> Batch:
+        data.update({name: jagged(field.values(), field.offsets().diff()) for name, field in fields.items()})
+        return batch
+
+    monkeypatch.setattr(trainer.tq, "kv_batch_put", put)
+    monkeypatch.setattr(trainer, "read_config", lambda config: EntropyForkConfig())
+    monkeypatch.setattr(trainer, "check_maskable", lambda *_: None)
+    config = {
+        "actor_rollout_ref": {
+            "actor": {
+                "ppo_mini_batch_size": MINI_BATCH_ROWS,
+                "loss_agg_mode": "token-mean",
+                "shuffle": False,
+                "policy_loss": {"loss_mode": "vanilla"},
+            },
+            "rollout": {"n": 1},
+        },
+        "trainer": {"critic_warmup": 0},
+    }
+    this = (trainer_class or trainer._masked(Stock))(OmegaConf.create(config))
+    assert this.config.actor_rollout_ref.actor.policy_loss.loss_mode == "entropy_fork/vanilla"
+    this.global_steps = 1
+    this.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: [0])
+    metrics: dict[str, float] = {}
+    this._compute_advantage(batch, metrics)
+    return data, metrics

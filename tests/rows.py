@@ -1,0 +1,78 @@
+"""Random rows of a batch, whole or dealt out to ranks. Imports nothing of verl, so a rank of a test starts fast."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from entropy_fork.core.batch import Rows, Rule
+from entropy_fork.core.ranks import Ranks, select_over_ranks
+from entropy_fork.core.selection import Selector
+from entropy_fork.core.statistics import Pool
+from entropy_fork.core.weighting import Counts, token_weights
+
+TOP20 = Selector(0.2)
+SELECTORS = st.sampled_from(
+    [
+        TOP20,
+        Selector(1.0),
+        Selector(0.03),
+        Selector(0.8, "bottom"),
+        Selector(0.2, "random"),
+        Selector(0.5, "band", band_from=0.1),
+        Selector(0.2, ties="threshold"),
+    ]
+)
+
+
+def make_rows(seed: int, num_rows: int, eligible: float = 0.8) -> Rows:
+    """Few distinct entropies, so that ties are common, and rows of very different lengths."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 25, (num_rows,), generator=random)
+    total = int(lengths.sum())
+    return Rows(
+        entropy=(torch.rand(total, generator=random) * 6).round() / 3,
+        eligible=(torch.rand(total, generator=random) < eligible).long(),
+        lengths=lengths,
+        order=torch.randperm(num_rows, generator=random),
+        seeds=torch.randint(0, 2**62, (num_rows,), generator=random),
+    )
+
+
+def jagged(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Flat values as verl's batches hold them: one nested tensor, a row each."""
+    return torch.nested.as_nested_tensor(list(values.split(lengths.tolist())), layout=torch.jagged)
+
+
+def take(rows: Rows, members: list[int]) -> Rows:
+    """Some of the rows, in the order given."""
+    entropy, eligible = (values.split(rows.lengths.tolist()) for values in (rows.entropy, rows.eligible))
+    index = torch.tensor(members, dtype=torch.int64)
+    return Rows(
+        torch.cat([entropy[row] for row in members]),
+        torch.cat([eligible[row] for row in members]),
+        rows.lengths[index],
+        rows.order[index],
+        rows.seeds[index],
+    )
+
+
+def with_padding_rows(rows: Rows, number: int, entropy: float = 9.0) -> Rows:
+    """With verl's padding rows behind them: one token outside of the mask, of whatever entropy the model gives it."""
+    return Rows(
+        torch.cat([rows.entropy, torch.full((number,), entropy)]),
+        torch.cat([rows.eligible, torch.zeros(number, dtype=torch.int64)]),
+        torch.cat([rows.lengths, torch.ones(number, dtype=torch.int64)]),
+        torch.cat([rows.order, torch.arange(100, 100 + number)]),
+        torch.cat([rows.seeds, torch.arange(number)]),
+    )
+
+
+def weights_on_rank(_: dict, rows: Rows, rule: Rule) -> tuple[list[torch.Tensor], Pool]:
+    """What a rank does, on the rows that it has: the weights of each row, and the pool over all ranks."""
+    ranks = Ranks(torch.distributed.group.WORLD)
+    kept, pool = select_over_ranks(rows, rule.selector, ranks)
+    soft = rows.entropy if rule.weight == "soft" else None
+    counts = ranks.sum_counts(Counts.of(kept, rows.eligible, soft))
+    weights = token_weights(kept, rows.eligible, rows.lengths, rule.loss_agg_mode, rule.denominator, soft, counts)
+    return list(weights.split(rows.lengths.tolist())), pool
