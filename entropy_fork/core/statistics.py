@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor
 
+from entropy_fork.core.rows import count_per_row
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -66,11 +68,7 @@ class Tally:
         """Count a selection; all tensors are flat, shape (num_tokens,), but ``lengths`` of shape (num_rows,)."""
         eligible = eligible.bool()
         entropy_kept = _sum(entropy, kept)
-        num_rows = lengths.numel()
-        row = torch.repeat_interleave(torch.arange(num_rows), lengths)
-        has_token, has_kept = (torch.zeros(num_rows, dtype=torch.bool) for _ in range(2))
-        has_token[row[eligible]] = True
-        has_kept[row[kept]] = True
+        has_token, has_kept = (count_per_row(mask, lengths) > 0 for mask in (eligible, kept))
         by_sign = {}
         if advantages is not None:
             for name, side in (("positive", advantages > 0), ("negative", advantages < 0)):
@@ -149,4 +147,4 @@ def _count(mask: Tensor) -> float:
 
 
 def _sum(values: Tensor, mask: Tensor) -> float:
-    return float(values[mask].sum(dtype=torch.float64))
+    return float((values if bool(mask.all()) else values[mask]).sum(dtype=torch.float64))

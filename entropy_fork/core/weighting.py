@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entropy_fork.core.rows import count_per_row
+
 #: verl's aggregations that divide by a number of tokens, and those that only sum over them
 TOKEN_MEAN = "token-mean"
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
@@ -88,12 +90,9 @@ def token_weights(
         return weights.mul_(counts.num_tokens / counts.num_kept)
     if loss_agg_mode == SEQ_MEAN_TOKEN_MEAN:
         # Each sequence has a mean of its own; one without a kept token keeps weight zero.
-        row = torch.repeat_interleave(torch.arange(lengths.numel()), lengths.cpu())
-        num_rows = lengths.numel()
-        all_of_row = torch.bincount(row, weights=eligible.to(torch.float64), minlength=num_rows)
-        kept_of_row = torch.bincount(row, weights=kept.to(torch.float64), minlength=num_rows)
+        all_of_row, kept_of_row = (count_per_row(mask, lengths) for mask in (eligible, kept))
         factor = torch.where(kept_of_row > 0, all_of_row / kept_of_row.clamp(min=1), 0.0).to(torch.float32)
-        return weights.mul_(factor[row])
+        return weights.mul_(torch.repeat_interleave(factor, lengths))
     raise ValueError(
         f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {(TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)}"
     )

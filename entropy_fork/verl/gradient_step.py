@@ -27,6 +27,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools
 from entropy_fork.core.ranks import Ranks, select_over_ranks
+from entropy_fork.core.rows import count_per_row
 from entropy_fork.core.selection import exact_count
 from entropy_fork.core.statistics import Pool, Tally
 from entropy_fork.core.weighting import Counts, token_weights
@@ -168,8 +169,7 @@ class GradientStep:
     def _counts_of(self, response_mask: Tensor) -> Counts:
         """Kept and eligible tokens of the mini-batch, before any of its entropies is known."""
         mask: Any = response_mask
-        row = torch.repeat_interleave(torch.arange(len(mask)), mask.offsets().diff().cpu())
-        per_row = torch.bincount(row, weights=mask.values().cpu().double(), minlength=len(mask))
+        per_row = count_per_row(mask.values(), mask.offsets().diff())
         sizes = [int(per_row[members].sum()) for members in self._micro_batches]
         kept = sum(exact_count(size, self.rule.selector) for size in sizes)
         return self.ranks.sum_counts(Counts(sum(sizes), kept))
