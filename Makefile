@@ -22,8 +22,10 @@ demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
 		--preset $(PRESET) --seed $(SEED) --steps $(STEPS) --rollout $(ROLLOUT)
 
+# First what shares the cores well, file by file; then the real runs of main_ppo, one at a time.
 test: $(VENV)/.installed-dev lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not e2e" --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m e2e
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
