@@ -149,11 +149,16 @@ def test_many_equal_entropies_do_not_keep_everything() -> None:
 @pytest.mark.parametrize(
     ("option", "where"),
     [
-        ("+actor_rollout_ref.actor.entropy_fork.top_ratio=0.2", "actor_rollout_ref.actor."),
-        ("+actor_rollout_ref.actor.policy_loss.entropy_fork.top_ratio=0.2", "actor_rollout_ref.actor.policy_loss."),
-        ("+algorithm.entropy_fork.top_ratio=0.2", "algorithm."),
-        ("+trainer.entropy_fork=global", "trainer."),
-        ("+entropy_fork@algorithm.entropy_fork=global", "algorithm."),
+        ("+actor_rollout_ref.actor.entropy_fork.top_ratio=0.2", "actor_rollout_ref.actor.entropy_fork"),
+        (
+            "+actor_rollout_ref.actor.policy_loss.entropy_fork.seed=2",
+            "actor_rollout_ref.actor.policy_loss.entropy_fork",
+        ),
+        ("+algorithm.entropy_fork.top_ratio=0.2", "algorithm.entropy_fork"),
+        ("+trainer.entropy_fork=global", "trainer.entropy_fork"),
+        ("+entropy_fork@algorithm.entropy_fork=global", "algorithm.entropy_fork"),
+        ("+entropy_fork@trainer=global", "trainer.top_ratio"),
+        ("+actor_rollout_ref.actor.policy_loss.top_ratio=0.2", "actor_rollout_ref.actor.policy_loss.top_ratio"),
     ],
 )
 @pytest.mark.parametrize("also_at_the_root", [False, True])
@@ -162,7 +167,7 @@ def test_an_option_under_the_wrong_node_is_refused_and_what_was_kept_is_logged(
 ) -> None:
     """The authors' #14: the option did nothing there, and no metric told."""
     at_the_root = ["+entropy_fork=global"] if also_at_the_root else []
-    with pytest.raises(EntropyForkError, match=rf"'{where}entropy_fork' does nothing.*Write \+entropy_fork=global.*"):
+    with pytest.raises(EntropyForkError, match=rf"'{where}' does nothing.*Write \+entropy_fork=global.*"):
         check_before_training(compose(option, *at_the_root))
 
     data, metrics = run_hook(monkeypatch)

@@ -136,7 +136,7 @@ def read_config(config: DictConfig) -> EntropyForkConfig | None:
     if misplaced := next(_nodes_below(OmegaConf.to_container(config, resolve=False)), None):
         raise EntropyForkError(
             f"'{misplaced}' does nothing: '{NODE}' is read at the root of the config. Write +{NODE}=global or "
-            f"+{NODE}.top_ratio=… on the command line, without '{misplaced.removesuffix(NODE)}' in front."
+            f"+{NODE}.top_ratio=… on the command line."
         )
     node = OmegaConf.select(config, NODE, default=None)
     if node is None:
@@ -164,11 +164,12 @@ def read_config(config: DictConfig) -> EntropyForkConfig | None:
 
 
 def _nodes_below(node: Any, path: str = "") -> Iterator[str]:
-    """Where a key of our name lies under another: verl's nodes take keys that they do not know, and ignore them."""
+    """Where our node or its ratio lies under another: verl's nodes take keys that they do not know, and ignore them."""
     for key, child in node.items() if isinstance(node, dict) else ():
-        if path and key == NODE:
+        if path and key in (NODE, "top_ratio"):
             yield f"{path}{key}"
-        yield from _nodes_below(child, f"{path}{key}.")
+        if path or key != NODE:
+            yield from _nodes_below(child, f"{path}{key}.")
 
 
 def check_before_training(config: DictConfig) -> None:
