@@ -9,10 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from processes import Processes
 
 # Before anything imports verl: the platform is resolved once in a process.
 os.environ["VERL_PLATFORM"] = "cpu"
+
+# How long an example takes says something about the machine's load, not about the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

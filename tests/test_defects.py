@@ -42,7 +42,7 @@ from entropy_fork.verl.gradient_step import ROW_IDENTITY, GradientStep
     garbage=st.sampled_from([0.0, 9.0, -1e9, math.inf, -math.inf, math.nan]),
     padding_rows=st.integers(0, 5),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_padding_entropies_do_not_move_the_threshold(
     seed: int, selector: Selector, garbage: float, padding_rows: int
 ) -> None:

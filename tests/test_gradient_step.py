@@ -313,7 +313,7 @@ CUTS = st.sampled_from(
     importance=st.booleans(),
     shuffle=st.randoms(use_true_random=False),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pool_mini_batch_is_the_formula_on_any_ranks_and_micro_batches(
     worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], seed: int, size: int, cut: dict[str, Any],
     ratio: float, entropy: str, denominator: str, mode: str, importance: bool, shuffle: Any,
@@ -339,7 +339,7 @@ def test_pool_mini_batch_is_the_formula_on_any_ranks_and_micro_batches(
     denominator=st.sampled_from(["kept", "all"]),
     mode=st.sampled_from(["token-mean", "seq-mean-token-mean", "token-sum"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_official_keeps_the_top_of_each_micro_batch(
     worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], seed: int, size: int, cut: dict[str, Any],
     ratio: float, denominator: str, mode: str,

@@ -27,7 +27,7 @@ from entropy_fork.core.weighting import TOKEN_MEAN
     size=st.sampled_from([1, 2, 4]),
     shuffle=st.randoms(use_true_random=False),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_the_same_weights_on_any_number_of_ranks(
     worlds: dict[int, Processes], seed: int, selector: Selector, mode: str, denominator: str, weight: str, size: int,
     shuffle: Any,

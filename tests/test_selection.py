@@ -65,7 +65,7 @@ def select(
 
 
 @given(pools(), RATIOS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_equals_the_sorted_restatement(pool: tuple[list[list[float]], list[list[int]]], ratio: float) -> None:
     rows, masks = pool
     kept, threshold = select(rows, masks, ratio)
@@ -77,14 +77,14 @@ def test_equals_the_sorted_restatement(pool: tuple[list[list[float]], list[list[
 
 
 @given(pools(), RATIOS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_bottom_is_the_sorted_restatement_from_below(pool: tuple, ratio: float) -> None:
     rows, masks = pool
     assert select(rows, masks, ratio, select="bottom")[0] == restated(rows, masks, ratio, sign=1)
 
 
 @given(pools(), st.sampled_from([0.1, 0.25, 0.5]), st.sampled_from([0.6, 0.8, 1.0]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_band_is_one_top_without_the_other(pool: tuple, band_from: float, ratio: float) -> None:
     rows, masks = pool
     kept, _ = select(rows, masks, ratio, select="band", band_from=band_from)
@@ -92,7 +92,7 @@ def test_a_band_is_one_top_without_the_other(pool: tuple, band_from: float, rati
 
 
 @given(pools(), RATIOS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_threshold_keeps_every_token_at_the_threshold(pool: tuple, ratio: float) -> None:
     rows, masks = pool
     exact = restated(rows, masks, ratio)
@@ -130,7 +130,7 @@ SELECTORS = st.sampled_from(
 
 
 @given(pools(), RATIOS, SELECTORS, st.randoms(use_true_random=False))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_order_of_rows_does_not_matter(pool, ratio: float, settings: dict, random) -> None:  # type: ignore[no-untyped-def]
     rows, masks = pool
     order = list(range(len(rows)))

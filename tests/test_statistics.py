@@ -112,7 +112,7 @@ def restated(some: list[Part], with_advantages: bool = True, with_other: bool = 
 
 
 @given(st.lists(parts(), max_size=4), st.booleans(), st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_tallies_say_what_the_tokens_say(some: list[Part], with_advantages: bool, with_other: bool) -> None:
     """Of one part, and of several merged as if they had been one."""
     tallies = [tally(part, with_advantages, with_other) for part in some]
@@ -136,7 +136,7 @@ def test_what_has_no_value_is_left_out() -> None:
 
 
 @given(st.lists(parts(), min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_average_that_verl_takes_over_mini_batches_loses_nothing(mini_batches: list[Part]) -> None:
     """verl reduces by name: the least where a name has ``min`` in it, the greatest where ``max``, else the mean."""
     steps = [asdict(tally(part)) for part in mini_batches]
@@ -215,7 +215,7 @@ def restated_means(some: list[MicroBatch]) -> dict[str, float]:
 
 
 @given(micro_batches())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_with_everything_kept_they_are_verls_own(batch: MicroBatch) -> None:
     sums = kept_sums(batch.old_log_prob, batch.log_prob, batch.advantages, batch.mask, actor_config())
     verls = loss_metrics(batch, "vanilla", batch.mask.float())
@@ -227,7 +227,7 @@ def test_with_everything_kept_they_are_verls_own(batch: MicroBatch) -> None:
 
 
 @given(st.lists(micro_batches(), min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_with_a_mask_they_are_those_of_the_kept_tokens_in_micro_batches_of_any_size(some: list[MicroBatch]) -> None:
     """Averaged over the micro-batches of a mini-batch as verl does, which is wrong for the means themselves."""
     collected: dict[str, Metric] = {}

@@ -56,7 +56,7 @@ RULES = st.sampled_from(
 
 
 @given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), RULES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
     seed: int, dp_size: int, num_pools: int, rule: Rule
 ) -> None:
