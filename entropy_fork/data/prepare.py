@@ -1,0 +1,300 @@
+"""Clean the rows of a source and write them as verl's parquet, with a manifest and a list of what was left out.
+
+Every row that is read is accounted for: it is written, or it is one more of a reason in the manifest's ``dropped``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import entropy_fork
+from entropy_fork.data.read import Rows, sha256
+from entropy_fork.data.sources import Source
+from entropy_fork.data.template import INSTRUCTION, user_message
+from entropy_fork.reward import compare, compute_score, last_boxed
+from entropy_fork.verl.errors import EntropyForkError
+
+MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
+
+#: reasons that name rows one could use, which are therefore only counted
+DUPLICATE, BEYOND_LIMIT = "duplicate", "beyond_limit"
+
+SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+        ("extra_info", pa.struct([("index", pa.int64()), ("split", pa.string()), ("id", pa.string())])),
+    ]
+)
+"""What verl's data set, agent loops and reward loop read. One schema for all sources: verl concatenates files."""
+
+INTEGER = re.compile(r"-?\d{1,18}")
+"""Ground truths that the reward surely reads; most of DAPO-Math-17K."""
+
+POWER_OF_TEN = re.compile(r"(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)")
+"""As Minerva's answers are written; math-verify would take the e for the number."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the source, with its exact copies.
+
+    Attributes:
+        question, answer: cleaned; empty where there is none.
+        identifier: the source's, None where it has none.
+        first: number of the first copy in the source, from 0.
+        copies: how many rows are exactly this one.
+        unusable: why it cannot be used, or None.
+    """
+
+    question: str
+    answer: str
+    identifier: str | None
+    first: int
+    copies: int
+    unusable: str | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was made of a source: the kept rows, those that cannot be used, and the count of rows per reason."""
+
+    kept: list[Row]
+    rejected: list[Row]
+    dropped: Counter[str]
+    rows_in: int
+
+
+def prepare(
+    source: Source, rows: Rows, output: Path, console: Console, *, limit: int | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write ``output`` / name of the source: ``train.parquet`` or ``test.parquet``, manifest and rejected rows.
+
+    The folder appears with one rename when everything in it is complete.
+
+    Args:
+        limit: at most so many rows, the first ones.
+        overwrite: replace what an earlier call wrote there.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        EntropyForkError: the folder is there, a file cannot be read or not one row can be used.
+    """
+    folder = output.absolute() / source.name
+    check_free(folder, overwrite)
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bar, console=console) as progress:
+        prepared = clean(source, rows, progress, limit)
+    if not prepared.kept:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in prepared.dropped.most_common())
+        raise EntropyForkError(
+            f"not one of the {prepared.rows_in} rows can be used as {source.name}: {reasons or 'it is empty'}. "
+            f"Is this the right data set? 'entropy-fork data list' shows where each one comes from."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{source.name}.new.", dir=folder.parent))
+    try:
+        manifest = write(source, prepared, rows.origin, workspace)
+        workspace.chmod(0o755)
+        put_in_place(workspace, folder)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+    return manifest
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is there, and one that is not ours in any case.
+
+    Raises:
+        EntropyForkError: with what to write instead.
+    """
+    if not folder.exists():
+        return
+    if not (folder / MANIFEST).is_file():
+        raise EntropyForkError(f"{folder} is there and holds no {MANIFEST}, so it is not ours: write another --output")
+    if not overwrite:
+        raise EntropyForkError(f"{folder} is there. Write --overwrite to replace it, or another --output.")
+
+
+def clean(source: Source, rows: Rows, progress: Progress, limit: int | None = None) -> Prepared:
+    """Tell usable rows from others and keep one row of each question, in the order of the source."""
+    reading = progress.add_task(f"{source.name}: reading", total=rows.total)
+    distinct = distinct_rows(_counted(rows.batches, progress, reading))
+    rows_in = sum(values["copies"] for values in distinct)
+    progress.update(reading, total=rows_in)
+
+    questions: dict[str, list[Row]] = {}
+    rejected: list[Row] = []
+    for values in progress.track(distinct, description=f"{source.name}: checking"):
+        row = checked(**values)
+        if row.unusable is None:
+            questions.setdefault(normalised(row.question), []).append(row)
+        else:
+            rejected.append(row)
+
+    kept: list[Row] = []
+    dropped: Counter[str] = Counter()
+    for same in questions.values():
+        if any(not agree(same[0].answer, other.answer) for other in same[1:]):
+            # Which one is right cannot be told, and a wrong one would reward wrong answers.
+            rejected += [_unusable(row, "conflicting_answers") for row in same]
+            continue
+        dropped[DUPLICATE] += sum(row.copies for row in same) - 1
+        kept.append(same[0])
+    for row in rejected:
+        dropped[str(row.unusable)] += row.copies
+    if limit is not None and limit < len(kept):
+        dropped[BEYOND_LIMIT] += len(kept) - limit
+        kept = kept[:limit]
+    rejected.sort(key=lambda row: row.first)
+    return Prepared(kept, rejected, +dropped, rows_in)
+
+
+def _counted(batches: Iterable[pa.Table], progress: Progress, task: Any) -> Iterator[pa.Table]:
+    for batch in batches:
+        yield batch
+        progress.advance(task, len(batch))
+
+
+def distinct_rows(batches: Iterable[pa.Table]) -> list[dict[str, Any]]:
+    """The distinct rows of a source, in order, each with its first number and how many copies there are.
+
+    Copies are found in Arrow, batch by batch: memory grows with the distinct rows, not with the rows.
+    """
+    keys = ["question", "answer", "unusable"]
+    found: pa.Table | None = None
+    start = 0
+    for batch in batches:
+        numbered = batch.append_column("first", pa.array(range(start, start + len(batch)), pa.int64()))
+        numbered = numbered.append_column("copies", pa.array([1] * len(batch), pa.int64()))
+        start += len(batch)
+        both = numbered if found is None else pa.concat_tables([found, numbered.select(found.column_names)])
+        # One thread keeps the order, and with it the id of the first copy.
+        grouped = both.group_by(keys, use_threads=False)
+        found = grouped.aggregate([("id", "first"), ("first", "min"), ("copies", "sum")])
+        found = found.rename_columns([*keys, "id", "first", "copies"])
+    if found is None:
+        return []
+    return found.sort_by("first").to_pylist()
+
+
+def checked(
+    question: str | None, answer: str | None, unusable: str | None, id: str | None, first: int, copies: int
+) -> Row:
+    """A cleaned row that says whether it can be used."""
+    question, answer = (question or "").strip(), clean_answer(answer or "")
+    if unusable is None and not question:
+        unusable = "no_question"
+    if unusable is None and not answer:
+        unusable = "no_answer"
+    if unusable is None and not is_scorable(answer):
+        unusable = "answer_not_scorable"
+    return Row(question, answer, id, first, copies, unusable)
+
+
+def _unusable(row: Row, reason: str) -> Row:
+    return Row(row.question, row.answer, row.identifier, row.first, row.copies, reason)
+
+
+def clean_answer(answer: str) -> str:
+    """A ground truth as the reward takes it: LaTeX, without dollar signs or a box around all of it.
+
+    >>> clean_answer(r" $\\\\boxed{\\\\frac{1}{2}}$ ")
+    '\\\\frac{1}{2}'
+    """
+    answer = answer.strip()
+    if len(answer) > 2 and answer[0] == answer[-1] == "$" and "$" not in answer[1:-1]:
+        answer = answer[1:-1].strip()
+    inner = last_boxed(answer)
+    if inner is not None and answer == f"\\boxed{{{inner}}}":
+        answer = inner.strip()
+    if power := POWER_OF_TEN.fullmatch(answer):
+        answer = f"{power[1]} \\times 10^{{{int(power[2])}}}"
+    return answer
+
+
+def agree(truth: str, answer: str) -> bool:
+    """Whether the reward accepts an answer for a ground truth."""
+    return compute_score("", f"\\boxed{{{answer}}}", truth)["acc"] == 1.0
+
+
+def is_scorable(truth: str) -> bool:
+    """Whether the reward can read a ground truth, so that an answer need not repeat it to the letter."""
+    return bool(INTEGER.fullmatch(truth)) or compare(truth, "0").parseable
+
+
+def normalised(question: str) -> str:
+    """What two copies of a question have in common: the text up to white space and composed characters.
+
+    Not NFKC, which would make x² and x2 the same.
+    """
+    return " ".join(unicodedata.normalize("NFC", question).split())
+
+
+def write(source: Source, prepared: Prepared, origin: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the three files of a source into a folder that is there."""
+    parquet = folder / f"{source.use}.parquet"
+    records = [
+        {
+            "data_source": source.name,
+            "prompt": [user_message(row.question)],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": row.answer},
+            "extra_info": {"index": index, "split": source.use, "id": row.identifier},
+        }
+        for index, row in enumerate(prepared.kept)
+    ]
+    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), parquet)
+    with (folder / REJECTED).open("w", encoding="utf-8") as stream:
+        for row in prepared.rejected:
+            line = {
+                "reason": row.unusable,
+                "row": row.first,
+                "copies": row.copies,
+                "id": row.identifier,
+                "question": row.question,
+                "answer": row.answer,
+            }
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    manifest = {
+        "source": source.name,
+        **origin,
+        "rows_in": prepared.rows_in,
+        "rows_out": len(prepared.kept),
+        "dropped": dict(sorted(prepared.dropped.items())),
+        "instruction": INSTRUCTION,
+        "file": parquet.name,
+        "sha256": sha256(parquet),
+        "entropy_fork": entropy_fork.__version__,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return manifest
+
+
+def put_in_place(finished: Path, folder: Path) -> None:
+    """Rename a finished folder to its final name; one that is there is moved away first and then deleted."""
+    if not folder.exists():
+        finished.rename(folder)
+        return
+    discarded = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(discarded / folder.name)
+    finished.rename(folder)
+    shutil.rmtree(discarded)

@@ -1,0 +1,33 @@
+"""The text around a question: what is in the data, and what the chat template adds.
+
+The paper's prompt is ``User:\\n[question]\\n`` + the instruction + ``\\n\\nAssistant:\\n``. verl always sends messages
+through a chat template, so it is made in two places: the instruction ends the user's message, in the data; the rest is
+the chat template of ``recipes/template/paper.yaml``. The same data therefore serve the model's own chat template.
+"""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf
+
+from entropy_fork.verl.config import preset_names, recipes_dir
+from entropy_fork.verl.errors import EntropyForkError
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def user_message(question: str) -> dict[str, str]:
+    """The one chat message of a prompt."""
+    return {"role": "user", "content": f"{question}\n{INSTRUCTION}"}
+
+
+def chat_template(name: str) -> str | None:
+    """The Jinja chat template of the Hydra group ``template``; None means the tokenizer's own.
+
+    Raises:
+        EntropyForkError: there is no such template.
+    """
+    known = preset_names("template")
+    if name not in known:
+        raise EntropyForkError(f"there is no template {name!r}; write one of {', '.join(known)}")
+    recipe = OmegaConf.load(recipes_dir() / "template" / f"{name}.yaml")
+    return OmegaConf.select(recipe, "actor_rollout_ref.model.custom_chat_template")
