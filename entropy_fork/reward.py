@@ -4,59 +4,193 @@ Use it through verl's reward interface, with any reward manager::
 
     reward.custom_reward_function.path=pkg://entropy_fork.reward
     reward.custom_reward_function.name=compute_score
+    +reward.custom_reward_function.reward_kwargs.timeout=10      # or memory_mib, processes, max_characters
 
-Equality is math-verify's (``\\frac{1}{2}`` equals ``0.5``). Its own timeouts use signals, which work in a main thread
-only, and verl scores in threads: they are switched off, and what is parsed is bounded in length instead.
+Two plain numbers are compared here, exactly. All else is compared by math-verify (``\\frac{\\sqrt{8}}{2}`` equals
+``\\sqrt2``) in processes with a limit on time and memory, see :mod:`entropy_fork.judge`: no answer can hold up or end
+a reward worker. This module imports neither math-verify nor torch.
 """
 
 from __future__ import annotations
 
-import logging
+import os
+import re
+from collections.abc import Iterable
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from math_verify import parse, verify
+from entropy_fork.judge import Verdict, judges
 
-#: longer contents of a box are wrong without being parsed
-MAX_ANSWER_CHARACTERS = 256
+#: processor seconds for one comparison
+TIMEOUT = 5.0
 
-# Said once per call by math-verify when its timeouts are off, as they have to be here.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
+#: address space in MiB of a process that compares; it starts with 61
+MEMORY_MIB = 512
+
+#: processes that compare, of one reward worker
+PROCESSES = min(4, os.cpu_count() or 1)
+
+#: longer contents of a box are wrong without being parsed, unless they are the ground truth to the letter
+MAX_CHARACTERS = 1000
+
+_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    """The contents of the last complete ``\\boxed{…}``, None where there is none."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        begin, depth = start + len("\\boxed{"), 1
-        for end in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[begin:end]
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    """The contents of the last complete ``\\boxed{…}`` after any ``</think>``, None where there is none.
+
+    Of nested boxes the inner one is the last. Escaped braces (``\\{``) are characters, as in LaTeX. Takes time linear
+    in the length of the text, also for 10,000 boxes that are never closed.
+    """
+    begin = max(0, text.rfind("</think>"))
+    last = text.rfind("\\boxed", begin)
+    if last < 0:
+        return None
+    # Nearly always the box that begins last is complete, and nothing before it need be read.
+    return _last_boxed(text, last) or _last_boxed(text, begin)
+
+
+def _last_boxed(text: str, begin: int) -> str | None:
+    opened: list[int | None] = []  # where the contents of an open box begin, None for another open brace
+    last: tuple[int, int] | None = None
+    for match in _BOX_OR_BRACE.finditer(text, begin):
+        token = match.group()
+        if token == "}":
+            box = opened.pop() if opened else None
+            if box is not None and (last is None or box > last[0]):
+                last = (box, match.start())
+        elif token[-1] == "{" and token != "\\{":
+            opened.append(None if token == "{" else match.end())
+    return None if last is None else text[slice(*last)]
+
+
+_INTEGER = r"-?\d{1,40}"
+_PLAIN_NUMBER = re.compile(
+    rf"(?P<decimal>-?\d{{1,40}}\.\d{{1,40}})"
+    rf"|(?P<top>{_INTEGER})(?:/(?P<bottom>\d{{1,40}}))?"
+    rf"|(?P<sign>-?)\\[dt]?frac\{{(?P<numerator>{_INTEGER})\}}\{{(?P<denominator>{_INTEGER})\}}",
+    re.ASCII,
+)
 
 
 @lru_cache(maxsize=16384)
-def equivalent(answer: str, ground_truth: str) -> bool:
-    """Whether two short mathematical expressions are equal, in LaTeX or plain."""
-    parsed = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (ground_truth, answer)]
-    return bool(all(parsed) and verify(*parsed, timeout_seconds=None))
+def plain_number(text: str) -> tuple[Fraction, bool] | None:
+    """The value of an integer, a decimal or a fraction of integers, and whether it is a decimal; else None."""
+    match = _PLAIN_NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    if match["decimal"]:
+        return Fraction(match["decimal"]), True
+    top, bottom = int(match["top"] or match["sign"] + "1"), int(match["bottom"] or 1)
+    if match["numerator"]:
+        top, bottom = top * int(match["numerator"]), int(match["denominator"])
+    return (Fraction(top, bottom), False) if bottom else None
+
+
+def _compare_plain(answer: str, truth: str) -> Verdict | None:
+    """The verdict on two plain numbers; None where it is math-verify's to give.
+
+    math-verify compares integers and fractions exactly, and rounds to six decimals where one side is a decimal. What
+    that rounding could decide is left to it, so that the verdict never depends on which of the two was asked.
+    """
+    left, right = plain_number(answer), plain_number(truth)
+    if left is None or right is None:
+        return None
+    difference = abs(left[0] - right[0])
+    if (left[1] or right[1]) and 0 < difference < Fraction(1, 100_000):
+        return None
+    return Verdict(difference == 0, True)
+
+
+@lru_cache(maxsize=16384)
+def compare(
+    answer: str,
+    truth: str,
+    timeout: float = TIMEOUT,
+    memory_mib: int = MEMORY_MIB,
+    processes: int = PROCESSES,
+    max_characters: int = MAX_CHARACTERS,
+) -> Verdict:
+    """Compare the contents of a box with the ground truth; the arguments are those of :func:`compute_score`."""
+    answer, truth = answer.strip(), truth.strip()
+    if not answer:
+        return Verdict(False, False)
+    if answer == truth:
+        return Verdict(True, True)
+    verdict = _compare_plain(answer, truth)
+    if verdict is not None:
+        return verdict
+    if max(len(answer), len(truth)) > max_characters:
+        return Verdict(False, False)
+    return judges(processes, memory_mib).compare(answer, truth, timeout)
+
+
+def _truths(ground_truth: Any) -> list[str]:
+    """The accepted answers of a data row as strings."""
+    # numpy's arrays and numbers are what parquet's become
+    given: Any = ground_truth.tolist() if hasattr(ground_truth, "tolist") else ground_truth
+    if isinstance(given, (str, int, float)) and not isinstance(given, bool):
+        given = [given]
+    if isinstance(given, Iterable):
+        truths = [str(truth) for truth in given if isinstance(truth, (str, int, float))]
+        if truths and all(truth.strip() for truth in truths):
+            return truths
+    raise ValueError(
+        f"the ground truth {ground_truth!r} cannot be compared with: reward_model.ground_truth of every data row must "
+        "be an expression in LaTeX, a number, or a list of these of which any is right"
+    )
 
 
 def compute_score(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None, **_: Any
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: dict[str, Any] | None = None,
+    *,
+    timeout: float = TIMEOUT,
+    memory_mib: int = MEMORY_MIB,
+    processes: int = PROCESSES,
+    max_characters: int = MAX_CHARACTERS,
+    reward_router_address: str | None = None,
+    reward_model_tokenizer: Any = None,
 ) -> dict[str, float]:
-    """verl's reward function.
+    """verl's reward function. May be called by any number of threads.
 
     Args:
         data_source, extra_info: of the data row; not looked at.
         solution_str: the decoded answer.
-        ground_truth: ``reward_model.ground_truth`` of the data row.
+        ground_truth: ``reward_model.ground_truth`` of the data row: an expression, or a list of which any is right.
+        timeout: processor seconds for one comparison by math-verify (by the clock at most four times as much).
+        memory_mib: address space in MiB of a process that compares.
+        processes: how many such processes this reward worker may have.
+        max_characters: longer answers are wrong without being parsed.
+        reward_router_address, reward_model_tokenizer: given by verl where a reward model runs too; not looked at.
 
     Returns:
-        ``score`` and ``acc`` (0.0 or 1.0), and ``format`` (1.0 where the answer has a box at all).
+        The same keys for every answer, as verl requires, 0.0 or 1.0 each: ``score`` and ``acc``, whether it is right;
+        ``format``, whether it has a complete box that is parseable: not empty, and a mathematical object to math-verify
+        within the limits (or the ground truth to the letter); ``stopped``, whether a limit ended the comparison,
+        which then counts as wrong and not parseable.
+
+    Raises:
+        ValueError: the ground truth is not something to compare with, or a limit is not a positive number.
+        JudgeError: the processes cannot be started, or not with so little memory.
     """
+    for name, limit in {
+        "timeout": timeout, "memory_mib": memory_mib, "processes": processes, "max_characters": max_characters
+    }.items():  # fmt: skip
+        if limit <= 0:
+            raise ValueError(f"reward.custom_reward_function.reward_kwargs.{name} must be positive, not {limit}")
+    truths = _truths(ground_truth)
     answer = last_boxed(solution_str)
-    right = answer is not None and len(answer) <= MAX_ANSWER_CHARACTERS and equivalent(answer.strip(), ground_truth)
-    return {"score": float(right), "acc": float(right), "format": float(answer is not None)}
+    verdicts = (
+        [] if answer is None else [compare(answer, t, timeout, memory_mib, processes, max_characters) for t in truths]
+    )
+    right = float(any(verdict.equal for verdict in verdicts))
+    return {
+        "score": right,
+        "acc": right,
+        "format": float(any(verdict.parseable for verdict in verdicts)),
+        "stopped": float(any(verdict.stopped for verdict in verdicts)),
+    }
