@@ -1,0 +1,188 @@
+"""From what a training run leaves to a folder that transformers and vLLM load.
+
+verl saves a checkpoint as ``global_step_N/actor`` with one file per rank. Its own merger (``verl.model_merger``) makes
+a Hugging Face folder of it, rounding every weight to bfloat16, as verl's rollouts do by default. It runs in a process
+of its own, which gives its memory back before an engine starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from entropy_fork.evaluation.answers import write_whole
+from entropy_fork.verl.errors import EntropyForkError
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+#: says of a merged folder which checkpoint it was made from
+MERGED_FROM = "merged_from.json"
+
+_WHOLE_BYTES, _NUM_BLOCKS, _BLOCK_BYTES = 4 << 20, 64, 64 << 10
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+        path: the folder with its files.
+        backend: ``huggingface`` (loads as it is), or whose shards they are, ``fsdp`` or ``megatron``.
+    """
+
+    path: Path
+    backend: str
+
+    @classmethod
+    def find(cls, path: Path) -> Checkpoint:
+        """Look at what lies in a folder: Hugging Face's, ``global_step_N/actor``, or ``global_step_N``.
+
+        Raises:
+            EntropyForkError: nothing that could be evaluated lies there; the message says what to name instead.
+        """
+        path = path.absolute()
+        if not path.is_dir():
+            raise EntropyForkError(f"no folder {path}: name a Hugging Face folder, or verl's …/global_step_N/actor")
+        if steps := sorted(path.glob("global_step_*"), key=_step_of):
+            raise EntropyForkError(f"{path} holds {len(steps)} checkpoints: name one of them, for example {steps[-1]}")
+        if path.name != "actor" and (path / "actor").is_dir():
+            path = path / "actor"
+        # With checkpoint.save_contents=[…,hf_model] verl has written a whole model already.
+        for folder in (path, path / "huggingface", path / "model" / "huggingface"):
+            if (folder / "config.json").is_file() and _has_weights(folder):
+                return cls(folder, "huggingface")
+        if (path / "fsdp_config.json").is_file():
+            _check_shards(path)
+            return cls(path, "fsdp")
+        if (path / "model" / "dist_ckpt").is_dir():
+            return cls(path, "megatron")
+        raise EntropyForkError(
+            f"{path} is neither a Hugging Face folder (config.json and *.safetensors) nor a checkpoint of verl's actor "
+            f"(fsdp_config.json and model_world_size_*_rank_*.pt, or model/dist_ckpt)"
+        )
+
+    def fingerprint(self) -> str:
+        """A checksum of all files that decide what the model says, without reading all of the weights.
+
+        Of a large file, its size, its beginning, its end and evenly spaced blocks are read: a step of training changes
+        every tensor, so another checkpoint of the same model differs in all of them.
+        """
+        digest = hashlib.sha256()
+        for file in self._files():
+            digest.update(f"{file.relative_to(self.path)} {file.stat().st_size}\n".encode())
+            for block in _sampled(file):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _files(self) -> list[Path]:
+        kinds = {
+            "huggingface": ["*.json", "*.jinja", "*.txt", "*.model", *WEIGHTS],
+            "fsdp": ["model_world_size_*.pt", "huggingface/*", "lora_train_meta.json"],
+            "megatron": ["model/**/*"],
+        }[self.backend]
+        found = {file for kind in kinds for file in self.path.glob(kind) if file.is_file()}
+        return sorted(found - {self.path / MERGED_FROM})
+
+    def merge(self, target: Path) -> Path:
+        """The Hugging Face folder of this checkpoint, made at ``target`` if it is not there yet.
+
+        Raises:
+            EntropyForkError: ``target`` holds something else, or verl's merger failed.
+        """
+        if self.backend == "huggingface":
+            return self.path
+        source = {"checkpoint": str(self.path), "fingerprint": self.fingerprint()}
+        if target.exists():
+            marker = target / MERGED_FROM
+            if marker.is_file() and json.loads(marker.read_text())["fingerprint"] == source["fingerprint"]:
+                return target
+            raise EntropyForkError(f"{target} was not merged from {self.path}: choose another folder with --merged")
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            self._run_merger(unfinished)
+            fold_adapter(unfinished)
+            write_whole(unfinished / MERGED_FROM, json.dumps(source, indent=2) + "\n")
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return target
+
+    def _run_merger(self, target: Path) -> None:
+        command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", self.backend]
+        command += ["--local_dir", str(self.path), "--target_dir", str(target)]
+        if self.backend == "megatron":
+            config = json.loads((self.path / "model" / "huggingface" / "config.json").read_text())
+            command += ["--tie-word-embedding"] if config.get("tie_word_embeddings") else []
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=os.environ
+        )
+        if done.returncode != 0 or not _has_weights(target):
+            end = "\n".join(done.stdout.splitlines()[-15:])
+            raise EntropyForkError(f"verl's merger could not read {self.path}. It said at its end:\n{end}")
+
+
+def fold_adapter(folder: Path) -> None:
+    """Add a LoRA adapter, which verl's merger leaves beside the base model, to the weights.
+
+    Raises:
+        EntropyForkError: the adapter's scale is not known, which would evaluate the base model.
+    """
+    adapter = folder / "lora_adapter"
+    if not adapter.is_dir():
+        return
+    if not json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]:
+        raise EntropyForkError(
+            "the checkpoint has a LoRA adapter but no lora_train_meta.json with its lora_alpha, without which the "
+            "adapter has no effect: copy the file from another checkpoint of the same run"
+        )
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    # In fp32, so that the sum is rounded once.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    for kind in WEIGHTS:
+        for file in folder.glob(kind):
+            file.unlink()
+    whole.to(torch.bfloat16).save_pretrained(folder)
+    shutil.rmtree(adapter)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(next(folder.glob(kind), None) for kind in WEIGHTS)
+
+
+def _step_of(folder: Path) -> int:
+    found = re.search(r"\d+$", folder.name)
+    return int(found[0]) if found else -1
+
+
+def _check_shards(path: Path) -> None:
+    size = json.loads((path / "fsdp_config.json").read_text())["world_size"]
+    missing = [rank for rank in range(size) if not (path / f"model_world_size_{size}_rank_{rank}.pt").is_file()]
+    if missing:
+        raise EntropyForkError(
+            f"{path} lacks the shards of ranks {', '.join(map(str, missing[:8]))}{'…' if len(missing) > 8 else ''} of "
+            f"{size}: each node keeps its own unless the folder is shared; copy those of the other nodes here"
+        )
+
+
+def _sampled(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        if size <= _WHOLE_BYTES:
+            yield content.read()
+            return
+        for block in range(_NUM_BLOCKS):
+            content.seek(block * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+            yield content.read(_BLOCK_BYTES)

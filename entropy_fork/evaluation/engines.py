@@ -1,0 +1,230 @@
+"""What answers the questions: vLLM, or on a machine without it the light sampler of ``entropy_fork/generation.py``.
+
+Each answer has a seed of its own, so it is the same answer whichever others it is computed with, up to the last bits
+of a sum. The light sampler goes further: its batches are fixed beforehand, so an evaluation that was interrupted gives
+exactly the answers of one that was not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from entropy_fork.verl import vllm_cpu
+from entropy_fork.verl.errors import EntropyForkError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        temperature: T; 0 takes the likeliest token.
+        top_p, top_k: nucleus and top-k truncation; 1.0 and -1 leave the distribution as it is.
+        max_tokens: tokens of an answer at most, its end token included.
+        seed: of the whole evaluation.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_tokens: int = 20480
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for is_good, name, wanted in (
+            (self.temperature >= 0, "temperature", "0 (greedy) or more"),
+            (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
+            (self.top_k == -1 or self.top_k >= 1, "top_k", "-1 (off) or at least 1"),
+            (self.max_tokens >= 1, "max_tokens", "at least 1"),
+            (self.seed >= 0, "seed", "0 or more"),
+        ):
+            if not is_good:
+                raise EntropyForkError(f"{name} is {getattr(self, name)}, and must be {wanted}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer that is wanted: to which question, the how many-th, drawn with which seed, after which prompt."""
+
+    question: int
+    sample: int
+    seed: int
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came of a job: token ids with the end token, and whether the limit ended it."""
+
+    job: Job
+    token_ids: list[int]
+    truncated: bool
+
+
+class Engine(Protocol):
+    """Answers jobs, and hands over what is ready."""
+
+    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+        """Answers to the wanted ones of ``jobs``, in any order. ``jobs`` is the same in an interrupted evaluation."""
+        ...
+
+
+def choose_engine(asked: str) -> str:
+    """``vllm`` or ``transformers``; ``auto`` takes vLLM where it is installed.
+
+    Raises:
+        EntropyForkError: vLLM is asked for and not installed; or nothing is asked for, and without vLLM the
+            accelerator of this machine would stand idle.
+    """
+    spec = importlib.util.find_spec("vllm")
+    is_installed = spec is not None and spec.origin is not None  # a folder that happens to be called vllm has no origin
+    if asked == "vllm" and not is_installed:
+        raise EntropyForkError("vLLM is not installed: 'pip install vllm', or write --engine transformers (CPU)")
+    if asked != "auto":
+        return asked
+    if not is_installed and torch.accelerator.is_available():
+        raise EntropyForkError(
+            "vLLM is not installed, and the light engine would not use this machine's accelerator: 'pip install vllm', "
+            "or write --engine transformers to compute on the CPU"
+        )
+    return "vllm" if is_installed else "transformers"
+
+
+def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["max_num_seqs=64"]`` as a dict; values are read as YAML.
+
+    Raises:
+        EntropyForkError: a text that is not of this form.
+    """
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    for pair in pairs:
+        if "=" not in pair[1:]:
+            raise EntropyForkError(f"--vllm {pair} must be KEY=VALUE, an argument of vllm.LLM")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs)))  # type: ignore[return-value]
+    except YAMLError as error:
+        raise EntropyForkError(f"--vllm {' '.join(pairs)}: a value is no YAML ({error})") from error
+
+
+class TransformersEngine:
+    """The light sampler, on the CPU, in batches that depend on the questions alone.
+
+    Args:
+        folder: the model's Hugging Face folder.
+        dtype: name of a torch dtype.
+        end_ids: the token ids that end an answer.
+        batch_size: rows at most. A batch has the n-th answers of consecutive questions.
+    """
+
+    def __init__(self, folder: Path, sampling: Sampling, dtype: str, end_ids: Sequence[int], batch_size: int):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ).eval()
+        self.sampling, self.end_ids, self.batch_size = sampling, end_ids, batch_size
+
+    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+        from entropy_fork.generation import generate
+
+        for batch in self._batches(jobs):
+            if not any(map(is_wanted, batch)):
+                continue
+            # Whole, also where only a part is wanted: the number of rows can change the last bits of a logit.
+            answers = generate(self.model, [self._request(job) for job in batch], self.end_ids)
+            yield [
+                Generated(job, answer.token_ids, answer.stop_reason == "length")
+                for job, answer in zip(batch, answers, strict=True)
+                if is_wanted(job)
+            ]
+
+    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        for _, same_sample in groupby(jobs, key=lambda job: job.sample):
+            rows = list(same_sample)
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size]
+
+    def _request(self, job: Job) -> Any:
+        from entropy_fork.generation import Request
+
+        sampling = self.sampling
+        return Request(
+            job.prompt_ids, job.seed, sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k
+        )
+
+
+class VllmEngine:
+    """vLLM's own engine loop: all requests at once, and each answer as soon as it is complete.
+
+    Args:
+        max_model_len: tokens of the longest prompt and answer together.
+        tensor_parallel: GPUs that one copy of the model is spread over.
+        arguments: further arguments of ``vllm.LLM``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sampling: Sampling,
+        dtype: str,
+        end_ids: Sequence[int],
+        max_model_len: int,
+        tensor_parallel: int = 1,
+        arguments: dict[str, Any] | None = None,
+    ):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        settings: dict[str, Any] = {
+            "model": str(folder),
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "tensor_parallel_size": tensor_parallel,
+            "seed": sampling.seed % 2**31,
+            "use_tqdm_on_load": False,
+            "generation_config": "vllm",  # sampling is ours alone; end tokens go with each request
+        }
+        if vllm_cpu.is_installed():
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+            # A prompt in parts makes vLLM 0.29 take back a number of the answer's generator, which one on a CPU cannot
+            # ("CPU Generator does not use offset").
+            settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
+            settings["max_num_batched_tokens"] = max(max_model_len, 4096)
+        from vllm import LLM, SamplingParams
+
+        self.engine = LLM(**(settings | (arguments or {}))).llm_engine
+        self.sampling, self.end_ids, self.parameters = sampling, list(end_ids), SamplingParams
+
+    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+        sampling = self.sampling
+        waiting = {f"{job.question}-{job.sample}": job for job in jobs if is_wanted(job)}
+        for name, job in waiting.items():
+            parameters = self.parameters(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                seed=job.seed,
+                stop_token_ids=self.end_ids,
+                detokenize=False,
+            )
+            self.engine.add_request(name, {"prompt_token_ids": list(job.prompt_ids)}, parameters)
+        while self.engine.has_unfinished_requests():
+            finished = [output for output in self.engine.step() if output.finished]
+            if finished:
+                yield [
+                    Generated(
+                        waiting[output.request_id],
+                        list(output.outputs[0].token_ids),
+                        output.outputs[0].finish_reason == "length",
+                    )
+                    for output in finished
+                ]

@@ -1,0 +1,78 @@
+"""Questions from parquet files in verl's format (``entropy-fork data prepare`` writes them)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from entropy_fork.verl.errors import EntropyForkError
+
+COLUMNS = ("data_source", "prompt", "reward_model")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row: the benchmark it belongs to, its chat messages, and what a right answer equals."""
+
+    data_source: str
+    prompt: tuple[dict[str, str], ...]
+    ground_truth: str
+
+
+def read_questions(files: Sequence[Path]) -> list[Question]:
+    """All rows of all files, in order.
+
+    Raises:
+        EntropyForkError: a file that is missing, is no parquet, lacks a column, or has a row that cannot be used.
+    """
+    questions = [question for file in files for question in _read(file)]
+    if not questions:
+        raise EntropyForkError(f"no questions in {', '.join(map(str, files)) or 'no file'}: name files with --data")
+    return questions
+
+
+def checksum(questions: Sequence[Question]) -> str:
+    """sha256 of what is asked and what counts as right, in order; not of how the parquet was written."""
+    rows = [[question.data_source, question.prompt, question.ground_truth] for question in questions]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path) -> list[Question]:
+    advice = "write files with 'entropy-fork data prepare', or in verl's format"
+    try:
+        schema = pq.read_schema(file)
+        if missing := [column for column in COLUMNS if column not in schema.names]:
+            raise EntropyForkError(f"{file} has no column {', '.join(missing)}: {advice}")
+        rows = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
+    except FileNotFoundError as error:
+        raise EntropyForkError(f"no file {file}: {advice}") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, EntropyForkError):
+            raise
+        raise EntropyForkError(f"{file} is no readable parquet file ({error}): {advice}") from error
+    return [_question(row, f"row {number} of {file}") for number, row in enumerate(rows)]
+
+
+def _question(row: dict[str, Any], where: str) -> Question:
+    prompt, reward = row["prompt"], row["reward_model"]
+    if not (
+        isinstance(prompt, list)
+        and prompt
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+        )
+    ):
+        raise EntropyForkError(f"{where}: prompt must be a list of messages with a role and a content, not {prompt!r}")
+    truth = reward.get("ground_truth") if isinstance(reward, dict) else None
+    if not isinstance(truth, str) or not truth.strip():
+        raise EntropyForkError(f"{where}: reward_model.ground_truth must be a text, not {truth!r}")
+    if not isinstance(row["data_source"], str):
+        raise EntropyForkError(f"{where}: data_source must be a text, not {row['data_source']!r}")
+    messages = tuple({"role": message["role"], "content": message["content"]} for message in prompt)
+    return Question(row["data_source"], messages, truth)

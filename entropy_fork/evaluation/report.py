@@ -1,0 +1,122 @@
+"""``results.json`` and the tables, ours beside the paper's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from entropy_fork.evaluation.answers import write_whole
+from entropy_fork.evaluation.run import Evaluation
+from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
+
+RESULTS, TABLES = "results.json", "results.md"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Rows of text under a header, for the terminal and for Markdown alike."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    def rich(self) -> Table:
+        table = Table()
+        for number, name in enumerate(self.header):
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+@cache
+def paper() -> dict[str, Any]:
+    """The paper's numbers: ``results[model][benchmark][column]`` is (Acc@16 in percent, mean length in tokens)."""
+    return json.loads((files("entropy_fork.evaluation") / "paper.json").read_text())
+
+
+def paper_benchmark(data_source: str) -> str | None:
+    """The paper's name of a benchmark, whatever its data source writes between letters and digits."""
+    plain = re.sub(r"[^a-z0-9]", "", data_source.rsplit("/", 1)[-1].lower())
+    return next((name for name, aliases in paper()["benchmarks"].items() if plain in aliases), None)
+
+
+def paper_cells(model: str, data_sources: Sequence[str]) -> list[tuple[float, float] | None]:
+    """Each of the paper's columns as (Acc@16, length), the mean over these benchmarks; None if it lacks one of them."""
+    names = [paper_benchmark(source) for source in data_sources]
+    cells: list[tuple[float, float] | None] = []
+    for column in paper()["columns"]:
+        if None in names:
+            cells.append(None)
+            continue
+        pairs = [paper()["results"][model][name][column] for name in names]
+        cells.append((sum(pair[0] for pair in pairs) / len(pairs), sum(pair[1] for pair in pairs) / len(pairs)))
+    return cells
+
+
+def tables(evaluation: Evaluation, compare: str | None) -> list[TextTable]:
+    """Accuracy and length beside the paper's, and pass@k."""
+    rows = _rows(evaluation)
+    k = rows[0][1].answers_per_question
+    header = ["benchmark", "questions", f"Acc@{k}", f"{CONFIDENCE:.0%} interval", "± same questions"]
+    header += ["tokens", "truncated", "boxed"]
+    if compare is not None:
+        header += [f"{name} ({compare})" for name in paper()["columns"].values()]
+    accuracy = TextTable(header, [])
+    passes = TextTable(["benchmark", *(f"pass@{i}" for i in rows[0][1].pass_at)], [])
+    for name, summary, sources in rows:
+        low, high = summary.interval
+        same = summary.standard_error_same_questions
+        cells = [name, str(summary.questions), f"{100 * summary.accuracy:.2f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+        cells += ["–" if same is None else f"{100 * same:.2f}", f"{summary.mean_tokens:.0f}"]
+        cells += [f"{summary.truncated:.1%}", f"{summary.boxed:.1%}"]
+        if compare is not None:
+            cells += [
+                "–" if cell is None else f"{cell[0]:.2f} / {cell[1]:.0f}" for cell in paper_cells(compare, sources)
+            ]
+        accuracy.rows.append(cells)
+        passes.rows.append([name, *(f"{100 * share:.2f}" for share in summary.pass_at.values())])
+    return [accuracy, passes]
+
+
+def write(evaluation: Evaluation, folder: Path, compare: str | None) -> None:
+    """``results.json`` (everything, unrounded) and ``results.md`` (the tables)."""
+    rows = _rows(evaluation)
+    results: dict[str, Any] = {
+        "identity": evaluation.identity,
+        "confidence": CONFIDENCE,
+        "benchmarks": {name: summary.as_dict() for name, summary in evaluation.benchmarks.items()},
+        "average": average(list(evaluation.benchmarks.values())).as_dict(),
+    }
+    if compare is not None:
+        results["paper"] = {
+            "source": paper()["source"],
+            "model": compare,
+            **{
+                name: {
+                    column: None if cell is None else {"accuracy": cell[0] / 100, "mean_tokens": cell[1]}
+                    for column, cell in zip(paper()["columns"], paper_cells(compare, sources), strict=True)
+                }
+                for name, _, sources in rows
+            },
+        }
+    write_whole(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_whole(folder / TABLES, "\n".join(table.markdown() for table in tables(evaluation, compare)))
+
+
+def _rows(evaluation: Evaluation) -> list[tuple[str, Summary, list[str]]]:
+    """Name, summary, and the data sources in it: each benchmark, and where there are several, their average."""
+    benchmarks = evaluation.benchmarks
+    rows = [(name, summary, [name]) for name, summary in benchmarks.items()]
+    return rows if len(rows) == 1 else [*rows, ("average", average(list(benchmarks.values())), list(benchmarks))]

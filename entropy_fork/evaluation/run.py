@@ -1,0 +1,276 @@
+"""The evaluation from a checkpoint to the table: what ``entropy-fork evaluate`` does."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import entropy_fork
+from entropy_fork.core.randomness import seed_of
+from entropy_fork.data.template import chat_template as template_of_recipes
+from entropy_fork.evaluation.answers import AnswerStore, Record
+from entropy_fork.evaluation.checkpoint import Checkpoint
+from entropy_fork.evaluation.engines import (
+    Engine,
+    Generated,
+    Job,
+    Sampling,
+    TransformersEngine,
+    VllmEngine,
+    choose_engine,
+)
+from entropy_fork.evaluation.questions import Question, checksum, read_questions
+from entropy_fork.evaluation.statistics import Summary, summarise
+from entropy_fork.reward import compute_score
+from entropy_fork.verl.config import preset_names
+from entropy_fork.verl.errors import EntropyForkError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that is asked for.
+
+    Attributes:
+        model: a Hugging Face folder, or a checkpoint folder of verl.
+        data: parquet files in verl's format.
+        output: folder for answers and results; taken up again if it holds a part of this evaluation.
+        answers: k, answers per question.
+        engine: ``auto``, ``vllm`` or ``transformers``.
+        chat_template: a name of the Hydra group ``template`` (``paper``, ``chat``), a file with a Jinja template, or
+            the template itself; None takes the tokenizer's.
+        dtype: of the weights when answering; ``auto`` is what they are stored in.
+        merged: where the Hugging Face folder of a sharded checkpoint is kept; None removes it at the end.
+        batch_size: of the transformers engine.
+        tensor_parallel, vllm: of the vLLM engine, see :class:`VllmEngine`.
+    """
+
+    model: Path
+    data: Sequence[Path]
+    output: Path
+    answers: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
+    engine: str = "auto"
+    chat_template: str | None = None
+    dtype: str = "auto"
+    merged: Path | None = None
+    batch_size: int = 64
+    tensor_parallel: int = 1
+    vllm: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("answers", "batch_size", "tensor_parallel"):
+            if getattr(self, name) < 1:
+                raise EntropyForkError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        if self.dtype not in DTYPES:
+            raise EntropyForkError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
+        if self.sampling.temperature == 0 and self.answers > 1:
+            raise EntropyForkError(
+                f"at temperature 0 all {self.answers} answers to a question are the same: write --answers 1"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out: the manifest's identity, and a summary per benchmark in the order of the data."""
+
+    identity: dict[str, Any]
+    benchmarks: dict[str, Summary]
+
+
+def evaluate(settings: Settings, console: Console) -> Evaluation:
+    """Answer what has not been answered yet, and summarise.
+
+    Raises:
+        EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
+    """
+    questions = read_questions(settings.data)
+    checkpoint = Checkpoint.find(settings.model)
+    engine_name = choose_engine(settings.engine)
+    template = read_template(settings.chat_template)
+    identity = {
+        "model": checkpoint.fingerprint(),
+        "questions": checksum(questions),
+        "chat_template": "the model's" if template is None else hashlib.sha256(template.encode()).hexdigest(),
+        "sampling": asdict(settings.sampling),
+        "engine": {"name": engine_name, "dtype": settings.dtype}
+        | ({"batch_size": settings.batch_size} if engine_name == "transformers" else {}),
+        "reward": f"entropy_fork.reward {entropy_fork.__version__}",
+    }
+    notes = {"model_path": str(checkpoint.path), "data": [str(file.absolute()) for file in settings.data]}
+    with AnswerStore(settings.output, identity, notes) as store:
+        wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
+        if missing := wanted - store.records.keys():
+            folder = settings.merged or settings.output / "merged"
+            if checkpoint.backend != "huggingface":
+                with console.status(f"merging the shards of {checkpoint.path} (verl's model merger)"):
+                    folder = checkpoint.merge(folder)
+            else:
+                folder = checkpoint.path
+            _answer(settings, engine_name, folder, template, questions, store, missing, console)
+        if settings.merged is None:
+            shutil.rmtree(settings.output / "merged", ignore_errors=True)
+        return Evaluation(identity, _summaries(questions, store, settings.answers))
+
+
+def read_template(chat_template: str | None) -> str | None:
+    """The Jinja text of a recipe's template or of a file, or the text itself; None is the tokenizer's own."""
+    if chat_template is None or "{" in chat_template:
+        return chat_template
+    if chat_template in preset_names("template"):
+        return template_of_recipes(chat_template)
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except OSError as error:
+        names = ", ".join(preset_names("template"))
+        raise EntropyForkError(
+            f"--chat-template {chat_template} is none of {names}, no file and no Jinja template"
+        ) from error
+
+
+def prompts(tokenizer: Any, questions: Sequence[Question], template: str | None) -> list[tuple[int, ...]]:
+    """Token ids of each prompt, through the chat template as verl applies it in training.
+
+    Raises:
+        EntropyForkError: the tokenizer has no chat template and none is given.
+    """
+    if template is not None:
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise EntropyForkError("the model's tokenizer has no chat template: name the one of the training with "
+                               "--chat-template FILE")  # fmt: skip
+    texts = [
+        tokenizer.apply_chat_template(list(question.prompt), add_generation_prompt=True, tokenize=False)
+        for question in questions
+    ]
+    return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
+    """The tokenizer's end token and those of the model's generation config."""
+    from transformers import GenerationConfig
+
+    ids = [tokenizer.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(folder).eos_token_id
+        ids += configured if isinstance(configured, list) else [configured]
+    if found := sorted({token for token in ids if token is not None}):
+        return found
+    raise EntropyForkError(f"{folder} names no end token, neither in its tokenizer nor in generation_config.json")
+
+
+def _answer(
+    settings: Settings,
+    engine_name: str,
+    folder: Path,
+    template: str | None,
+    questions: Sequence[Question],
+    store: AnswerStore,
+    missing: set[tuple[int, int]],
+    console: Console,
+) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end_ids = end_token_ids(tokenizer, folder)
+    prompt_ids = prompts(tokenizer, questions, template)
+    longest = max(map(len, prompt_ids))
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and longest + settings.sampling.max_tokens > room:
+        raise EntropyForkError(
+            f"the longest prompt has {longest} tokens and an answer up to {settings.sampling.max_tokens}, but the "
+            f"model has {room} positions: write --max-tokens {max(1, room - longest)} or less"
+        )
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
+    jobs = [
+        Job(index, sample, seed_of(settings.sampling.seed, index, sample), prompt_ids[index])
+        for sample in range(settings.answers)
+        for index in range(len(questions))
+    ]
+    engine: Engine
+    with console.status(f"loading {folder} into {engine_name}"):
+        if engine_name == "vllm":
+            engine = VllmEngine(
+                folder,
+                settings.sampling,
+                dtype,
+                end_ids,
+                longest + settings.sampling.max_tokens,
+                settings.tensor_parallel,
+                settings.vllm,
+            )
+        else:
+            engine = TransformersEngine(folder, settings.sampling, dtype, end_ids, settings.batch_size)
+
+    def scored(generated: Generated) -> Record:
+        job, question = generated.job, questions[generated.job.question]
+        text = tokenizer.decode(generated.token_ids, skip_special_tokens=True)
+        reward = compute_score(question.data_source, text, question.ground_truth)
+        return Record(
+            job.question,
+            job.sample,
+            job.seed,
+            question.data_source,
+            len(generated.token_ids),
+            generated.truncated,
+            reward["score"],
+            bool(reward["format"]),
+            text,
+        )
+
+    with _progress(console) as progress:
+        bar = progress.add_task("answers", total=len(jobs), completed=len(jobs) - len(missing), note="")
+        began, tokens = time.monotonic(), 0
+        right = sum(record.score for record in store.records.values())
+        for batch in engine.answers(jobs, lambda job: (job.question, job.sample) in missing):
+            records = [scored(generated) for generated in batch]
+            store.append(records)
+            tokens += sum(record.tokens for record in records)
+            right += sum(record.score for record in records)
+            share, speed = right / len(store.records), tokens / (time.monotonic() - began)
+            note = f"{share:.1%} right  {speed:,.0f} tokens/s"
+            progress.update(bar, advance=len(records), note=note)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _summaries(questions: Sequence[Question], store: AnswerStore, k: int) -> dict[str, Summary]:
+    """A summary per data source, of the first k answers to each question."""
+    summaries = {}
+    for name in dict.fromkeys(question.data_source for question in questions):
+        rows = [
+            [store.records[index, sample] for sample in range(k)]
+            for index, question in enumerate(questions)
+            if question.data_source == name
+        ]
+
+        def table(attribute: str, rows: list[list[Record]] = rows) -> np.ndarray:
+            return np.array([[getattr(record, attribute) for record in row] for row in rows])
+
+        summaries[name] = summarise(table("score") == 1.0, table("tokens"), table("truncated"), table("boxed"))
+    return summaries
