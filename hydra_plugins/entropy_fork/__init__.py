@@ -1,5 +1,7 @@
 """Puts the recipes on Hydra's search path, and refuses a run that asks for a mask it would not get.
 
+And lets a sweep (``-m``) of main_ppo start each job in a process of its own (``launcher.py``).
+
 Hook: Hydra imports whatever lies in the namespace package ``hydra_plugins`` (which therefore must not have an
 ``__init__`` of its own) at the start of every Hydra application of the environment, whether verl's plugins were loaded
 or not. That makes this the one place that notices when they were not: verl swallows an error of ours, and without our
@@ -15,11 +17,11 @@ from pathlib import Path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-ASKED_FOR = re.compile(r"^\+{0,2}(recipe|cluster|entropy_fork)([=@.]|$)")
+ASKED_FOR = re.compile(r"^\+{0,2}(recipe|cluster|template|entropy_fork)([=@.]|$)")
 
 
 class EntropyForkSearchPath(SearchPathPlugin):
-    """Adds ``recipes/`` (groups recipe, entropy_fork, cluster) in applications of verl."""
+    """Adds ``recipes/`` (groups recipe, cluster, template, entropy_fork) in applications of verl."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         if "verl" not in sys.modules:
@@ -29,6 +31,10 @@ class EntropyForkSearchPath(SearchPathPlugin):
             from entropy_fork.verl.config import recipes_dir
 
             search_path.append(provider="entropy-fork", path=f"file://{recipes_dir()}")
+            if _is_main_ppo():
+                from hydra_plugins.entropy_fork.launcher import make_default
+
+                make_default()
         elif any(ASKED_FOR.match(argument) for argument in sys.argv[1:]):
             # SystemExit: the message alone, without a traceback through Hydra.
             raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {problem}")
@@ -55,8 +61,18 @@ def _why_inactive() -> str | None:
 
 def _unmasked_application() -> str | None:
     """The file of verl that is run, where it is another program than main_ppo (experimental trainers, SFT, …)."""
-    verl = Path(sys.modules["verl"].__file__ or "").resolve().parent
-    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
-    if verl not in main.parents or main == verl / "trainer" / "main_ppo.py":
+    verl, main = _files()
+    if verl not in main.parents or _is_main_ppo():
         return None  # main_ppo, or a program of the user's own
     return str(main.relative_to(verl.parent))
+
+
+def _is_main_ppo() -> bool:
+    verl, main = _files()
+    return main == verl / "trainer" / "main_ppo.py"
+
+
+def _files() -> tuple[Path, Path]:
+    """verl's folder, and the program that is run."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(sys.modules["verl"].__file__ or "").resolve().parent, Path(main or "").resolve()

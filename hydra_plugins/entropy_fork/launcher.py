@@ -1,0 +1,181 @@
+"""Hydra's launcher for sweeps of verl: every job in a process and a Ray session of its own. See docs/sweeps.md.
+
+Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. For main_ppo under
+``-m`` it is the default (see :func:`make_default`), in place of Hydra's ``basic``, with which no second job of verl's
+can run. All of the work is in ``entropy_fork.verl.sweep``, imported when a sweep starts: Hydra imports this module in
+every application of the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.conf import HydraConf
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, setup_globals
+from hydra.errors import CompactHydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+if TYPE_CHECKING:
+    from entropy_fork.verl.ray_cluster import Usage
+    from entropy_fork.verl.sweep import Job, Outcome
+
+log = logging.getLogger(__name__)
+
+NAME = "entropy_fork"
+
+
+#: ``hydra.launcher`` of a sweep. A dict, since Hydra runs this file before it is a module, which a dataclass needs.
+DEFAULTS = {
+    "_target_": "hydra_plugins.entropy_fork.launcher.FreshProcessLauncher",
+    # for how long, in seconds, a job waits on an existing Ray cluster for what the one before it held
+    "patience_s": 180.0,
+    # for how long, in seconds, a job may go on after Ctrl-C, and its other processes after its own end
+    "grace_s": 30.0,
+}
+ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=DEFAULTS, provider="entropy-fork")
+
+
+def make_default() -> None:
+    """Let a sweep use this launcher where no other is asked for. ``hydra/launcher=basic`` still is Hydra's own."""
+    from hydra._internal.utils import get_args_parser
+
+    arguments, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
+        config = HydraConf()
+        config.defaults = [{"launcher": NAME} if entry == {"launcher": "basic"} else entry for entry in config.defaults]
+        ConfigStore.instance().store(group="hydra", name="config", node=config, provider="hydra")
+
+
+class JobsFailed(CompactHydraException):
+    """Some jobs of a sweep failed. Hydra prints the message alone, and exits with 1."""
+
+
+class FreshProcessLauncher(Launcher):
+    """Runs the jobs one after the other, goes on when one fails, and ends with a table of them all."""
+
+    def __init__(self, patience_s: float, grace_s: float) -> None:
+        self.patience_s, self.grace_s = patience_s, grace_s
+        self.outcomes: list[Outcome] = []  # of all batches that the sweeper launches
+        self.before: Usage | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from entropy_fork.verl.sweep import Places
+
+        self.context, self.config = hydra_context, config
+        self.places = Places()
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from entropy_fork.verl import sweep
+
+        setup_globals()
+        folder = Path(str(self.config.hydra.sweep.dir)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        results = folder / "results.csv"
+        configs = [self._compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        jobs = self._jobs(job_overrides, configs)
+        log.info(f"Launching {len(jobs)} jobs, one after the other, each in a process of its own")
+        first = len(self.outcomes)
+        self.outcomes += [sweep.Outcome(job, sweep.NOT_RUN) for job in jobs]
+        for index, (job, config) in enumerate(zip(jobs, configs, strict=True)):
+            self.outcomes[first + index] = outcome = self._run(job, config)
+            sweep.write_results(self.outcomes, results)
+            log.info(f"#{job.number} {outcome.status} after {outcome.seconds:.0f} s")
+            if outcome.status == sweep.INTERRUPTED:
+                break
+        sweep.report(self.outcomes, results)
+        batch = self.outcomes[first:]
+        if batch[-1].status in (sweep.INTERRUPTED, sweep.NOT_RUN):
+            raise SystemExit(130)  # as a shell reports Ctrl-C
+        failed = sum(outcome.status == sweep.FAILED for outcome in batch)
+        message = f"{failed} of {len(batch)} jobs failed: see the table above, or {results}"
+        return [_returned(*each, message) for each in zip(batch, configs, strict=True)]
+
+    def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
+        config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+        return config
+
+    def _jobs(self, job_overrides: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Job]:
+        from entropy_fork.verl import sweep
+
+        typed = OmegaConf.to_container(self.config.hydra.overrides)  # unresolved: ${hydra.job.num} is the job's
+        assert isinstance(typed, dict)
+        swept = [sweep.swept_overrides(overrides, typed["task"]) for overrides in job_overrides]
+        forms = [sweep.short_form(overrides) for overrides in swept]
+        changes = self.places.own(configs, forms)
+        jobs = []
+        for overrides, config, form, own, differs in zip(job_overrides, configs, forms, changes, swept, strict=True):
+            number = config.hydra.job.num
+            with sweep.hydra_config(config):
+                folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
+            hydras = {"hydra.run.dir": folder, "hydra.job.num": number, "hydra.job.id": number}
+            line = sweep.command(_program(), typed["hydra"], overrides, {**own, **hydras})
+            name = sweep.value_of(config, sweep.NAME)
+            jobs.append(sweep.Job(number, differs, line, folder, name, sweep.own_environment(form)))
+            log.info(f"\t#{number} : {' '.join(differs)}")
+            for key, value in own.items():
+                log.info(f"\t     {key}={value}")
+            if checkpoint := sweep.continues_from(config):
+                log.info(f"\t     goes on from {checkpoint} (trainer.resume_mode=disable starts anew)")
+        return jobs
+
+    def _run(self, job: Job, config: DictConfig) -> Outcome:
+        from entropy_fork.verl import ray_cluster, sweep
+        from entropy_fork.verl.errors import EntropyForkError
+
+        try:
+            ray_init = OmegaConf.select(config, "ray_kwargs.ray_init")
+            address = None if ray_init is None else ray_cluster.find_cluster(ray_init)
+            if address is not None:
+                if self.before is not None:
+                    needed = config.trainer.nnodes * config.trainer.n_gpus_per_node
+                    missing = ray_cluster.wait_until_free(address, self.before, needed, self.patience_s)
+                    if missing:
+                        log.warning(f"the Ray cluster {address} is not as it was before the last job: {missing}")
+                self.before = ray_cluster.usage(address)
+            log.info(f"#{job.number} starts" + (f" on the Ray cluster {address}" if address else ""))
+            return sweep.run(job, self.grace_s)
+        except EntropyForkError as error:
+            return sweep.Outcome(job, sweep.FAILED, error=f"not started: {error}")
+        except KeyboardInterrupt:
+            return sweep.Outcome(job, sweep.INTERRUPTED, error="stopped by Ctrl-C before it was started")
+
+
+def _program() -> list[str]:
+    """What was typed up to the overrides: the interpreter, ``-m verl.trainer.main_ppo``, and the config's flags."""
+    from hydra._internal.utils import get_args_parser
+
+    started = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    arguments, _ = get_args_parser().parse_known_args(sys.argv[1:])
+    flags = {name: getattr(arguments, name) for name in ("config_path", "config_dir", "config_name")}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
+    return [sys.executable, *started, *given]
+
+
+def _returned(outcome: Outcome, config: DictConfig, message: str) -> JobReturn:
+    """A job's end, as Hydra's sweepers want it. main_ppo returns nothing."""
+    from entropy_fork.verl import sweep
+
+    task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    hydra = OmegaConf.masked_copy(config, ["hydra"])
+    is_finished = outcome.status == sweep.FINISHED
+    returned = JobReturn(
+        overrides=OmegaConf.to_container(config.hydra.overrides.task),  # type: ignore[arg-type]
+        cfg=task,
+        hydra_cfg=hydra,
+        working_dir=os.getcwd(),
+        task_name=JobRuntime.instance().get("name"),
+        status=JobStatus.COMPLETED if is_finished else JobStatus.FAILED,
+    )
+    returned.return_value = None if is_finished else JobsFailed(message)
+    return returned
