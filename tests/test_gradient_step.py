@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mini_batch import NUM_ROWS, VOCABULARY, Answers, keep_gradients, make_answers, make_batch, make_engine
 from processes import Processes
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -26,45 +27,7 @@ from entropy_fork.core.selection import Selector
 from entropy_fork.verl.config import MASKABLE_LOSSES
 from entropy_fork.verl.gradient_step import tally_of
 
-NUM_ROWS, VOCABULARY = 12, 48
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-
-
-@dataclass
-class Answers:
-    """A mini-batch in plain lists; one of its rows is padding as verl makes it, one has tool output in the middle."""
-
-    prompts: list[Tensor]
-    responses: list[Tensor]
-    masks: list[Tensor]
-    old_log_probs: list[Tensor]
-    old_entropy: list[Tensor]
-    advantages: list[Tensor]
-    importance: list[Tensor] | None = None
-
-
-def make_answers(seed: int, importance: bool = False) -> Answers:
-    random = torch.Generator().manual_seed(seed)
-
-    def integers(low: int, high: int, size: int) -> Tensor:
-        return torch.randint(low, high, (size,), generator=random)
-
-    lengths = integers(2, 15, NUM_ROWS).tolist()
-    lengths[3] = 1  # padding
-    masks = [torch.ones(n, dtype=torch.int64) for n in lengths]
-    masks[3][:] = 0
-    masks[5][: lengths[5] // 2] = 0  # tool output
-    advantages = torch.randn(NUM_ROWS, generator=random)
-    return Answers(
-        prompts=[integers(0, VOCABULARY, n) for n in integers(1, 6, NUM_ROWS).tolist()],
-        responses=[integers(0, VOCABULARY, n) for n in lengths],
-        masks=masks,
-        # around the log-probability of a uniform choice, so that some ratios are clipped
-        old_log_probs=[-math.log(VOCABULARY) + 0.4 * torch.randn(n, generator=random) for n in lengths],
-        old_entropy=[torch.rand(n, generator=random) for n in lengths],
-        advantages=[advantages[row].expand(n).clone() for row, n in enumerate(lengths)],
-        importance=[0.5 + torch.rand(n, generator=random) for n in lengths] if importance else None,
-    )
 
 
 # --- the plain re-statement ------------------------------------------------------------------------------------------
@@ -123,46 +86,14 @@ def restated_gradient(
 
 def build_engine(state: dict[str, Any], path: str, use_remove_padding: bool) -> str:
     """verl's FSDP2 engine for a tiny model, on packed or on padded rows. Returns its class's module."""
-    from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-    from verl.workers.engine import EngineRegistry
-
-    engine = EngineRegistry.new(
-        model_type="language_model",
-        backend="fsdp2",
-        model_config=HFModelConfig(
-            path=path,
-            load_tokenizer=False,
-            use_remove_padding=use_remove_padding,
-            enable_gradient_checkpointing=False,
-            override_config={"attn_implementation": "sdpa"},
-        ),
-        engine_config=FSDPEngineConfig(
-            strategy="fsdp2",
-            model_dtype="fp32",
-            use_torch_compile=False,
-            use_remove_padding=use_remove_padding,
-            mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
-        ),
-        optimizer_config=FSDPOptimizerConfig(lr=0.0, total_training_steps=1),
-        checkpoint_config=CheckpointConfig(),
-    )
-    engine.initialize()
-
-    def keep_gradients() -> float:
-        state["gradients"] = {
-            name: getattr(parameter.grad, "full_tensor", lambda g=parameter.grad: g)().clone()
-            for name, parameter in engine.module.named_parameters()
-            if parameter.grad is not None
-        }
-        return 0.0
+    engine = make_engine(path, use_remove_padding)
+    keep_gradients(engine, state)
 
     def noting_the_graph(*args: Any, function: Any = engine.compute_entropy_from_logits, **kwargs: Any) -> Tensor:
         entropy = function(*args, **kwargs)
         state["entropy_has_graph"].append(entropy.requires_grad)
         return entropy
 
-    engine.optimizer_step = keep_gradients
     engine.compute_entropy_from_logits = noting_the_graph
     state.update(engine=engine, use_remove_padding=use_remove_padding)
     return type(engine).__module__
@@ -173,7 +104,6 @@ def train_step(
     **actor: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """One ``train_batch`` of verl's engine on some rows: the gradient, and what the loss was given row by row."""
-    from verl.utils import tensordict_utils as tu
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
 
@@ -192,25 +122,6 @@ def train_step(
         **actor,
     )
 
-    def nested(values: list[Tensor]) -> Tensor:
-        return torch.nested.as_nested_tensor([values[row] for row in rows], layout=torch.jagged)
-
-    sequences = [torch.cat(pair) for pair in zip(answers.prompts, answers.responses, strict=True)]
-    tensors = {
-        "input_ids": nested(sequences),
-        "position_ids": nested([torch.arange(len(sequence)) for sequence in sequences]),
-        "prompts": nested(answers.prompts),
-        "responses": nested(answers.responses),
-        "response_mask": nested(answers.masks),
-        "loss_mask": nested(answers.masks),
-        "old_log_probs": nested(answers.old_log_probs),
-        "ref_log_prob": nested(answers.old_log_probs),
-        "entropy": nested(answers.old_entropy),
-        "advantages": nested(answers.advantages),
-        ROW_IDENTITY: nested([torch.tensor([row, 1000 + row]) for row in range(NUM_ROWS)]),
-    }
-    if answers.importance is not None:
-        tensors["rollout_is_weights"] = nested(answers.importance)
     settings = {
         "temperature": 1.0,
         "global_batch_size": NUM_ROWS,
@@ -220,7 +131,7 @@ def train_step(
     settings["calculate_entropy"] = config.entropy_coeff != 0
     if rule is not None:
         settings[RULE] = rule
-    data = tu.get_tensordict(tensors, settings)
+    data = make_batch(answers, rows, settings)
 
     seen: dict[int, Tensor] = {}
     micro_batches: list[list[int]] = []

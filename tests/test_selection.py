@@ -6,11 +6,13 @@ import math
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entropy_fork.core import selection
 from entropy_fork.core.selection import Selector, kept_count, select_tokens
 
 TOP20 = Selector(0.2)
@@ -192,3 +194,20 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         select_tokens(torch.rand(4), torch.ones(5), torch.tensor([4]), TOP20)
     with pytest.raises(ValueError, match="must both be flat"):
         select_tokens(torch.rand(4), torch.ones(4), torch.tensor([3]), TOP20)
+
+
+@given(data=st.data(), size=st.integers(16, 300), distinct=st.sampled_from([1, 2, 5, 1000]))
+@settings(max_examples=300)
+def test_the_threshold_of_many_is_exact_whatever_the_sample_says(data: st.DataObject, size: int, distinct: int) -> None:
+    """The way taken for millions of scores, with limits that make it the way for these; also where they are sorted."""
+    random = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    scores = random.integers(0, distinct, size).astype(np.float32)
+    scores[random.random(size) < 0.2] = -np.inf
+    if data.draw(st.booleans()):
+        scores.sort()
+    count = data.draw(st.integers(1, size))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "MANY", 16)
+        patch.setattr(selection, "SAMPLE", 16)
+        patch.setattr(selection, "MARGIN", 2)
+        assert selection._highest_but(scores, count) == np.sort(scores)[size - count]

@@ -40,6 +40,16 @@ class Rule:
     denominator: str = "kept"
     weight: str = "hard"
 
+    @property
+    def selected_in_loss(self) -> bool:
+        """Whether a micro-batch is selected from the entropies of the update's own forward pass.
+
+        That needs hard weights of exactly so many tokens: how many other micro-batches keep then follows from their
+        sizes.
+        """
+        exact = self.selector.ties == "exact" and self.weight == "hard"
+        return self.entropy == "current" and self.pool == "micro_batch" and exact
+
 
 @dataclass(frozen=True)
 class Rows:

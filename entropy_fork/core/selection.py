@@ -139,21 +139,22 @@ def select_tokens(
     if num_tokens == 0:
         return Selection(torch.zeros(mask.shape, dtype=torch.bool), math.nan, 0, 0)
     values = entropy.detach().to("cpu", torch.float32).numpy()
-    if not np.isfinite(values, where=mask, out=np.ones(values.shape, dtype=bool)).all():
+    everything = num_tokens == values.size
+    if not np.isfinite(values if everything else values[mask]).all():
         raise ValueError("the entropy of a response token is not finite: the policy's logits are broken at this step")
 
     scores = _scores(values, rows, selector, row_seeds)
     # What must not be kept is put below all others: no more than N are ever kept, so it never comes in.
-    ranked = scores if num_tokens == scores.size else np.where(mask, scores, -np.inf)
+    ranked = scores if everything else np.where(mask, scores, -np.inf)
     order = None if row_order is None else row_order.cpu().numpy()
-    kept = _highest(ranked, kept_count(num_tokens, selector.top_ratio), selector.ties, rows, order)
-    kept &= mask  # with ties="threshold" and everything kept, -inf itself would pass
+    kept, last = _highest(ranked, kept_count(num_tokens, selector.top_ratio), selector.ties, rows, order)
+    if not everything:
+        kept &= mask  # with ties="threshold" and everything kept, -inf itself would pass
+    threshold = {"top": last, "bottom": -last}.get(selector.select, math.nan)
     if selector.select == "band":
-        kept &= ~_highest(ranked, kept_count(num_tokens, selector.band_from), selector.ties, rows, order)
-    threshold = math.nan
-    if kept.any() and selector.select != "random":
-        edge = np.max if selector.select == "bottom" else np.min
-        threshold = float(edge(values[kept]))
+        kept &= ~_highest(ranked, kept_count(num_tokens, selector.band_from), selector.ties, rows, order)[0]
+        if kept.any():
+            threshold = float(values[kept].min())
     return Selection(torch.from_numpy(kept), threshold, num_tokens, int(np.count_nonzero(kept)))
 
 
@@ -170,24 +171,66 @@ def _scores(entropy: np.ndarray, lengths: np.ndarray, selector: Selector, row_se
     return entropy
 
 
-def _highest(scores: np.ndarray, count: int, ties: str, lengths: np.ndarray, order: np.ndarray | None) -> np.ndarray:
-    """The ``count`` highest scores as a mask; with ``ties="threshold"`` also all that equal the last of them."""
-    threshold = np.partition(scores, scores.size - count)[scores.size - count]
+def _highest(
+    scores: np.ndarray, count: int, ties: str, lengths: np.ndarray, order: np.ndarray | None
+) -> tuple[np.ndarray, float]:
+    """The ``count`` highest scores as a mask; with ``ties="threshold"`` also all that equal the last of them.
+
+    And the last of them.
+    """
+    threshold = _highest_but(scores, count)
     if ties == "threshold":
-        return scores >= threshold
+        return scores >= threshold, float(threshold)
     kept = scores > threshold
     missing = count - int(np.count_nonzero(kept))
     tied = np.flatnonzero(scores == threshold)
     if missing < tied.size:
         tied = _earliest(tied, missing, lengths, order)
     kept[tied] = True
-    return kept
+    return kept, float(threshold)
+
+
+#: fewer scores than these are partitioned as they are
+MANY = 2**20
+
+#: scores of the sample that narrows down where the threshold is, and how many of them to either side it may lie
+SAMPLE, MARGIN = 2**16, 2**10
+
+
+def _highest_but(scores: np.ndarray, count: int) -> np.floating:
+    """The ``count``-th highest score.
+
+    numpy's quickselect is fast, but takes up to fifty times as long where many scores are equal (as entropies near
+    zero are, or all of them in 16 bits). So a sample says between which two scores the threshold must lie, passes that
+    only compare say whether it does, and what lies strictly between is partitioned: a few percent, without the values
+    that are so frequent that they bound it. The result is exact whatever the sample.
+    """
+    if scores.size >= MANY:
+        sample = np.sort(scores[:: scores.size // SAMPLE])
+        middle = round((1 - count / scores.size) * sample.size)
+        low, high = sample[max(0, middle - MARGIN)], sample[min(sample.size - 1, middle + MARGIN)]
+        num_above, num_high = np.count_nonzero(scores > high), np.count_nonzero(scores >= high)
+        if num_above < count <= num_high:
+            return high
+        if num_high < count:
+            between = scores[(scores > low) & (scores < high)]
+            if count <= num_high + between.size:
+                rank = num_high + between.size - count
+                return np.partition(between, rank)[rank]
+            if count <= np.count_nonzero(scores >= low):
+                return low
+    return np.partition(scores, scores.size - count)[scores.size - count]
 
 
 def _earliest(tied: np.ndarray, count: int, lengths: np.ndarray, row_order: np.ndarray | None) -> np.ndarray:
     """The ``count`` of the flat indices ``tied`` that come first in their own response."""
     ends = np.cumsum(lengths)
-    row = np.searchsorted(ends, tied, side="right")
-    position = tied - (ends[row] - lengths[row])
-    order = np.lexsort((row if row_order is None else row_order[row], position))
-    return tied[order[:count]]
+    per_row = np.diff(np.searchsorted(tied, ends), prepend=0)
+    row = np.repeat(np.arange(lengths.size), per_row)
+    position = tied - np.repeat(ends - lengths, per_row)
+    # All before the position at which there are enough; of those at it, the first rows.
+    edge = int(np.searchsorted(np.cumsum(np.bincount(position)), count))
+    before, at_edge = tied[position < edge], position == edge
+    rows_at_edge = row[at_edge] if row_order is None else row_order[row[at_edge]]
+    chosen = np.argsort(rows_at_edge)[: count - before.size]
+    return np.concatenate([before, tied[at_edge][chosen]])

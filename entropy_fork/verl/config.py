@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,6 +31,9 @@ NODE = "entropy_fork"
 MASKABLE_LOSSES = (
     "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "dro", "cispo",
 )  # fmt: skip
+
+#: those of them in which a token of weight 0 has no part in the loss and gradient of any other token
+TOKENWISE_LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "dro", "cispo")
 
 #: verl's engines that ``engine.py`` can make the selection in
 MASKED_STRATEGIES = ("fsdp", "fsdp2")
@@ -63,6 +67,9 @@ class EntropyForkConfig:
         schedule, final_ratio, schedule_steps: ρ from ``top_ratio`` at step 1 to ``final_ratio`` at ``schedule_steps``
             along a line (``linear``) or half a cosine (``cosine``); ``constant`` stays at ``top_ratio``.
         seed: of ``select=random``.
+        sparse_head: compute the LM head at response positions only, and in the update, where nothing else needs them,
+            at kept positions only. False computes every position's, as verl does. The update is the same but for
+            the last bits; of verl's metrics, those that then see kept tokens only are called ``…_kept``.
     """
 
     enabled: bool = True
@@ -78,6 +85,7 @@ class EntropyForkConfig:
     final_ratio: float = 1.0
     schedule_steps: int = 0
     seed: int = 0
+    sparse_head: bool = True
 
     def selector_at(self, step: int) -> Selector:
         """What is kept of a pool at a training step (from 1).
@@ -99,6 +107,28 @@ class EntropyForkConfig:
             shuffle: verl's ``actor.shuffle``, which draws the mini-batches there.
         """
         return self.entropy == "current" or self.pool == "micro_batch" or shuffle
+
+    def dense_because(self, config: DictConfig) -> str | None:
+        """Why the LM head of an update is needed at every position; None where the kept ones are enough.
+
+        Args:
+            config: the root.
+        """
+        actor = config.actor_rollout_ref.actor
+        loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla").rsplit("/", 1)[-1]
+        for reason, holds in {
+            f"{NODE}.sparse_head=False": not self.sparse_head,
+            f"actor.strategy={actor.strategy}": actor.strategy not in MASKED_STRATEGIES,
+            "entropy=current with pool=micro_batch selects during the update": self.rule_at(
+                1, TOKEN_MEAN
+            ).selected_in_loss,
+            "the KL loss is of all tokens": actor.use_kl_loss,
+            "the entropy bonus is of all tokens": actor.entropy_coeff != 0 or actor.calculate_entropy,
+            f"the loss {loss_mode} looks at all tokens of a response": loss_mode not in TOKENWISE_LOSSES,
+        }.items():
+            if holds:
+                return reason
+        return None
 
     def check(self) -> None:
         """Raise a ValueError for what any step of a run would stumble over."""
@@ -124,6 +154,30 @@ class EntropyForkConfig:
 def register_schema() -> None:
     """Let the presets name the schema in their defaults, so that Hydra itself refuses a mistyped key or type."""
     ConfigStore.instance().store(group=NODE, name="schema", node=EntropyForkConfig, provider="entropy-fork")
+
+
+def selection_name(config: DictConfig) -> str:
+    """What a run selects, in a few characters: ``off``, ``top0.2``, ``top0.2-current-micro_batch``, …
+
+    For names of runs. verl resumes from whatever lies in the folder of a run's name, so a baseline or an ablation that
+    went under the recipe's own name would go on from the checkpoints of another method.
+
+    Args:
+        config: the root of a config with or without the node.
+    """
+    node = OmegaConf.select(config, NODE, default=None)
+    if node is None or not node.enabled:
+        return "off"
+    words = [f"{node.select}{node.top_ratio:g}"]
+    for field in fields(EntropyForkConfig):
+        value = node[field.name]
+        if field.name not in ("enabled", "select", "top_ratio", "sparse_head") and value != field.default:
+            words.append(value if isinstance(value, str) else f"{field.name}{value:g}")
+    return "-".join(words)
+
+
+# ``${entropy_fork_name:}`` in a recipe. Here, where every process that reads a config with our node comes by.
+OmegaConf.register_new_resolver("entropy_fork_name", lambda *, _root_: selection_name(_root_), replace=True)
 
 
 def read_config(config: DictConfig) -> EntropyForkConfig | None:
@@ -204,6 +258,42 @@ def recipes_dir() -> Path:
     return installed if installed.is_dir() else checkout
 
 
+#: keys that a recipe leaves open (null: '???' over a value of verl's keeps that value), and what to write for them
+OPEN_KEYS = {
+    "data.train_files": "data.train_files=FILE.parquet (made by 'entropy-fork data prepare')",
+    "data.val_files": "data.val_files=FILE.parquet (made by 'entropy-fork data prepare')",
+    "actor_rollout_ref.model.path": "actor_rollout_ref.model.path=MODEL (which: see the top of the recipe's file)",
+    "actor_rollout_ref.rollout.name": "+cluster=NAME, the machines that it runs on: {clusters}",
+}
+
+
+def check_complete(config: DictConfig) -> None:
+    """Refuse a run that is not whole. Called with main_ppo's config before verl looks at it, at a missing key first.
+
+    Raises:
+        EntropyForkError: with groups in an order in which the recipe would undo the cluster, or with the keys that are
+            missing and what to write for each.
+    """
+    groups = [word.split("=")[0] for word in _command_line() if word.startswith(("+recipe=", "+cluster="))]
+    if groups == ["+cluster", "+recipe"]:
+        raise EntropyForkError(
+            "+cluster=… stands before +recipe=…, and Hydra applies them in their order, so the recipe would undo what "
+            "the cluster says. Write +recipe=… +cluster=…"
+        )
+    missing = [
+        remedy.format(clusters=", ".join(preset_names("cluster")))
+        for key, remedy in OPEN_KEYS.items()
+        if OmegaConf.select(config, key, default=None) is None
+    ]
+    if missing:
+        raise EntropyForkError("this run is not complete. Add to the command line:\n  " + "\n  ".join(missing))
+
+
+def _command_line() -> list[str]:
+    """The overrides as the user wrote them; none where the config was not composed by a Hydra application."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
 def _make_typed(config: DictConfig) -> None:
     node = OmegaConf.to_container(config[NODE], resolve=True)
     with open_dict(config):
@@ -249,7 +339,8 @@ def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:
         raise EntropyForkError(
             f"entropy=current, pool=micro_batch and actor.shuffle=True select in the worker, which works in verl's "
             f"engines {', '.join(MASKED_STRATEGIES)}, and actor.strategy={actor.strategy}. Write {NODE}.entropy=old "
-            f"{NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False, which works in every engine."
+            f"{NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False (the preset "
+            f"{NODE}=global says so), which works in every engine."
         )
     if OmegaConf.select(config, "distillation.enabled", default=False):
         raise EntropyForkError(

@@ -17,7 +17,7 @@ from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine.base import EngineRegistry
 
 # As a module: where importing it is what imported verl's engines, it is half-way through at this moment.
-from entropy_fork.verl import gradient_step
+from entropy_fork.verl import gradient_step, sparse_head
 from entropy_fork.verl.config import MASKED_STRATEGIES, NODE
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
@@ -25,7 +25,7 @@ from entropy_fork.verl.errors import EntropyForkError, process_name
 VENDORS = ("nvidia", "amd", "huawei", "cpu")
 
 
-class ForkingTokens:
+class ForkingTokens(sparse_head.SparseHead):
     """Mixin in front of an engine with an LM head."""
 
     def train_batch(self, data: TensorDict, loss_function: Callable[..., Any]) -> Any:

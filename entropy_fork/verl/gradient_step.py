@@ -34,6 +34,7 @@ from entropy_fork.core.weighting import Counts, token_weights
 from entropy_fork.verl.config import NODE
 from entropy_fork.verl.errors import EntropyForkError, process_name
 from entropy_fork.verl.policy_loss import weights_written
+from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, RESPONSES
 
 #: what the driver sends: the rule; per row its order and its seed; and, where it could select itself, the kept tokens
 RULE = "entropy_fork_rule"
@@ -66,9 +67,7 @@ class GradientStep:
         self.entropy_wanted: bool = tu.get_non_tensor_data(data, key="calculate_entropy", default=False)
         self._engine = engine
         self._tallies: list[Tally] = []
-        # Hard weights of exactly so many tokens need nothing of a micro-batch but its size.
-        exact = rule.selector.ties == "exact" and rule.weight == "hard"
-        self.in_loss = rule.entropy == "current" and rule.pool == "micro_batch" and exact
+        self.in_loss = rule.selected_in_loss
         self._micro_batches: list[list[int]] = []
         if rule.pool == "micro_batch":
             data[ROW] = torch.arange(len(data), device=data["response_mask"].device)
@@ -161,9 +160,10 @@ class GradientStep:
         self._tallies.append(Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages, by_old))
 
     def _entropy_of_a_pass(self, data: TensorDict) -> Tensor:
-        tu.assign_non_tensor(data, calculate_entropy=True)
+        head = tu.get_non_tensor_data(data, key=HEAD, default=EVERYWHERE)
+        tu.assign_non_tensor(data, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else RESPONSES})
         output = self._engine.infer_batch(data)["model_output"]
-        tu.assign_non_tensor(data, calculate_entropy=self.entropy_wanted)
+        tu.assign_non_tensor(data, calculate_entropy=self.entropy_wanted, **{HEAD: head})
         return response_from_nested(output["entropy"], data["response_mask"]).values().cpu()
 
     def _counts_of(self, response_mask: Tensor) -> Counts:

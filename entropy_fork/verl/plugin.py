@@ -37,8 +37,9 @@ def check_verl_version(version: str) -> None:
 
 @wrapt.decorator
 def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
-    result = wrapped(*args, **kwargs)
     root = kwargs["config"] if "config" in kwargs else args[0]
+    config.check_complete(root)
+    result = wrapped(*args, **kwargs)
     if ON_CPU:
         platform_cpu.check_before_training(root)
     elif root.actor_rollout_ref.rollout.name == platform_cpu.ROLLOUT:

@@ -25,6 +25,7 @@ from entropy_fork.verl.config import MASKABLE_LOSSES, NODE, guarded_name
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
 _written = ContextVar("entropy_fork_weights_written", default=False)
+_sees_kept_only = ContextVar("entropy_fork_sees_kept_only", default=False)
 
 
 @contextmanager
@@ -35,6 +36,19 @@ def weights_written() -> Iterator[None]:
         yield
     finally:
         _written.reset(token)
+
+
+def seeing_kept_only(loss_function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same loss function, which says in the names of its metrics that dropped tokens had no log-probability."""
+
+    def loss(**arguments: Any) -> Any:
+        token = _sees_kept_only.set(True)
+        try:
+            return loss_function(**arguments)
+        finally:
+            _sees_kept_only.reset(token)
+
+    return loss
 
 
 def _guarded(name: str, in_worker: bool) -> Callable[..., Any]:
@@ -63,9 +77,16 @@ def _guarded(name: str, in_worker: bool) -> Callable[..., Any]:
             rollout_is_weights=rollout_is_weights,
         )
         kept = (rollout_is_weights != 0) & response_mask.bool()
+        if _sees_kept_only.get():
+            metrics = _of_kept(metrics, float(kept.sum() / response_mask.sum()))
         return loss, metrics | kept_sums(old_log_prob, log_prob.detach(), advantages, kept, config)
 
     return policy_loss
+
+
+def _of_kept(metrics: dict[str, Any], share: float) -> dict[str, Any]:
+    """verl's means over all tokens, to which a dropped one has added 0, as means over the kept ones."""
+    return {f"{name}_kept": value / share if share else 0.0 for name, value in metrics.items()}
 
 
 def kept_sums(

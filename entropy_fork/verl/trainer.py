@@ -42,6 +42,8 @@ from entropy_fork.verl.engine import check_worker
 from entropy_fork.verl.errors import EntropyForkError, process_name
 from entropy_fork.verl.gradient_step import KEPT, ROW_IDENTITY, RULE, tally_of
 from entropy_fork.verl.policy_loss import kept_means
+from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, RESPONSES
+from entropy_fork.verl.sparse_head import KEPT as KEPT_POSITIONS
 
 
 class TokenWeights:
@@ -56,6 +58,9 @@ class TokenWeights:
                 in_worker = self.entropy_fork.in_worker(actor.shuffle)
                 actor.policy_loss.loss_mode = guarded_name(actor.policy_loss.loss_mode, in_worker)
             print(f"entropy_fork: {_in_words(self.entropy_fork)} is active in {process_name()}", flush=True)
+            reason = self.entropy_fork.dense_because(config)
+            where = "kept positions only" if reason is None else f"every position, because {reason}"
+            print(f"entropy_fork: the LM head of an update computes {where}", flush=True)
         super().__init__(config)  # type: ignore[call-arg]
 
     def on_init_end(self) -> None:
@@ -67,6 +72,26 @@ class TokenWeights:
                 [worker.__ray_call__.remote(check_worker, actor.policy_loss.loss_mode, strategy) for worker in workers]
             )
         super().on_init_end()  # type: ignore[misc]
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+        if self.entropy_fork is not None:
+            batch.extra_info[HEAD] = self._head(RESPONSES)
+        return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
+
+    def _compute_ref_log_prob(self, batch: Any, metrics: dict) -> Any:
+        if self.entropy_fork is not None:
+            batch.extra_info[HEAD] = self._head(RESPONSES)
+        return super()._compute_ref_log_prob(batch, metrics)  # type: ignore[misc]
+
+    def _head(self, wanted: str) -> str:
+        """Where the LM head is to be computed. Where nothing is dropped, everywhere: then all is as in stock verl."""
+        spec = self.entropy_fork
+        assert spec is not None
+        if not spec.sparse_head or spec.selector_at(self.global_steps).top_ratio == 1.0:  # type: ignore[attr-defined]
+            return EVERYWHERE
+        if wanted == KEPT_POSITIONS and spec.dense_because(self.config) is not None:  # type: ignore[attr-defined]
+            return EVERYWHERE
+        return wanted
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
@@ -83,6 +108,7 @@ class TokenWeights:
         if in_worker:
             rule = self.entropy_fork.rule_at(self.global_steps, config.actor.loss_agg_mode)  # type: ignore[attr-defined]
             batch.extra_info[RULE] = rule
+        batch.extra_info[HEAD] = self._head(KEPT_POSITIONS)
         num_rows = len(batch)
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
         prefix = f"actor/{NODE}/"
