@@ -1,0 +1,85 @@
+"""What the benchmarks share: repeated measurements of several sides in turn, as a table, a CSV file and a plot."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def seconds_in_turn(sides: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each side, ``repeats`` times after one that does not count.
+
+    The sides take turns, so that whatever else the machine does falls on all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, run in sides.items():
+            gc.collect()
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            if repeat > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def median_and_spread(values: list[float], digits: int = 3) -> str:
+    """The median, and the lowest and highest."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def chip(device: str) -> str:
+    """What it was measured on."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def write_csv(rows: list[dict[str, Any]], file: Path) -> None:
+    """A row per measurement."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_table(title: str, rows: list[dict[str, str]]) -> None:
+    """Rows of text under their keys."""
+    table = Table(title=title)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
+def pyplot() -> Any:
+    """matplotlib, or None where it is not installed (pip install 'entropy-fork[analysis]'), which is said."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        Console().print("matplotlib is not installed: no plot")
+        return None
+    return plt
