@@ -16,11 +16,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo test lint clean-demo clean
+.PHONY: demo smoke test lint clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
 		--preset $(PRESET) --seed $(SEED) --steps $(STEPS) --rollout $(ROLLOUT)
+
+# Every recipe of the paper through the real main_ppo: two steps each, on the demo's tiny model.
+smoke: $(VENV)/.installed
+	$(VENV)/bin/python examples/smoke.py
 
 # First what shares the cores well, file by file; then the real runs of main_ppo, one at a time.
 test: $(VENV)/.installed-dev lint

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,6 +27,228 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
     """Options of the command itself."""
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Training and evaluation data as verl's parquet.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """The data sets that 'entropy-fork data prepare' knows."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from entropy_fork.data.sources import SOURCES
+
+    table = Table(
+        Column("source", no_wrap=True), "what", Column("on the hub", overflow="fold"), "rows", "use", "license"
+    )
+    for source in SOURCES.values():
+        place = " ".join(part for part in (source.hub, source.config or source.file) if part)
+        table.add_row(source.name, source.title, place, source.rows, source.use, source.license)
+    Console().print(table)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="From 'entropy-fork data list'; 'benchmarks' means all for evaluation."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder; SOURCE/train.parquet or SOURCE/test.parquet is made in it.")],
+    local: Annotated[
+        Path | None, typer.Option("--from", help="A local file or folder of the source, instead of the hub.")
+    ] = None,
+    revision: Annotated[
+        str, typer.Option(help="Branch, tag or commit on the hub; the manifest names the commit that it was.")
+    ] = "main",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows, the first ones.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Turn data sets into verl's parquet: cleaned, deduplicated, with a manifest and a list of unusable rows."""
+    from rich.console import Console
+
+    from entropy_fork.data.prepare import check_free, prepare
+    from entropy_fork.data.read import from_files, from_hub
+    from entropy_fork.data.sources import named
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console(stderr=True)
+    try:
+        sources = named(names)
+        if local is not None and len(sources) != 1:
+            raise EntropyForkError("--from names the files of one data set: write one SOURCE with it")
+        if local is not None and revision != "main":
+            raise EntropyForkError("--revision is of the hub: write either it or --from")
+        for source in sources:
+            check_free(output.absolute() / source.name, overwrite)
+        for source in sources:
+            rows = from_hub(source, revision) if local is None else from_files(source, local)
+            manifest = prepare(source, rows, output, console, limit=limit, overwrite=overwrite)
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items())
+            file = output / source.name / manifest["file"]
+            typer.echo(
+                f"{file}: {manifest['rows_out']:,} of {manifest['rows_in']:,} rows ({dropped or 'none dropped'})"
+            )
+    except EntropyForkError as error:
+        _fail(error)
+
+
+class EngineName(str, Enum):
+    """What samples."""
+
+    auto = "auto"
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+class PaperModel(str, Enum):
+    """The models of the paper's table."""
+
+    qwen3_8b = "8b"
+    qwen3_14b = "14b"
+    qwen3_32b = "32b"
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder, or verl's checkpoint …/global_step_N/actor.")],
+    data: Annotated[list[Path], typer.Option(help="A parquet file in verl's format; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="Folder for answers and results; a second call goes on there.")],
+    answers: Annotated[int, typer.Option(help="Answers per question: k of Acc@k.")] = 16,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_p: float = 1.0,
+    top_k: Annotated[int, typer.Option(help="-1: off.")] = -1,
+    max_tokens: Annotated[int, typer.Option(help="Length limit of an answer.")] = 20480,
+    seed: Annotated[int, typer.Option(help="Of all answers; each has its own, derived from it.")] = 0,
+    engine: Annotated[EngineName, typer.Option(help="auto: vLLM where it is installed.")] = EngineName.auto,
+    chat_template: Annotated[
+        str | None, typer.Option(help="'paper', or a Jinja file or text, as in training; else the tokenizer's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
+    merged: Annotated[
+        Path | None, typer.Option(help="Keep the Hugging Face folder made of a sharded checkpoint here.")
+    ] = None,
+    compare: Annotated[PaperModel | None, typer.Option(help="Show the paper's numbers of this model beside.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once, engine transformers.")] = 64,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs per copy of the model, engine vllm.")] = 1,
+    vllm: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A further argument of vllm.LLM; may be repeated.")
+    ] = None,
+) -> None:
+    """Accuracy with its uncertainty, length and pass@k of a checkpoint, per benchmark and on average."""
+    from rich.console import Console
+
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console()
+    try:
+        from entropy_fork.evaluation import report, run
+        from entropy_fork.evaluation.engines import Sampling, parse_arguments
+
+        settings = run.Settings(
+            model=model,
+            data=data,
+            output=output,
+            answers=answers,
+            sampling=Sampling(temperature, top_p, top_k, max_tokens, seed),
+            engine=engine.value,
+            chat_template=chat_template,
+            dtype=dtype,
+            merged=merged,
+            batch_size=batch_size,
+            tensor_parallel=tensor_parallel,
+            vllm=parse_arguments(vllm or []),
+        )
+        evaluation = run.evaluate(settings, console)
+        report.write(evaluation, output, compare and compare.value)
+    except EntropyForkError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.secho(f"stopped; the same command goes on with what is in {output}", err=True)
+        raise typer.Exit(130) from None
+    for table in report.tables(evaluation, compare and compare.value):
+        console.print(table.rich())
+    console.print(
+        f"written: {output / report.RESULTS}, {report.TABLES}, answers.jsonl", soft_wrap=True, highlight=False
+    )
+
+
+#: Hydra's overrides pass through as they are
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=OVERRIDES)
+def plan(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="what you would write after 'python -m verl.trainer.main_ppo'")
+    ] = None,
+    config_name: Annotated[str, typer.Option(help="verl's config, as main_ppo's --config-name")] = "ppo_trainer",
+    model_config: Annotated[
+        str | None, typer.Option(help="a config.json or a built-in shape (qwen3-8b, …), where the model is not here")
+    ] = None,
+    gpu_memory_gib: Annotated[float, typer.Option(help="of one accelerator")] = 80.0,
+    json: Annotated[bool, typer.Option("--json", help="all of it, for a program")] = False,
+) -> None:
+    """What a run would do to a cluster: what would stop it, tokens and memory per GPU. Starts nothing.
+
+    entropy-fork plan +recipe=qwen3_14b_20k +cluster=paper_16x8 entropy_fork.top_ratio=0.1
+    """
+    from entropy_fork import plan as planning
+    from entropy_fork.verl.errors import EntropyForkError
+
+    try:
+        made = planning.make_plan([*(overrides or []), *context.args], config_name, model_config, gpu_memory_gib)
+    except EntropyForkError as error:
+        _fail(error)
+    if json:
+        _print_json(made.to_json())
+    else:
+        from entropy_fork.plan_tables import print_plan
+
+        print_plan(made)
+    raise typer.Exit(code=1 if made.errors else 0)
+
+
+@app.command(context_settings=OVERRIDES)
+def doctor(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="a command line of main_ppo, to be told what it would mask")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="a running Ray cluster ('auto', 'HOST:6379'): one worker per node is asked")
+    ] = None,
+    config_name: Annotated[str, typer.Option(help="verl's config, as main_ppo's --config-name")] = "ppo_trainer",
+    json: Annotated[bool, typer.Option("--json", help="all of it, for a program")] = False,
+) -> None:
+    """Is everything here that a run needs? Asks this process and a Ray worker; ends with 1 if something is wrong.
+
+    entropy-fork doctor +recipe=qwen3_14b_20k entropy_fork.top_ratio=0.1
+    """
+    from entropy_fork import doctor as doctoring
+
+    found = doctoring.diagnose([*(overrides or []), *context.args], address, config_name)
+    if json:
+        _print_json(found.to_json())
+    else:
+        doctoring.print_diagnosis(found)
+    raise typer.Exit(code=1 if found.problems else 0)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    raise typer.Exit(code=1) from None
 
 
 if __name__ == "__main__":

@@ -1,16 +1,25 @@
-"""What the tests share: a subprocess with verl on a CPU, and verl's config as main_ppo composes it."""
+"""What the tests share: verl on a CPU in a subprocess, the real main_ppo, and verl's config as main_ppo composes it."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from processes import Processes
+
+if TYPE_CHECKING:
+    import torch
 
 # Before anything imports verl: the platform is resolved once in a process.
 os.environ["VERL_PLATFORM"] = "cpu"
@@ -58,3 +67,89 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@dataclass
+class Finished:
+    """A run that has ended."""
+
+    output: str
+    folder: Path
+
+    def metric(self, name: str) -> list[float]:
+        """A metric by step, as verl's console logger printed it."""
+        pattern = re.compile(rf"step:[1-9]\d* - .*?{re.escape(name)}:(?:np\.\w+\()?([-\d.e+]+)")
+        return [float(value) for value in pattern.findall(self.output)]
+
+    def parameters(self, step: int) -> dict[str, torch.Tensor]:
+        """The trained parameters of a checkpoint, ranks side by side."""
+        shards = sorted((self.folder / "checkpoints" / f"global_step_{step}" / "actor").glob("model_*.pt"))
+        assert shards, self.output[-3000:]
+        import torch
+
+        states = [torch.load(shard, weights_only=False) for shard in shards]
+        local = [{name: getattr(t, "_local_tensor", t) for name, t in state.items()} for state in states]
+        return {name: torch.cat([part[name].flatten() for part in local]) for name in local[0]}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's world with hardly any warm-up: random answers do for these tests."""
+    folder = tmp_path_factory.mktemp("world") / "world"
+    build = REPOSITORY / "examples" / "cpu_demo" / "build.py"
+    arguments = ["--steps", "30", "--train-problems", "64", "--test-problems", "8", "--warmup-problems", "500"]
+    subprocess.run([sys.executable, str(build), "--output", str(folder), *arguments], check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture
+def main_ppo(world: Path, tmp_path: Path) -> Iterator[Callable[..., Finished]]:
+    """Run main_ppo to its end in a session of its own, which is ended whatever happens."""
+    groups: list[int] = []
+    ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
+
+    def run(
+        *overrides: str,
+        recipe: Sequence[str] = ("+recipe=demo_cpu",),
+        flags: Sequence[str] = (),
+        expect: int = 0,
+        folder: str = "run",
+        **environment: str,
+    ) -> Finished:
+        directory = tmp_path / folder
+        directory.mkdir(exist_ok=True)
+        arguments = [
+            sys.executable, "-m", "verl.trainer.main_ppo", *flags, *recipe, f"demo.dir={world}",
+            "data.train_batch_size=8", "data.max_response_length=24", "actor_rollout_ref.rollout.n=4",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=4", "algorithm.filter_groups.enable=false",
+            "reward.reward_kwargs.overlong_buffer_cfg.len=8", "trainer.total_training_steps=1",
+            "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1", "trainer.logger=[console]",
+            f"trainer.default_local_dir={directory}/checkpoints", f"hydra.run.dir={directory}/hydra", *overrides,
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            arguments,
+            cwd=directory,
+            env={
+                **os.environ,
+                "PYTHONWARNINGS": "ignore",
+                "VERL_PLATFORM": "cpu",
+                "RAY_TMPDIR": ray_folder,
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        groups.append(process.pid)
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == expect, output[-6000:]
+        return Finished(output, directory)
+
+    yield run
+    for group in groups:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    shutil.rmtree(ray_folder, ignore_errors=True)

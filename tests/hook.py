@@ -66,6 +66,10 @@ def run_hook(
     config = {
         "actor_rollout_ref": {
             "actor": {
+                "strategy": "fsdp2",
+                "use_kl_loss": False,
+                "entropy_coeff": 0,
+                "calculate_entropy": False,
                 "ppo_mini_batch_size": MINI_BATCH_ROWS,
                 "loss_agg_mode": "token-mean",
                 "shuffle": False,

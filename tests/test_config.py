@@ -201,11 +201,13 @@ def test_presets_of_this_install() -> None:
     assert {"dapo", "demo_cpu"} <= set(preset_names("recipe"))
 
 
-@pytest.mark.parametrize("name", preset_names("recipe"))
+@pytest.mark.parametrize(
+    "name", [f"{group}={name}" for group in ("recipe", "cluster", "template") for name in preset_names(group)]
+)
 def test_recipes_name_only_keys_that_verl_has(compose: Compose, name: str) -> None:
     """A recipe is merged without a struct: a mistyped key of verl's would be one more key, and do nothing."""
-    stock = OmegaConf.to_container(compose("model_engine=dp"))
-    recipe = OmegaConf.to_container(compose(f"+recipe={name}"))
+    stock = OmegaConf.to_container(compose("model_engine=megatron" if "megatron" in name else "model_engine=dp"))
+    recipe = OmegaConf.to_container(compose(f"+{name}"))
     ours = {"entropy_fork", "demo", "reward.reward_kwargs", "ray_kwargs.ray_init"}
     open_by_design = {"actor_rollout_ref.model.override_config", "critic.model.override_config"}
 

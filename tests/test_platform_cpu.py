@@ -30,6 +30,7 @@ from entropy_fork.verl.checkpoint_engine_cpu import RayCheckpointEngine
 from entropy_fork.verl.engine import ForkingTokens
 from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.rollout_cpu import TransformersAdapter, TransformersReplica, in_buckets
+from entropy_fork.verl.sparse_head import SparseHead
 
 Compose = Callable[..., Any]
 
@@ -78,7 +79,7 @@ def test_verl_finds_our_parts_in_its_registries() -> None:
     assert rollout_base.get_rollout_class("transformers") is TransformersAdapter
     assert RolloutReplicaRegistry.get("transformers") is TransformersReplica
     engine = EngineRegistry.get_engine_cls("language_model", "fsdp2")
-    assert engine.__mro__[1:3] == (ForkingTokens, transformer_impl.FSDPEngineWithLMHead)
+    assert engine.__mro__[1:4] == (ForkingTokens, SparseHead, transformer_impl.FSDPEngineWithLMHead)
     assert EngineRegistry.get_engine_cls("value_model", "fsdp2") is transformer_impl.FSDPEngineWithValueHead
     assert CheckpointEngineRegistry.get("ray") is RayCheckpointEngine
 

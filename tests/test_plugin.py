@@ -25,6 +25,8 @@ def test_whichever_module_comes_first_the_plugin_is_active(python: Python) -> No
     """cpu.md: a Ray actor unpickles one of our classes before verl; a half-imported module registered nothing."""
     script = """
 import importlib, os, sys
+import ray, torch, transformers  # what takes long and is not in question, once for all of them
+assert "verl" not in sys.modules
 for module in sys.argv[1:]:
     if os.fork():
         _, status = os.wait()
