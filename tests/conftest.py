@@ -31,6 +31,14 @@ settings.load_profile("any machine")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def one_environment() -> Iterator[None]:
+    """``datasets`` replaces ``os.environ`` by a copy where it maps in processes; rich goes on reading the first one."""
+    environment = os.environ
+    yield
+    os.environ = environment  # noqa: B003
+
+
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[dict[int, Processes]]:
     """1, 2 and 4 real ranks."""

@@ -113,7 +113,7 @@ def test_numbers_and_tables_of_scripted_answers(
     }
     monkeypatch.setattr(run, "TransformersEngine", lambda folder, *_: Scripted(texts, folder))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("LINES", "50")  # without both, rich takes 80 columns where something has made TERM dumb
+    monkeypatch.setenv("LINES", "50")  # without both, rich takes 80 columns where TERM is dumb
     arguments = ["evaluate", str(model), "--data", str(data), "--output", str(tmp_path / "out"), "--answers", "2"]
     arguments += ["--max-tokens", "20", "--engine", "transformers", "--compare", "32b"]
     result = CliRunner().invoke(app, arguments)
