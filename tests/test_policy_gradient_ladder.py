@@ -77,12 +77,12 @@ def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
     console = Console(width=200)
     rungs = [rung for rung in ladder.RUNGS if rung.number in (1, 7)]
     climbed = [ladder.climb(rung, tmp_path, tmp_path, 2, 1, [], console) for rung in rungs]
-    assert [one.noise_to_signal() for one in climbed] == [float("inf"), 0.5]
     with console.capture() as captured:
         console.print(ladder.table(climbed))
     rows = [line for line in captured.get().splitlines() if "50.0%" in line]
     assert len(rows) == 2
     assert "100%" in rows[0]
+    assert "0.25" in rows[1]
     assert "20.0%" in rows[1]
     ladder.write_csv(climbed, tmp_path / "ladder.csv")
     with (tmp_path / "ladder.csv").open() as handle:
