@@ -109,14 +109,17 @@ def table(climbed: list[Climbed]) -> Table:
     shown = Table(title="The ladder")
     for head in ("form", "Ψ_t", "accuracy before", "after"):
         shown.add_column(head)
-    for head in ("variance, step 1", f"of {climbed[0].rung.number}'s", "variance, mean", "kept", "seconds"):
+    first_rung = climbed[0]
+    for head in ("|E[g]|², step 1", "Var[g], step 1", f"of {first_rung.rung.number}'s", "Var[g], mean", "kept", "s"):
         shown.add_column(head, justify="right")
     for one in climbed:
         before, after = one.run.accuracies[0][1], one.run.accuracies[-1][1]
-        first, kept = one.variances[0], one.run.mean("entropy_fork/kept_ratio")
+        first, kept = one.gradients[0], one.run.mean("entropy_fork/kept_ratio")
         shown.add_row(
-            *(one.rung.label, one.rung.psi, f"{before:.1%}", f"{after:.1%}", f"{first:.1e}"),
-            *(f"{first / climbed[0].variances[0]:.2f}", f"{sum(one.variances) / len(one.variances):.1e}"),
+            *(one.rung.label, one.rung.psi, f"{before:.1%}", f"{after:.1%}"),
+            *(f"{first['signal']:.2e}", f"{first['variance']:.2e}"),
+            f"{first['variance'] / first_rung.variances[0]:.2f}",
+            f"{sum(one.variances) / len(one.variances):.2e}",
             *("100%" if kept != kept else f"{kept:.1%}", f"{one.run.seconds:.0f}"),
         )
     return shown
@@ -161,7 +164,7 @@ def draw(climbed: list[Climbed], folder: Path) -> None:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=2, help="Training steps of each form.")] = 10,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each form.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the data order and of the answers.")] = 1,
     form: Annotated[list[int] | None, typer.Option(min=1, max=7, help="Only this form; may be repeated.")] = None,
     directory: Annotated[Path, typer.Option(help="Where the world and the runs are kept.")] = Path(".demo"),
