@@ -13,9 +13,9 @@ from typing import Any
 
 from rich.table import Table
 
-from entropy_fork.evaluation.answers import write_whole
 from entropy_fork.evaluation.run import Evaluation
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
+from entropy_fork.output_folder import write_whole
 
 RESULTS, TABLES = "results.json", "results.md"
 
