@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from entropy_fork.evaluation.run import Evaluation
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
@@ -32,7 +33,7 @@ class TextTable:
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # as text: a model may have written what looks like markup
         return table
 
     def markdown(self) -> str:
