@@ -85,7 +85,7 @@ def word_cloud(tokens: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_axis_off()
     if sizes:
         cloud = WordCloud(
-            width=1400, height=800, mode="RGBA", background_color=None, random_state=0, colormap=COLORS,
+            width=700, height=400, scale=2, mode="RGBA", background_color=None, random_state=0, colormap=COLORS,
             font_path=font_manager.findfont("DejaVu Sans"), relative_scaling=0.5,
         )  # fmt: skip
         axes.imshow(cloud.generate_from_frequencies(sizes).to_array(), interpolation="bilinear")
