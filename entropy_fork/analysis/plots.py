@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 INK, BLUE, ORANGE = "#808890", "#3b8fd9", "#e08a2c"
 #: from the low percentiles to the high ones; both ends are far from white and black
 COLORS = "plasma"
+#: characters of a word in a cloud
+LONGEST = 24
 
 
 def entropy_histogram(summary: Mapping[str, Any]) -> Figure:
@@ -78,7 +80,8 @@ def word_cloud(tokens: Sequence[Mapping[str, Any]]) -> Figure:
 
     sizes: dict[str, float] = {}
     for place, token in enumerate(tokens):
-        sizes.setdefault(shown(token["piece"]).strip("␣") or "␣", len(tokens) - place)
+        word = shown(token["piece"]).strip("␣") or "␣"
+        sizes.setdefault(word if len(word) <= LONGEST else word[:LONGEST] + "…", len(tokens) - place)
     figure = Figure(figsize=(7, 4), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
