@@ -177,6 +177,45 @@ def evaluate(
     )
 
 
+@app.command()
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT.html", help="The file to write.")],
+    tokens: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Of 'analyze', or a run's entropy_fork.dump_dir; may be repeated."),
+    ] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Training curves from tensorboard files; may be repeated."),
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="The figures as SVG and PNG, too.")] = None,
+    answers: Annotated[int, typer.Option(min=1, help="To look at, per folder, evenly spread; figures use all.")] = 200,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Forking tokens",
+) -> None:
+    """One self-contained HTML file: coloured tokens, the analyses' figures and tables, training curves."""
+    from rich.console import Console
+
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console(stderr=True)
+    try:
+        from entropy_fork.report import curves, page
+
+        settings = page.Settings(
+            output=output,
+            tokens=tokens or [],
+            runs=[curves.parse_run(text) for text in run or []],
+            figures=figures,
+            answers=answers,
+            title=title,
+        )
+        with console.status("report") as status:
+            page.write(settings, status.update)
+    except EntropyForkError as error:
+        _fail(error)
+    typer.echo(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
 #: Hydra's overrides pass through as they are
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -91,7 +91,7 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     for answer in answers:
         assert answer.text in "".join(answer.pieces)
         assert answer.data_source == "cpu_demo"
-        assert answer.truncated == (len(answer.token_ids) == 24 and answer.pieces[-1] != "<|im_end|>")
+        assert answer.truncated == (len(answer.token_ids) == 24 and answer.pieces[-1] != "<|endoftext|>")
     scores = [answer.score for answer in answers]
     assert run.metric("critic/score/mean") == [pytest.approx(sum(scores) / len(scores), abs=1e-5)]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transfer_queue as tq
 
 from entropy_fork.analysis.table import AnswerTokens, delete_part, parts, token_pieces, write_manifest, write_part
@@ -154,12 +155,12 @@ class TokenDump:
 
 
 def _rows(field: Any) -> Sequence[Any] | None:
-    """A field of the batch, row by row."""
+    """A field of the batch, row by row: nested tensors, and what the TransferQueue makes of other values."""
     if field is None:
         return None
-    if getattr(field, "is_nested", False):
+    if isinstance(field, torch.Tensor):
         return [row.float().numpy() if row.is_floating_point() else row.numpy() for row in field.unbind()]
-    return list(field)
+    return field.tolist() if hasattr(field, "tolist") else list(field)
 
 
 def _at(rows: Sequence[Any] | None, row: int) -> Any:
