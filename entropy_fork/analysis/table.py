@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from entropy_fork.output_folder import write_whole
 from entropy_fork.verl.errors import EntropyForkError
 
 FORMAT = 1
@@ -172,6 +173,13 @@ def parts(folder: Path) -> list[int]:
     return sorted(tokens & answers)
 
 
+def num_answers(folder: Path, number: int) -> int:
+    """Answers of one part, without reading them."""
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(_file(folder, ANSWERS, number)).num_rows
+
+
 def write_selected(folder: Path, number: int, selected: np.ndarray) -> None:
     """Replace the column ``selected`` of one part: bool, shape (tokens of the part,)."""
     import pyarrow as pa
@@ -192,9 +200,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write ``manifest.json``, whole or not at all; ``format`` is added. Floats that JSON cannot say become null."""
     folder.mkdir(parents=True, exist_ok=True)
     values = json.loads(json.dumps({"format": FORMAT, **manifest}), parse_constant=lambda _: None)
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(values, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -98,29 +98,32 @@ def evaluate(settings: Settings, console: Console) -> Evaluation:
     checkpoint = Checkpoint.find(settings.model)
     engine_name = choose_engine(settings.engine)
     template = read_template(settings.chat_template)
-    identity = {
+    identity = identity_of(settings, checkpoint, engine_name, questions, template)
+    identity["reward"] = f"entropy_fork.reward {entropy_fork.__version__}"
+    notes = {"model_path": str(checkpoint.path), "data": [str(file.absolute()) for file in settings.data]}
+    with AnswerStore(settings.output, identity, notes, Record) as store:
+        wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
+        if missing := wanted - store.records.keys():
+            with console.status(f"looking at {checkpoint.path}; shards are merged by verl's model merger"):
+                folder = checkpoint.merge(settings.merged or settings.output / "merged")
+            _answer(settings, engine_name, folder, template, questions, store, missing, console)
+        if settings.merged is None:
+            shutil.rmtree(settings.output / "merged", ignore_errors=True)
+        return Evaluation(identity, _summaries(questions, store, settings.answers))
+
+
+def identity_of(
+    settings: Settings, checkpoint: Checkpoint, engine_name: str, questions: Sequence[Question], template: str | None
+) -> dict[str, Any]:
+    """What decides which answers are drawn."""
+    return {
         "model": checkpoint.fingerprint(),
         "questions": checksum(questions),
         "chat_template": "the model's" if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "sampling": asdict(settings.sampling),
         "engine": {"name": engine_name, "dtype": settings.dtype}
         | ({"batch_size": settings.batch_size} if engine_name == "transformers" else {}),
-        "reward": f"entropy_fork.reward {entropy_fork.__version__}",
     }
-    notes = {"model_path": str(checkpoint.path), "data": [str(file.absolute()) for file in settings.data]}
-    with AnswerStore(settings.output, identity, notes) as store:
-        wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
-        if missing := wanted - store.records.keys():
-            folder = settings.merged or settings.output / "merged"
-            if checkpoint.backend != "huggingface":
-                with console.status(f"merging the shards of {checkpoint.path} (verl's model merger)"):
-                    folder = checkpoint.merge(folder)
-            else:
-                folder = checkpoint.path
-            _answer(settings, engine_name, folder, template, questions, store, missing, console)
-        if settings.merged is None:
-            shutil.rmtree(settings.output / "merged", ignore_errors=True)
-        return Evaluation(identity, _summaries(questions, store, settings.answers))
 
 
 def read_template(chat_template: str | None) -> str | None:
@@ -169,16 +172,14 @@ def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     raise EntropyForkError(f"{folder} names no end token, neither in its tokenizer nor in generation_config.json")
 
 
-def _answer(
-    settings: Settings,
-    engine_name: str,
-    folder: Path,
-    template: str | None,
-    questions: Sequence[Question],
-    store: AnswerStore,
-    missing: set[tuple[int, int]],
-    console: Console,
-) -> None:
+def open_engine(
+    settings: Settings, engine_name: str, folder: Path, template: str | None, questions: Sequence[Question]
+) -> tuple[Engine, list[Job], Any]:
+    """A model that is ready to answer, all answers that are wanted of it, and its tokenizer.
+
+    Raises:
+        EntropyForkError: the model's tokenizer or its number of positions does not allow it; before weights are loaded.
+    """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -203,19 +204,33 @@ def _answer(
         for index in range(len(questions))
     ]
     engine: Engine
+    if engine_name == "vllm":
+        engine = VllmEngine(
+            folder,
+            settings.sampling,
+            dtype,
+            end_ids,
+            longest + settings.sampling.max_tokens,
+            settings.tensor_parallel,
+            settings.vllm,
+        )
+    else:
+        engine = TransformersEngine(folder, settings.sampling, dtype, end_ids, settings.batch_size)
+    return engine, jobs, tokenizer
+
+
+def _answer(
+    settings: Settings,
+    engine_name: str,
+    folder: Path,
+    template: str | None,
+    questions: Sequence[Question],
+    store: AnswerStore[Record],
+    missing: set[tuple[int, int]],
+    console: Console,
+) -> None:
     with console.status(f"loading {folder} into {engine_name}"):
-        if engine_name == "vllm":
-            engine = VllmEngine(
-                folder,
-                settings.sampling,
-                dtype,
-                end_ids,
-                longest + settings.sampling.max_tokens,
-                settings.tensor_parallel,
-                settings.vllm,
-            )
-        else:
-            engine = TransformersEngine(folder, settings.sampling, dtype, end_ids, settings.batch_size)
+        engine, jobs, tokenizer = open_engine(settings, engine_name, folder, template, questions)
 
     def scored(generated: Generated) -> Record:
         job, question = generated.job, questions[generated.job.question]
@@ -233,7 +248,7 @@ def _answer(
             text,
         )
 
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("answers", total=len(jobs), completed=len(jobs) - len(missing), note="")
         began, tokens = time.monotonic(), 0
         right = sum(record.score for record in store.records.values())
@@ -247,7 +262,8 @@ def _answer(
             progress.update(bar, advance=len(records), note=note)
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """A bar with a count, a note and the time that is left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -259,7 +275,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _summaries(questions: Sequence[Question], store: AnswerStore, k: int) -> dict[str, Summary]:
+def _summaries(questions: Sequence[Question], store: AnswerStore[Record], k: int) -> dict[str, Summary]:
     """A summary per data source, of the first k answers to each question."""
     summaries = {}
     for name in dict.fromkeys(question.data_source for question in questions):
