@@ -303,7 +303,15 @@ def report(
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="Training curves from tensorboard files; may be repeated."),
     ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Twice or more, in the order of training: as the command 'compare'."),
+    ] = None,
     figures: Annotated[Path | None, typer.Option(metavar="DIR", help="The figures as SVG and PNG, too.")] = None,
+    top_ratio: Annotated[float, typer.Option(help="ρ of --compare.")] = 0.2,
+    min_count: Annotated[
+        int, typer.Option(min=1, help="How often a token must be seen for the tables of highest and lowest.")
+    ] = 101,
     answers: Annotated[int, typer.Option(min=1, help="To look at, per folder, evenly spread; figures use all.")] = 200,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Forking tokens",
 ) -> None:
@@ -320,6 +328,9 @@ def report(
             output=output,
             tokens=tokens or [],
             runs=[curves.parse_run(text) for text in run or []],
+            compare=compare or [],
+            top_ratio=top_ratio,
+            min_count=min_count,
             figures=figures,
             answers=answers,
             title=title,

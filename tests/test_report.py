@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from browser import browser, open_page
+from playwright.sync_api import expect
 from typer.testing import CliRunner
 
 from entropy_fork.analysis.table import AnswerTokens, read_answers, write_manifest, write_part
 from entropy_fork.cli import app
 from entropy_fork.core.selection import Selector, kept_count, select_tokens
 from entropy_fork.report import curves, page, steps
-from entropy_fork.report.answers import RATIOS, chosen_answers, first_kept
+from entropy_fork.report.answers import RATIOS, chosen_answers, pools_of
 from entropy_fork.verl.errors import EntropyForkError
 
 #: what a model may write; each becomes a token
@@ -150,9 +151,7 @@ def kept_tokens(opened: Any) -> list[bool]:
 
 def choose(opened: Any, place: int) -> None:
     opened.locator("#list button").nth(place).click()
-    opened.wait_for_function(
-        "place => document.querySelectorAll('#list button')[place].hasAttribute('aria-current')", arg=place
-    )
+    expect(opened.locator("#list button").nth(place)).to_have_attribute("aria-current", "true")
 
 
 def set_ratio(opened: Any, percent: int) -> None:
@@ -175,9 +174,9 @@ def test_hostile_text_is_text(report: Path, chromium: Any) -> None:
     assert opened.locator("#folder option").first.inner_text() == "model <b>$x$"
 
     opened.locator("#search").fill("window.hacked = 2")
-    opened.wait_for_function("document.querySelectorAll('#list li').length === 1")
+    expect(opened.locator("#list li")).to_have_count(1)
     opened.locator("#search").fill("")
-    opened.wait_for_function("document.querySelectorAll('#list li').length === 6")
+    expect(opened.locator("#list li")).to_have_count(6)
     for place in range(6):
         choose(opened, place)
         for span in opened.locator("#view .token").all()[:20]:
@@ -265,9 +264,9 @@ def test_pointing_at_a_token_shows_its_numbers(report: Path, tokens: Path, chrom
 def test_a_dump_of_a_training_run_is_pooled_by_step(report: Path, dump: Path, chromium: Any) -> None:
     opened, _ = open_page(chromium, report)
     opened.locator("#folder").select_option("1")
-    opened.wait_for_function("document.querySelectorAll('#list li').length === 12")
+    expect(opened.locator("#list li")).to_have_count(12)
     opened.locator("#step").select_option("6")
-    opened.wait_for_function("document.querySelectorAll('#list li').length === 3")
+    expect(opened.locator("#list li")).to_have_count(3)
     answers = [answer for answer in read_answers(dump) if answer.step == 6]
     entropy = torch.from_numpy(np.concatenate([answer.entropy for answer in answers]))
     selection = select_tokens(entropy, torch.ones_like(entropy), torch.tensor([20] * 3), Selector(0.2))
@@ -280,10 +279,10 @@ def test_a_dump_of_a_training_run_is_pooled_by_step(report: Path, dump: Path, ch
     shown = opened.locator("#view .token").evaluate_all("all => all.map(s => s.classList.contains('shown'))")
     assert shown == [True, False] * 10
     opened.locator("#next").click()
-    opened.wait_for_function("document.querySelectorAll('#list button')[2].hasAttribute('aria-current')")
+    expect(opened.locator("#list button").nth(2)).to_have_attribute("aria-current", "true")
     assert opened.locator("#next").is_disabled()
     opened.locator("#sort").select_option("score")
-    opened.wait_for_function("document.querySelector('#list button').textContent.includes('score 2')")
+    expect(opened.locator("#list button").first).to_contain_text("score 2")
     # what moved, and the curves
     assert re.search(r"␣moved\s+60\s+60\s+0.0%\s+100.0%", opened.locator("#steps-tokens").inner_text())
     row = opened.locator("#curves tr", has_text="response length").inner_text()
@@ -312,10 +311,14 @@ def test_a_phone_in_the_dark(report: Path, chromium: Any) -> None:
         ink, ground = (brightness(opened, selector, name) for name in ("color", "backgroundColor"))
         assert ink > 0.55, selector
         assert ground < 0.3, selector
-    dark_figure = opened.evaluate("document.images[0].currentSrc")
+    # a curve of one style has a picture for either; a figure of the analyses serves both
+    curve = opened.locator("#curves img").first
+    curve.scroll_into_view_if_needed()
+    dark = curve.evaluate("image => image.currentSrc")
     opened.emulate_media(color_scheme="light")
     assert brightness(opened, "body", "color") < 0.3 < 0.9 < brightness(opened, "body", "backgroundColor")
-    opened.wait_for_function("before => document.images[0].currentSrc !== before", arg=dark_figure)
+    opened.wait_for_timeout(100)
+    assert curve.evaluate("image => image.currentSrc") not in ("", dark)
     assert heard.console == []
     opened.context.close()
 
@@ -376,7 +379,10 @@ def test_what_is_packed_can_be_read_again(report: Path, tokens: Path) -> None:
 
 def test_every_stop_of_the_slider_keeps_exactly_its_share() -> None:
     answers = [make_answer(number, ["a"] * (17 + number), number) for number in range(5)]
-    first = np.concatenate(first_kept(answers))
+    ((pool, members, firsts),) = pools_of(answers)
+    first = np.concatenate(firsts)
+    assert members == [0, 1, 2, 3, 4]
+    assert pool.num_kept == [kept_count(first.size, ratio) for ratio in RATIOS]
     for place, ratio in enumerate(RATIOS):
         assert (first <= place).sum() == kept_count(first.size, ratio)
 

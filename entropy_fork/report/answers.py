@@ -80,41 +80,47 @@ def _answers_in(folder: Path, number: int) -> int:
 def _small(answer: AnswerTokens) -> AnswerTokens:
     """A copy that does not hold on to the arrays of its whole part."""
     names = ("token_ids", "entropy", "log_prob", "rank", "selected")
-    columns: dict[str, Any] = {name: getattr(answer, name) for name in names if getattr(answer, name) is not None}
-    return replace(answer, **{name: np.array(values) for name, values in columns.items()}, pieces=list(answer.pieces))
+    columns = {name: getattr(answer, name) for name in names if getattr(answer, name) is not None}
+    copies: dict[str, Any] = {name: np.array(values) for name, values in columns.items()}
+    return replace(answer, **copies, pieces=list(answer.pieces))
 
 
-def pools_of(answers: Sequence[AnswerTokens]) -> Iterator[tuple[Pool, list[int]]]:
-    """The pools of a folder's answers, each with the places of its answers: a pool per step where there are steps."""
+def pools_of(answers: Sequence[AnswerTokens]) -> Iterator[tuple[Pool, list[int], list[np.ndarray]]]:
+    """A folder's answers by pool: one per step where there are steps.
+
+    Yields:
+        the pool; the places of its answers; and of each of these, uint8, shape (tokens,): the index in :data:`RATIOS`
+        of the first ρ that keeps the token.
+
+    Raises:
+        EntropyForkError: an entropy is not finite.
+    """
     for step in sorted({answer.step for answer in answers}, key=lambda step: -1 if step is None else step):
         members = [place for place, answer in enumerate(answers) if answer.step == step]
-        yield _pool([answers[place] for place in members], step), members
+        yield _pool([answers[place] for place in members], step, members)
 
 
-def _pool(answers: Sequence[AnswerTokens], step: int | None) -> Pool:
-    selections = list(_selections(answers))
-    num_tokens = selections[0].num_tokens
-    return Pool(step, num_tokens, [each.num_kept for each in selections], [each.threshold for each in selections])
-
-
-def _selections(answers: Sequence[AnswerTokens]) -> Iterator[Any]:
+def _pool(
+    answers: Sequence[AnswerTokens], step: int | None, members: list[int]
+) -> tuple[Pool, list[int], list[np.ndarray]]:
     entropy = torch.from_numpy(np.concatenate([answer.entropy for answer in answers]))
     lengths = torch.tensor([len(answer.entropy) for answer in answers])
+    everything = torch.ones(entropy.shape, dtype=torch.bool)
+    first = np.zeros(entropy.numel(), dtype=np.uint8)
+    num_kept, threshold = [], []
     try:
         for ratio in RATIOS:
-            yield select_tokens(entropy, torch.ones_like(entropy, dtype=torch.bool), lengths, Selector(ratio))
+            selection = select_tokens(entropy, everything, lengths, Selector(ratio))
+            first += ~selection.kept.numpy()
+            num_kept.append(selection.num_kept)
+            threshold.append(selection.threshold)
     except ValueError as error:
         names = ", ".join(str(answer.answer) for answer in answers if not np.isfinite(answer.entropy).all())
         raise EntropyForkError(f"answers {names} of the tokens to show: {error}") from error
-
-
-def first_kept(answers: Sequence[AnswerTokens]) -> list[np.ndarray]:
-    """For each token of a pool the index in :data:`RATIOS` of the first ρ that keeps it, uint8, per answer."""
-    lengths = [len(answer.entropy) for answer in answers]
-    never = np.zeros(sum(lengths), dtype=np.uint8)
-    for selection in _selections(answers):
-        never += ~selection.kept.numpy()
-    return np.split(never, np.cumsum(lengths)[:-1])
+    if not entropy.numel():  # all answers are empty; NaN is no JSON
+        threshold = [0.0] * len(RATIOS)
+    pool = Pool(step, entropy.numel(), num_kept, threshold)
+    return pool, members, np.split(first, np.cumsum(lengths.numpy())[:-1])
 
 
 class Vocabulary:
@@ -149,7 +155,7 @@ def pack(answer: AnswerTokens, numbers: np.ndarray, first: np.ndarray) -> str:
         first.astype(np.uint8),
         selected.astype(np.uint8),
     ]
-    return base64.b64encode(zlib.compress(b"".join(column.tobytes() for column in columns), 9)).decode("ascii")
+    return base64.b64encode(zlib.compress(b"".join(column.tobytes() for column in columns))).decode("ascii")
 
 
 def _doubles(answer: AnswerTokens) -> tuple[np.ndarray, np.ndarray]:
@@ -166,11 +172,11 @@ def packed_folders(folders: Sequence[tuple[str, Sequence[AnswerTokens]]]) -> dic
     found: dict[str, Any] = {"ratios": RATIOS, "unit": UNIT, "folders": [], "pools": [], "answers": []}
     for folder, (name, answers) in enumerate(folders):
         found["folders"].append(name)
-        for pool, members in pools_of(answers):
+        for pool, members, firsts in pools_of(answers):
             number = len(found["pools"])
             found["pools"].append({**vars(pool), "folder": folder})
-            mine = [answers[place] for place in members]
-            for place, answer, first in zip(members, mine, first_kept(mine), strict=True):
+            for place, first in zip(members, firsts, strict=True):
+                answer = answers[place]
                 found["answers"].append(
                     {
                         "number": place + 1,
@@ -195,4 +201,5 @@ def packed_folders(folders: Sequence[tuple[str, Sequence[AnswerTokens]]]) -> dic
 
 def _full_colour(entropies: Sequence[np.ndarray]) -> float:
     """The entropy from which on a token has the full colour: 1 nat, or what only one in a hundred exceeds."""
-    return max(1.0, round(float(np.quantile(np.concatenate(entropies), 0.99)), 1)) if entropies else 1.0
+    values = np.concatenate(entropies)
+    return max(1.0, round(float(np.quantile(values, 0.99)), 1)) if values.size else 1.0

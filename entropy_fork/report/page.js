@@ -28,7 +28,7 @@
 
   // ---- text ---------------------------------------------------------------------------------------------------------
 
-  // What cannot be seen, or would change the order or the look of its surroundings, is named. page.py does the same.
+  // What cannot be seen, or would change the order or the look of its surroundings, is named. analysis/plots.py: shown does so in tables.
   const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
   function visible(text) {
     return text.replace(HIDDEN, (character) => {

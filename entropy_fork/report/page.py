@@ -13,15 +13,23 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entropy_fork import __version__
+from entropy_fork.analysis import plots
+from entropy_fork.analysis.compare import compare
+from entropy_fork.analysis.report_files import check_installed, comparison_tables, summary_tables
+from entropy_fork.analysis.summary import MIN_COUNT, NUM_TOKENS, summarise
 from entropy_fork.report import answers as packing
 from entropy_fork.report import curves, steps
-from entropy_fork.report.figures import Drawing, data_uri, write_files
+from entropy_fork.report.figures import Drawing, data_uri, file_name, write_files
 from entropy_fork.verl.errors import EntropyForkError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,9 @@ class Settings:
         output: the file to write.
         tokens: folders of ``entropy_fork/analysis/table.py``.
         runs: name and folder of tensorboard files of each training run.
+        compare: folders of the same tokens, measured with checkpoints in the order of training; none, or two and more.
+        top_ratio: ρ of the comparison.
+        min_count: how often a token must have been seen to be in the tables of highest and lowest mean entropy.
         figures: a folder for the figures as SVG and PNG; None for none.
         answers: at most so many of each folder can be looked at; all of them are in the figures.
         title: of the page.
@@ -64,6 +75,9 @@ class Settings:
     output: Path
     tokens: Sequence[Path] = ()
     runs: Sequence[tuple[str, Path]] = ()
+    compare: Sequence[Path] = ()
+    top_ratio: float = 0.2
+    min_count: int = MIN_COUNT
     figures: Path | None = None
     answers: int = 200
     title: str = "Forking tokens"
@@ -82,11 +96,12 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
         EntropyForkError: nothing to show, input that cannot be read, output that cannot be written; or a library is
             missing.
     """
-    if not settings.tokens and not settings.runs:
+    if not settings.tokens and not settings.runs and not settings.compare:
         raise EntropyForkError(
             "nothing to report: give --tokens FOLDER (of 'entropy-fork analyze', or of a run with "
-            "entropy_fork.dump_every) or --run NAME=DIR (a folder of tensorboard files)"
+            "entropy_fork.dump_every), --run NAME=DIR (a folder of tensorboard files) or --compare FOLDER twice"
         )
+    check_installed()
     names = _distinct([name for name, _ in settings.runs])
     runs = {}
     for name, (_, folder) in zip(names, settings.runs, strict=True):
@@ -96,21 +111,65 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
     for name, folder in zip(_distinct([path.resolve().name for path in settings.tokens]), settings.tokens, strict=True):
         note(f"reading the tokens of {name}")
         folders.append((name, packing.chosen_answers(folder, settings.answers)))
+    note("packing the tokens")
+    data = packing.packed_folders(folders) if folders else None
     sections = []
     for (name, _), folder in zip(folders, settings.tokens, strict=True):
-        note(f"going over the steps of {name}")
-        sections += _steps_section(name, folder, alone=len(folders) == 1)
+        note(f"going over the tokens of {name}")
+        suffix = "" if len(folders) == 1 else f": {name}"
+        sections += [_entropy_section(name, folder, suffix, settings.min_count), *_steps_section(name, folder, suffix)]
+    if settings.compare:
+        note("comparing checkpoints")
+        sections.append(_comparison_section(settings.compare, settings.top_ratio))
     if runs:
         sections.append(_curves_section(runs))
     note("drawing")
-    page = render(settings.title, packing.packed_folders(folders) if folders else None, sections)
+    page = render(settings.title, data, sections)
     if settings.figures is not None:
         write_files([drawing for section in sections for drawing in section.drawings], settings.figures)
     _write_whole(settings.output, page)
     return settings.output
 
 
-def _steps_section(name: str, folder: Path, alone: bool) -> list[Section]:
+#: what the figures of ``analysis/plots.py`` show
+CAPTIONS = {
+    "entropy_histogram": "tokens by entropy, on a logarithmic scale",
+    "entropy_by_position": "mean entropy and share of forks along the answer",
+    "entropy_by_kind": "mean entropy by part of the answer, and by kind of text",
+    "words_highest": "tokens of highest mean entropy, the larger the higher",
+    "words_lowest": "tokens of lowest mean entropy, the larger the lower",
+    "overlap": "how many of a checkpoint's top positions are also the base's, and the final model's",
+    "entropy_change": "mean change of the entropy against the base, per 5% of the base's tokens",
+    "percentile_evolution": "percentiles of the entropy over the checkpoints",
+}
+
+
+def _entropy_section(name: str, folder: Path, suffix: str, min_count: int) -> Section:
+    summary = summarise(folder, min_count)
+    tables = [Table(table.header, table.rows, title) for title, table in summary_tables(summary, NUM_TOKENS)]
+    return Section(f"entropy-{_slug(name)}", f"Entropy{suffix}", "", _drawings(plots.of_summary(summary), name), tables)
+
+
+def _comparison_section(folders: Sequence[Path], top_ratio: float) -> Section:
+    comparison = compare(folders, top_ratio)
+    tables = [Table(table.header, table.rows, title) for title, table in comparison_tables(comparison)]
+    return Section("checkpoints", "Checkpoints", "", _drawings(plots.of_comparison(comparison), "checkpoints"), tables)
+
+
+def _drawings(figures: dict[str, Figure], name: str) -> list[Drawing]:
+    """Figures of the analyses, at the size of the page's own: a legend must be readable on a phone."""
+    for figure in figures.values():
+        figure.set_size_inches(5.6, 3.5)
+    return [
+        Drawing(file_name(key, name), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
+    ]
+
+
+def _same(figure: Figure) -> Figure:
+    return figure
+
+
+def _steps_section(name: str, folder: Path, suffix: str) -> list[Section]:
     found = steps.read_steps(folder)
     if found is None:
         return []
@@ -118,44 +177,19 @@ def _steps_section(name: str, folder: Path, alone: bool) -> list[Section]:
     if found.moved:
         header = ["token", "seen early", "seen late", "kept early", "kept late"]
         rows = [
-            [visible(piece), f"{early:,}", f"{late:,}", f"{before:.1%}", f"{after:.1%}"]
+            [plots.shown(piece), f"{early:,}", f"{late:,}", f"{before:.1%}", f"{after:.1%}"]
             for piece, early, late, before, after in found.moved
         ]
         tables.append(
             Table(header, rows, "Tokens whose kept share changed most from the first half of the steps to the second")
         )
-    title = "Forks over training" + ("" if alone else f": {name}")
     text = f"{len(found.steps)} dumped steps, {found.steps[0]} to {found.steps[-1]}."
-    return [Section(f"steps-{_slug(name)}", title, text, steps.drawings(name, found), tables)]
+    return [Section(f"steps-{_slug(name)}", f"Forks over training{suffix}", text, steps.drawings(name, found), tables)]
 
 
 def _curves_section(runs: dict[str, curves.Run]) -> Section:
     header, rows = curves.last_values(runs)
     return Section("curves", "Training curves", "", curves.drawings(runs), [Table(header, rows)])
-
-
-def visible(text: str) -> str:
-    """A token for a table: what cannot be seen is named, as ``page.js`` does it."""
-    return "".join(_named(character) for character in text)
-
-
-#: characters that change the order or the look of what stands beside them, or that cannot be seen
-_INVISIBLE = {0x061C, 0x200E, 0x200F, 0xFEFF, *range(0x200B, 0x200E), *range(0x2028, 0x202F), *range(0x2060, 0x2070)}
-
-
-def _named(character: str) -> str:
-    code = ord(character)
-    if character == "\n":
-        return "↵"
-    if character == " ":
-        return "␣"
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    if 0x80 <= code < 0xA0 or code in _INVISIBLE:
-        return f"‹U+{code:04X}›"
-    return character
 
 
 def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section]) -> str:
