@@ -124,10 +124,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def report(tokens: Path, dump: Path, runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def later(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same texts, measured with a later checkpoint: what had 2 nats and more has half a nat less."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "later"
+    write_manifest(folder, {"source": "model", "model": "tiny"})
+    answers = [replace(one, entropy=np.where(one.entropy >= 2, one.entropy - 0.5, one.entropy).astype(np.float32))
+               for one in read_answers(tokens)]  # fmt: skip
+    write_part(folder, 0, answers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(tokens: Path, dump: Path, later: Path, runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All there is in one file, made by the command."""
     file = tmp_path_factory.mktemp("out") / "report.html"
     arguments = ["report", str(file), "--tokens", str(tokens), "--tokens", str(dump), "--title", "<b>Mine</b> & yours"]
+    arguments += ["--compare", str(tokens), "--compare", str(later), "--min-count", "5"]
     arguments += ["--run", f"masked <i>={runs[0]}", "--run", f"_baseline_$={runs[1]}"]
     result = CliRunner().invoke(app, [*arguments, "--figures", str(file.parent / "figures")])
     assert result.exit_code == 0, result.output
@@ -288,6 +300,25 @@ def test_a_dump_of_a_training_run_is_pooled_by_step(report: Path, dump: Path, ch
     row = opened.locator("#curves tr", has_text="response length").inner_text()
     assert re.search(r"6 → 113 \(step 8\)\s+2 → 9 \(step 8\)", row)
     assert opened.locator("#curves img").count() == len(curves.METRICS) + 1
+    opened.context.close()
+
+
+def test_what_the_analyses_found_is_there(report: Path, tokens: Path, chromium: Any) -> None:
+    opened, _ = open_page(chromium, report)
+    titles = ["Tokens", "Entropy: model <b>$x$", "Entropy: tokens", "Forks over training: tokens", "Checkpoints"]
+    assert opened.locator("h2").all_inner_texts() == [*titles, "Training curves"]
+    entropy = np.concatenate([answer.entropy for answer in read_answers(tokens)])
+    table = opened.locator("section:has(h2:text('Entropy: model')) table").first.inner_text()
+    assert re.search(rf"tokens\s+{entropy.size}\s", table)
+    assert re.search(rf"mean entropy\s+{entropy.mean():.4f}", table)
+    assert re.search(r"tokens below 0.01 nats\s+[\d.]+%\s+50.64%", table)
+    assert opened.locator("section:has(h2:text('Entropy: tokens')) figure").count() == 5
+    assert opened.locator("#checkpoints figure").count() == 3
+    assert re.search(
+        rf"later\s+{entropy.mean() - 0.5 * (entropy >= 2).mean():.4f}", opened.locator("#checkpoints").inner_text()
+    )
+    for link in opened.locator("nav a").all():
+        assert opened.locator(link.get_attribute("href")).count() == 1
     opened.context.close()
 
 

@@ -102,22 +102,22 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
             "entropy_fork.dump_every), --run NAME=DIR (a folder of tensorboard files) or --compare FOLDER twice"
         )
     check_installed()
-    names = _distinct([name for name, _ in settings.runs])
     runs = {}
-    for name, (_, folder) in zip(names, settings.runs, strict=True):
+    for name, (_, folder) in zip(_distinct([name for name, _ in settings.runs]), settings.runs, strict=True):
         note(f"reading the curves of {name}")
         runs[name] = curves.read_run(folder)
+    names = _distinct([folder.resolve().name for folder in settings.tokens])
     folders = []
-    for name, folder in zip(_distinct([path.resolve().name for path in settings.tokens]), settings.tokens, strict=True):
+    for name, folder in zip(names, settings.tokens, strict=True):
         note(f"reading the tokens of {name}")
         folders.append((name, packing.chosen_answers(folder, settings.answers)))
-    note("packing the tokens")
     data = packing.packed_folders(folders) if folders else None
     sections = []
-    for (name, _), folder in zip(folders, settings.tokens, strict=True):
+    slugs = _distinct([file_name(name) or "folder" for name in names])  # of files, and of places in the page
+    for name, slug, folder in zip(names, map(file_name, slugs), settings.tokens, strict=True):
         note(f"going over the tokens of {name}")
         suffix = "" if len(folders) == 1 else f": {name}"
-        sections += [_entropy_section(name, folder, suffix, settings.min_count), *_steps_section(name, folder, suffix)]
+        sections += [_entropy_section(slug, folder, suffix, settings.min_count), *_steps_section(slug, folder, suffix)]
     if settings.compare:
         note("comparing checkpoints")
         sections.append(_comparison_section(settings.compare, settings.top_ratio))
@@ -144,10 +144,10 @@ CAPTIONS = {
 }
 
 
-def _entropy_section(name: str, folder: Path, suffix: str, min_count: int) -> Section:
+def _entropy_section(slug: str, folder: Path, suffix: str, min_count: int) -> Section:
     summary = summarise(folder, min_count)
     tables = [Table(table.header, table.rows, title) for title, table in summary_tables(summary, NUM_TOKENS)]
-    return Section(f"entropy-{_slug(name)}", f"Entropy{suffix}", "", _drawings(plots.of_summary(summary), name), tables)
+    return Section(f"entropy-{slug}", f"Entropy{suffix}", "", _drawings(plots.of_summary(summary), slug), tables)
 
 
 def _comparison_section(folders: Sequence[Path], top_ratio: float) -> Section:
@@ -156,12 +156,12 @@ def _comparison_section(folders: Sequence[Path], top_ratio: float) -> Section:
     return Section("checkpoints", "Checkpoints", "", _drawings(plots.of_comparison(comparison), "checkpoints"), tables)
 
 
-def _drawings(figures: dict[str, Figure], name: str) -> list[Drawing]:
+def _drawings(figures: dict[str, Figure], slug: str) -> list[Drawing]:
     """Figures of the analyses, at the size of the page's own: a legend must be readable on a phone."""
     for figure in figures.values():
         figure.set_size_inches(5.6, 3.5)
     return [
-        Drawing(file_name(key, name), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
+        Drawing(file_name(key, slug), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
     ]
 
 
@@ -169,7 +169,7 @@ def _same(figure: Figure) -> Figure:
     return figure
 
 
-def _steps_section(name: str, folder: Path, suffix: str) -> list[Section]:
+def _steps_section(slug: str, folder: Path, suffix: str) -> list[Section]:
     found = steps.read_steps(folder)
     if found is None:
         return []
@@ -184,7 +184,7 @@ def _steps_section(name: str, folder: Path, suffix: str) -> list[Section]:
             Table(header, rows, "Tokens whose kept share changed most from the first half of the steps to the second")
         )
     text = f"{len(found.steps)} dumped steps, {found.steps[0]} to {found.steps[-1]}."
-    return [Section(f"steps-{_slug(name)}", f"Forks over training{suffix}", text, steps.drawings(name, found), tables)]
+    return [Section(f"steps-{slug}", f"Forks over training{suffix}", text, steps.drawings(slug, found), tables)]
 
 
 def _curves_section(runs: dict[str, curves.Run]) -> Section:
@@ -253,7 +253,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
         same = sum(each == name or each.startswith(f"{name} (") for each in found)
         found.append(f"{name} ({same + 1})" if same else name)
     return found
-
-
-def _slug(name: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in name.lower())
