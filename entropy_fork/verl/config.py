@@ -75,7 +75,7 @@ class EntropyForkConfig:
             at kept positions only. False computes every position's, as verl does. The update is the same but for
             the last bits; of verl's metrics, those that then see kept tokens only are called ``…_kept``.
         dump_every: write the tokens of ``dump_answers`` answers of every so many steps, their entropies and what was
-            selected, into ``dump_dir`` (empty: ``tokens`` in ``trainer.default_local_dir``), for ``entropy-fork
+            selected, into ``dump_dir`` (by default ``tokens`` in ``trainer.default_local_dir``), for ``entropy-fork
             report``; 0 writes nothing. With ``enabled=False`` as well.
     """
 
@@ -95,7 +95,7 @@ class EntropyForkConfig:
     sparse_head: bool = True
     dump_every: int = 0
     dump_answers: int = 8
-    dump_dir: str = ""
+    dump_dir: str | None = None
 
     def selector_at(self, step: int) -> Selector:
         """What is kept of a pool at a training step (from 1).
