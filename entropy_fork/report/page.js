@@ -205,7 +205,7 @@
       [`top ${at("ratio-value").textContent}`, first[i] <= stop ? "kept" : "dropped"],
       ["when written", selected[i] === SELECTED ? "kept" : selected[i] === DROPPED ? "dropped" : "not known"],
     ];
-    at("info").replaceChildren(...rows.flatMap(([name, value]) => {
+    at("info").firstElementChild.replaceChildren(...rows.flatMap(([name, value]) => {
       const term = document.createElement("dt"), text = document.createElement("dd");
       term.textContent = name;
       text.textContent = value;

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,8 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
             "entropy_fork.dump_every), --run NAME=DIR (a folder of tensorboard files) or --compare FOLDER twice"
         )
     check_installed()
+    if settings.runs and find_spec("tensorboard") is None:
+        raise EntropyForkError("tensorboard is not installed: pip install 'entropy-fork[analysis]'")
     runs = {}
     for name, (_, folder) in zip(_distinct([name for name, _ in settings.runs]), settings.runs, strict=True):
         note(f"reading the curves of {name}")
