@@ -292,6 +292,56 @@ def compare(
     _print_tables(console, report_files.comparison_tables(comparison))
 
 
+@app.command()
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT.html", help="The file to write.")],
+    tokens: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Of 'analyze', or a run's entropy_fork.dump_dir; may be repeated."),
+    ] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Training curves from tensorboard files; may be repeated."),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Twice or more, in the order of training: as the command 'compare'."),
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="The figures as SVG and PNG, too.")] = None,
+    top_ratio: Annotated[float, typer.Option(help="ρ of --compare.")] = 0.2,
+    min_count: Annotated[
+        int, typer.Option(min=1, help="How often a token must be seen for the tables of highest and lowest.")
+    ] = 101,
+    answers: Annotated[int, typer.Option(min=1, help="To look at, per folder, evenly spread; figures use all.")] = 200,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Forking tokens",
+) -> None:
+    """One self-contained HTML file: coloured tokens, the analyses' figures and tables, training curves."""
+    from rich.console import Console
+
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console(stderr=True)
+    try:
+        from entropy_fork.report import curves, page
+
+        settings = page.Settings(
+            output=output,
+            tokens=tokens or [],
+            runs=[curves.parse_run(text) for text in run or []],
+            compare=compare or [],
+            top_ratio=top_ratio,
+            min_count=min_count,
+            figures=figures,
+            answers=answers,
+            title=title,
+        )
+        with console.status("report") as status:
+            page.write(settings, status.update)
+    except EntropyForkError as error:
+        _fail(error)
+    typer.echo(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
 #: Hydra's overrides pass through as they are
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 

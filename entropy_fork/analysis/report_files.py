@@ -68,8 +68,8 @@ def write_comparison(comparison: Mapping[str, Any], folder: Path) -> None:
     plots.save(plots.of_comparison(comparison), folder / FIGURES)
 
 
-def summary_tables(summary: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
-    """(title, table) of one folder."""
+def summary_tables(summary: Mapping[str, Any], printed: int = PRINTED) -> list[tuple[str, TextTable]]:
+    """(title, table) of one folder, with so many tokens of each end."""
     if not summary["tokens"]:
         return []
     rows = [["answers", f"{summary['answers']:,}", ""], ["tokens", f"{summary['tokens']:,}", ""]]
@@ -90,7 +90,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
     if summary["steps"]:
         tables.append(("by training step", _sums_table("step", [(str(row["step"]), row) for row in summary["steps"]])))
     for end in ("highest", "lowest"):
-        tokens = [(plots.shown(row["piece"]), row) for row in summary[end][:PRINTED]]
+        tokens = [(plots.shown(row["piece"]), row) for row in summary[end][:printed]]
         title = f"{end} mean entropy, of the {summary['seen_often']:,} tokens seen {summary['min_count']} times or more"
         if tokens:
             tables.append((title, _sums_table("token", tokens)))

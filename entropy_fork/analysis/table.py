@@ -190,6 +190,12 @@ def write_selected(folder: Path, number: int, selected: np.ndarray) -> None:
     _write(table.set_column(place, table.schema.field(place), pa.array(selected, pa.bool_())), file)
 
 
+def delete_part(folder: Path, number: int) -> None:
+    """Delete one part. Its answers first: from then on it is not there, whatever comes between."""
+    for kind in (ANSWERS, TOKENS):
+        _file(folder, kind, number).unlink(missing_ok=True)
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write ``manifest.json``, whole or not at all; ``format`` is added. Floats that JSON cannot say become null."""
     folder.mkdir(parents=True, exist_ok=True)
