@@ -9,12 +9,14 @@ runner, which vLLM chooses by itself where there are such processors; no specula
 Entropies are measured at the request's ``temperature`` T. vLLM calls these processors on float32 logits and divides by
 T afterwards, so
 
-- without a seed, logits leave here as z_t · T / T'_t, and vLLM draws (with its own top-p and top-k) from softmax(z_t / T'_t);
-- with a seed, the token is drawn here (``core/sampler.py``, top-p and top-k included) and all others become impossible.
-  vLLM's own seeded draws depend on its version and its device, and begin anew when an interrupted answer is resumed;
-  these depend on the logits, the seed and the position. What remains of the row is one number, the drawn token's: H_t
-  (times T, which vLLM divides by). ``LLM(logprobs_mode="processed_logits")`` with ``SamplingParams(logprobs=0)`` returns
-  it in the place of the log-prob, which is how an evaluation knows the share of tokens above the threshold.
+- without a seed, logits leave here as z_t · T / T'_t, and vLLM draws (with its own top-p and top-k) from
+  softmax(z_t / T'_t);
+- with a seed, the token is drawn here (``core/sampler.py``, top-p and top-k included) and all others become
+  impossible. vLLM's own seeded draws depend on its version and its device, and begin anew when an interrupted answer is
+  resumed; these depend on the logits, the seed and the position. What remains of the row is one number, the drawn
+  token's: H_t (times T, which vLLM divides by). ``LLM(logprobs_mode="processed_logits")`` with
+  ``SamplingParams(logprobs=0)`` returns it in the place of the log-prob, which is how an evaluation knows the share of
+  tokens above the threshold.
 
 Requests without these arguments are left alone.
 """
@@ -63,7 +65,7 @@ def parse(params: Any) -> TwoTemperatures | None:
     if not given:
         return None
     if missing := [key for key in KEYS.values() if key not in given]:
-        raise ValueError(f"extra_args has {', '.join(given)}: decoding with two temperatures needs {missing[0]} as well")
+        raise ValueError(f"two temperatures need {', '.join(missing)} in extra_args beside {', '.join(given)}")
     for key, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"extra_args[{key!r}] is {value!r}, and must be a number")
@@ -88,7 +90,7 @@ class _Row:
     output: list[int]
 
 
-class TwoTemperaturesProcessor(LogitsProcessor):  # type: ignore[misc]
+class TwoTemperaturesProcessor(LogitsProcessor):
     """vLLM's interface; it keeps one of these per worker."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):

@@ -37,7 +37,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.two_temperatures is not None and not self.temperature > 0:
-            raise ValueError("entropies need a temperature above 0; write T_high=0 and T_low=0 for the likeliest tokens")
+            raise ValueError("entropies need a temperature above 0; for greedy ones write T_high=0 and T_low=0")
 
 
 class Sampler:

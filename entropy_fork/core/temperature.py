@@ -41,7 +41,7 @@ class TwoTemperatures:
     def __post_init__(self) -> None:
         for name in ("high", "low"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"T_{name} is {getattr(self, name)}, and must be 0 (likeliest token) or a number above")
+                raise ValueError(f"T_{name} is {getattr(self, name)}, and must be 0 (likeliest token) or more")
         if not self.threshold >= 0:
             raise ValueError(f"the threshold is {self.threshold}, and must be an entropy in nats: 0 or more")
 
@@ -75,7 +75,7 @@ def two_temperatures(entropy: Tensor, high: Tensor | float, low: Tensor | float,
 
 
 def scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """z_t / T' for each row; where T' is 0, a row whose softmax is certain of the likeliest token (the first of equals).
+    """z_t / T' for each row; where T' is 0, a row that is certain of the likeliest token (the first of equals).
 
     Args:
         logits: shape (rows, vocabulary).

@@ -34,6 +34,7 @@ class Record:
         score: what the reward gave, 1 for a right answer.
         boxed: whether it has a box at all.
         text: the answer without special tokens, as the reward saw it.
+        above: with two temperatures, how many of its tokens were drawn above the threshold.
     """
 
     question: int
@@ -45,6 +46,7 @@ class Record:
     score: float
     boxed: bool
     text: str
+    above: int | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -116,7 +118,7 @@ class AnswerStore:
         for number, line in enumerate(content[:complete].splitlines(), start=1):
             try:
                 values = json.loads(line)
-                record = Record(**{name: values[name] for name in names})
+                record = Record(**{name: values[name] for name in names & values.keys()})
             except (ValueError, KeyError, TypeError) as error:
                 raise EntropyForkError(
                     f"line {number} of {self.folder / ANSWERS} is no answer ({error!r}): delete the line"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Settings:
                 raise EntropyForkError(f"{name} is {getattr(self, name)}, and must be at least 1")
         if self.dtype not in DTYPES:
             raise EntropyForkError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
-        if self.sampling.temperature == 0 and self.answers > 1:
+        if self.sampling.is_greedy and self.answers > 1:
             raise EntropyForkError(
                 f"at temperature 0 all {self.answers} answers to a question are the same: write --answers 1"
             )
@@ -88,8 +88,27 @@ class Evaluation:
     benchmarks: dict[str, Summary]
 
 
-def evaluate(settings: Settings, console: Console) -> Evaluation:
+def open_engine(settings: Settings, name: str, folder: Path, dtype: str, end_ids: list[int], longest: int) -> Engine:
+    """Load a model.
+
+    Args:
+        name: ``vllm`` or ``transformers``.
+        folder: in Hugging Face's format.
+        dtype: name of a torch dtype.
+        longest: tokens of the longest prompt.
+    """
+    sampling = settings.sampling
+    if name == "transformers":
+        return TransformersEngine(folder, sampling, dtype, end_ids, settings.batch_size)
+    room = longest + sampling.max_tokens
+    return VllmEngine(folder, sampling, dtype, end_ids, room, settings.tensor_parallel, settings.vllm)
+
+
+def evaluate(settings: Settings, console: Console, open_engine: Callable[..., Engine] = open_engine) -> Evaluation:
     """Answer what has not been answered yet, and summarise.
+
+    Args:
+        open_engine: called when there is something to answer, with the arguments of the function of this name.
 
     Raises:
         EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
@@ -117,7 +136,7 @@ def evaluate(settings: Settings, console: Console) -> Evaluation:
                     folder = checkpoint.merge(folder)
             else:
                 folder = checkpoint.path
-            _answer(settings, engine_name, folder, template, questions, store, missing, console)
+            _answer(settings, engine_name, folder, template, questions, store, missing, console, open_engine)
         if settings.merged is None:
             shutil.rmtree(settings.output / "merged", ignore_errors=True)
         return Evaluation(identity, _summaries(questions, store, settings.answers))
@@ -178,6 +197,7 @@ def _answer(
     store: AnswerStore,
     missing: set[tuple[int, int]],
     console: Console,
+    open_engine: Callable[..., Engine],
 ) -> None:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -202,20 +222,8 @@ def _answer(
         for sample in range(settings.answers)
         for index in range(len(questions))
     ]
-    engine: Engine
     with console.status(f"loading {folder} into {engine_name}"):
-        if engine_name == "vllm":
-            engine = VllmEngine(
-                folder,
-                settings.sampling,
-                dtype,
-                end_ids,
-                longest + settings.sampling.max_tokens,
-                settings.tensor_parallel,
-                settings.vllm,
-            )
-        else:
-            engine = TransformersEngine(folder, settings.sampling, dtype, end_ids, settings.batch_size)
+        engine = open_engine(settings, engine_name, folder, dtype, end_ids, longest)
 
     def scored(generated: Generated) -> Record:
         job, question = generated.job, questions[generated.job.question]
@@ -231,6 +239,7 @@ def _answer(
             reward["score"],
             bool(reward["format"]),
             text,
+            generated.above,
         )
 
     with _progress(console) as progress:
@@ -272,5 +281,12 @@ def _summaries(questions: Sequence[Question], store: AnswerStore, k: int) -> dic
         def table(attribute: str, rows: list[list[Record]] = rows) -> np.ndarray:
             return np.array([[getattr(record, attribute) for record in row] for row in rows])
 
-        summaries[name] = summarise(table("score") == 1.0, table("tokens"), table("truncated"), table("boxed"))
+        has_above = all(record.above is not None for row in rows for record in row)
+        summaries[name] = summarise(
+            table("score") == 1.0,
+            table("tokens"),
+            table("truncated"),
+            table("boxed"),
+            table("above") if has_above else None,
+        )
     return summaries
