@@ -166,7 +166,7 @@ def table(points: Sequence[Point]) -> report.TextTable:
         summary = point.average
         low, high = summary.interval
         cells = [f"T_{point.varied}", f"{point.pair.high:g}", f"{point.pair.low:g}", f"{100 * summary.accuracy:.2f}"]
-        cells += [f"{100 * low:.1f} to {100 * high:.1f}", f"{summary.mean_tokens:.0f}", f"{summary.truncated:.1%}"]
+        cells += [f"{100 * low:.1f}–{100 * high:.1f}", f"{summary.mean_tokens:.0f}", f"{summary.truncated:.1%}"]
         rows.append([*cells, f"{summary.above:.1%}"])
     return report.TextTable(header, rows)
 
