@@ -239,7 +239,7 @@ def temperatures(
             data=data,
             output=output,
             answers=answers,
-            sampling=Sampling(temperature, top_p, top_k, max_tokens, seed),
+            sampling=Sampling(temperature, top_p, top_k, max_tokens, seed, sweep.points()[0][1]),
             engine=engine.value,
             chat_template=chat_template,
             dtype=dtype,

@@ -116,7 +116,7 @@ def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]
     """Evaluate what has not been evaluated yet, and write the results.
 
     Args:
-        settings: of all evaluations; their folders are made in ``output``.
+        settings: of all evaluations, but for their two temperatures; their folders are made in ``output``.
 
     Raises:
         EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
