@@ -342,6 +342,91 @@ def report(
     typer.echo(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
+@app.command()
+def temperatures(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder, or verl's checkpoint …/global_step_N/actor.")],
+    data: Annotated[list[Path], typer.Option(help="A parquet file in verl's format; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="Folder for answers and results; a second call goes on there.")],
+    high: Annotated[str, typer.Option(help="Values of T_high, T_low fixed; '' for none.")] = "0,0.05,0.3,0.6,1,2,3,5",
+    low: Annotated[str, typer.Option(help="Values of T_low, T_high fixed; '' for none.")] = "0,0.05,0.3,0.6,1,2,3,5",
+    fixed_high: Annotated[float, typer.Option(help="T_high while T_low is varied.")] = 1.0,
+    fixed_low: Annotated[float, typer.Option(help="T_low while T_high is varied.")] = 1.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="τ in nats; T_high is used above it.", show_default="0.672, Qwen3-8B's")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Take τ from this folder of tokens ('entropy-fork analyze'): its top ρ's.")
+    ] = None,
+    answers: Annotated[int, typer.Option(help="Answers per question: k of Acc@k.")] = 16,
+    temperature: Annotated[float, typer.Option(help="T, which entropies are measured at.")] = 1.0,
+    top_p: float = 1.0,
+    top_k: Annotated[int, typer.Option(help="-1: off.")] = -1,
+    max_tokens: Annotated[int, typer.Option(help="Length limit of an answer.")] = 20480,
+    seed: Annotated[int, typer.Option(help="Of all answers; each has its own, derived from it.")] = 0,
+    engine: Annotated[EngineName, typer.Option(help="auto: vLLM where it is installed.")] = EngineName.auto,
+    chat_template: Annotated[
+        str | None, typer.Option(help="'paper', or a Jinja file or text, as in training; else the tokenizer's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
+    merged: Annotated[
+        Path | None, typer.Option(help="Keep the Hugging Face folder made of a sharded checkpoint here.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once, engine transformers.")] = 64,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs per copy of the model, engine vllm.")] = 1,
+    vllm: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A further argument of vllm.LLM; may be repeated.")
+    ] = None,
+) -> None:
+    """One temperature above an entropy and another below it (the paper's Eq. 5): accuracy over either of them."""
+    from rich.console import Console
+
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console()
+    try:
+        from entropy_fork.core.temperature import PAPER_THRESHOLD
+        from entropy_fork.evaluation import run
+        from entropy_fork.evaluation import temperatures as sweeping
+        from entropy_fork.evaluation.engines import Sampling, parse_arguments
+
+        if threshold is not None and like is not None:
+            raise EntropyForkError("--threshold and --like both name τ: write one of them")
+        tau = sweeping.threshold_of(like) if like is not None else PAPER_THRESHOLD if threshold is None else threshold
+        sweep = sweeping.Sweep(
+            high=sweeping.parse_values(high, "--high"),
+            low=sweeping.parse_values(low, "--low"),
+            fixed_high=fixed_high,
+            fixed_low=fixed_low,
+            threshold=tau,
+        )
+        settings = run.Settings(
+            model=model,
+            data=data,
+            output=output,
+            answers=answers,
+            sampling=Sampling(temperature, top_p, top_k, max_tokens, seed, sweep.points()[0][1]),
+            engine=engine.value,
+            chat_template=chat_template,
+            dtype=dtype,
+            merged=merged,
+            batch_size=batch_size,
+            tensor_parallel=tensor_parallel,
+            vllm=parse_arguments(vllm or []),
+        )
+        points = sweeping.run_sweep(settings, sweep, console)
+    except EntropyForkError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.secho(f"stopped; the same command goes on with what is in {output}", err=True)
+        raise typer.Exit(130) from None
+    console.print(sweeping.table(points).rich())
+    console.print(
+        f"written: {output / sweeping.CSV}, {sweeping.JSON}, {', '.join(sweeping.PLOTS)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
 #: Hydra's overrides pass through as they are
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -46,6 +46,7 @@ class Record:
         score: what the reward gave, 1 for a right answer.
         boxed: whether it has a box at all.
         text: the answer without special tokens, as the reward saw it.
+        above: with two temperatures, how many of its tokens were drawn above the threshold.
     """
 
     question: int
@@ -57,6 +58,7 @@ class Record:
     score: float
     boxed: bool
     text: str
+    above: int | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -136,7 +138,7 @@ class AnswerStore(Generic[R]):
 
     def _parsed(self, line: bytes) -> R:
         values = json.loads(line)
-        return self._kind(**{field.name: values[field.name] for field in fields(self._kind)})
+        return self._kind(**{field.name: values[field.name] for field in fields(self._kind) if field.name in values})
 
     def _remember(self, record: R, place: int) -> None:
         self.records[record.key] = record.without_content()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Settings:
                 raise EntropyForkError(f"{name} is {getattr(self, name)}, and must be at least 1")
         if self.dtype not in DTYPES:
             raise EntropyForkError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
-        if self.sampling.temperature == 0 and self.answers > 1:
+        if self.sampling.is_greedy and self.answers > 1:
             raise EntropyForkError(
                 f"at temperature 0 all {self.answers} answers to a question are the same: write --answers 1"
             )
@@ -88,8 +88,11 @@ class Evaluation:
     benchmarks: dict[str, Summary]
 
 
-def evaluate(settings: Settings, console: Console) -> Evaluation:
+def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened] | None = None) -> Evaluation:
     """Answer what has not been answered yet, and summarise.
+
+    Args:
+        opening: called in the place of :func:`open_engine`, when there is something to answer.
 
     Raises:
         EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
@@ -106,7 +109,9 @@ def evaluate(settings: Settings, console: Console) -> Evaluation:
         if missing := wanted - store.records.keys():
             with console.status(f"looking at {checkpoint.path}; shards are merged by verl's model merger"):
                 folder = checkpoint.merge(settings.merged or settings.output / "merged")
-            _answer(settings, engine_name, folder, template, questions, store, missing, console)
+            with console.status(f"loading {folder} into {engine_name}"):
+                opened = (opening or open_engine)(settings, engine_name, folder, template, questions)
+            _answer(opened, questions, store, missing, console)
         if settings.merged is None:
             shutil.rmtree(settings.output / "merged", ignore_errors=True)
         return Evaluation(identity, _summaries(questions, store, settings.answers))
@@ -172,9 +177,13 @@ def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     raise EntropyForkError(f"{folder} names no end token, neither in its tokenizer nor in generation_config.json")
 
 
+#: a model that is ready to answer, all answers that are wanted of it, and its tokenizer
+Opened = tuple[Engine, list[Job], Any]
+
+
 def open_engine(
     settings: Settings, engine_name: str, folder: Path, template: str | None, questions: Sequence[Question]
-) -> tuple[Engine, list[Job], Any]:
+) -> Opened:
     """A model that is ready to answer, all answers that are wanted of it, and its tokenizer.
 
     Raises:
@@ -220,17 +229,13 @@ def open_engine(
 
 
 def _answer(
-    settings: Settings,
-    engine_name: str,
-    folder: Path,
-    template: str | None,
+    opened: Opened,
     questions: Sequence[Question],
     store: AnswerStore[Record],
     missing: set[tuple[int, int]],
     console: Console,
 ) -> None:
-    with console.status(f"loading {folder} into {engine_name}"):
-        engine, jobs, tokenizer = open_engine(settings, engine_name, folder, template, questions)
+    engine, jobs, tokenizer = opened
 
     def scored(generated: Generated) -> Record:
         job, question = generated.job, questions[generated.job.question]
@@ -246,6 +251,7 @@ def _answer(
             reward["score"],
             bool(reward["format"]),
             text,
+            generated.above,
         )
 
     with progress_bar(console) as progress:
@@ -288,5 +294,12 @@ def _summaries(questions: Sequence[Question], store: AnswerStore[Record], k: int
         def table(attribute: str, rows: list[list[Record]] = rows) -> np.ndarray:
             return np.array([[getattr(record, attribute) for record in row] for row in rows])
 
-        summaries[name] = summarise(table("score") == 1.0, table("tokens"), table("truncated"), table("boxed"))
+        has_above = all(record.above is not None for row in rows for record in row)
+        summaries[name] = summarise(
+            table("score") == 1.0,
+            table("tokens"),
+            table("truncated"),
+            table("boxed"),
+            table("above") if has_above else None,
+        )
     return summaries
