@@ -122,7 +122,7 @@ class TokenDump:
                     data_source=_text(values["data_source"]),
                     ground_truth=_text((values["reward_model"] or {}).get("ground_truth")),
                     score=None if values["rm_scores"] is None else float(values["rm_scores"].sum()),
-                    truncated=len(mask) >= longest and int(token_ids[-1]) != tokenizer.eos_token_id,
+                    truncated=len(mask) >= longest and int(values["responses"][-1]) != tokenizer.eos_token_id,
                     prompt_ids=values["prompts"].astype(np.int32),
                 )
             )
