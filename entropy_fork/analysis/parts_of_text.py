@@ -114,7 +114,7 @@ def _mark_formulas_and_code(text: str, kinds: np.ndarray) -> None:
             kinds[start : match.end()] = _FORMULA
             opened = ""
         elif mark in ("\\(", "\\[") or (not opened and (mark == "$$" or (mark == "$" and _opens_inline(text, place)))):
-            # \\( also where one is open: it is the later one that can be closed
+            # of two \( or \[ the later one: only it can be closed as LaTeX has it
             opened, start = mark, place
     if opened == "```":
         kinds[start:] = _CODE

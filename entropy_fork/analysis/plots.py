@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 INK, BLUE, ORANGE = "#808890", "#3b8fd9", "#e08a2c"
 #: from the low percentiles to the high ones; both ends are far from white and black
 COLORS = "plasma"
+#: characters of a word in a cloud
+LONGEST = 24
 
 
 def entropy_histogram(summary: Mapping[str, Any]) -> Figure:
@@ -65,28 +67,32 @@ def entropy_by_kind(summary: Mapping[str, Any]) -> Figure:
     axes.bar_label(bars, shares, color=INK, padding=4)
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.5)
+    axes.margins(x=0.7)
     axes.set_xlim(left=0)
     return figure
 
 
 def word_cloud(tokens: Sequence[Mapping[str, Any]]) -> Figure:
     """The tokens of ``summary["highest"]`` or ``["lowest"]``, the larger the further up in their table."""
+    import matplotlib.colors
     from matplotlib import font_manager
     from matplotlib.figure import Figure
     from wordcloud import WordCloud
 
     sizes: dict[str, float] = {}
     for place, token in enumerate(tokens):
-        sizes.setdefault(shown(token["piece"]).strip("␣") or "␣", len(tokens) - place)
+        word = shown(token["piece"]).strip("␣") or "␣"
+        sizes.setdefault(word if len(word) <= LONGEST else word[:LONGEST] + "…", len(tokens) - place)
     figure = Figure(figsize=(7, 4), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.set_axis_off()
     if sizes:
+        inks = [matplotlib.colors.to_hex(color) for color in _colors(6)]
         cloud = WordCloud(
-            width=1400, height=800, mode="RGBA", background_color=None, random_state=0, colormap=COLORS,
+            width=700, height=400, scale=2, mode="RGBA", background_color=None, random_state=0,
             font_path=font_manager.findfont("DejaVu Sans"), relative_scaling=0.5,
+            color_func=lambda *_, random_state, **__: random_state.choice(inks),
         )  # fmt: skip
         axes.imshow(cloud.generate_from_frequencies(sizes).to_array(), interpolation="bilinear")
     return figure

@@ -115,7 +115,8 @@ def analyze(settings: Settings, console: Console) -> dict[str, Any]:
     with (output / LOCK).open("a") as held:
         lock(held, output)
         manifest = _taken_up(output, identity)
-        if manifest.get("complete") and manifest["top_ratio"] == settings.top_ratio:
+        is_whole = manifest.get("complete") and _whole_parts(output)[1] == len(source)
+        if is_whole and manifest["top_ratio"] == settings.top_ratio:
             return manifest
         manifest = {
             "source": source.kind,
