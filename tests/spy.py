@@ -1,7 +1,8 @@
 """Loaded into every process of a real run through VERL_USE_EXTERNAL_MODULES: notes what reaches the loss in the worker.
 
-It wraps the entry "vanilla" of verl's public registry of policy losses, so it sees exactly what verl's ppo_loss hands
-over, and it wraps the selection on the driver and in the worker, so that both sides of the same run can be compared.
+It wraps entries of verl's public registry of policy losses, so it sees exactly what verl's ppo_loss hands over, and it
+wraps advantages and selection on the driver and the selection in the worker, so that both sides of the same run can be
+compared.
 """
 
 from __future__ import annotations
@@ -22,14 +23,26 @@ def _save(kind: str, **tensors: Any) -> None:
 
 
 def _note_loss(module: Any) -> None:
-    original = module.POLICY_LOSS_REGISTRY["vanilla"]
-
-    def vanilla(**kwargs: Any) -> Any:
+    @wrapt.decorator
+    def noting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
         names = ("rollout_is_weights", "response_mask", "old_log_prob", "advantages")
         _save("loss", **{name: kwargs[name] for name in names})
-        return original(**kwargs)
+        return wrapped(**kwargs)
 
-    module.POLICY_LOSS_REGISTRY["vanilla"] = vanilla
+    for name in ("vanilla", "gpg"):  # what "reinforce" calls
+        module.POLICY_LOSS_REGISTRY[name] = noting(module.POLICY_LOSS_REGISTRY[name])
+
+
+def _note_advantages(module: Any) -> None:
+    @wrapt.decorator
+    def noting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+        data = wrapped(*args, **kwargs)
+        names = ("token_level_rewards", "values", "response_mask", "advantages", "returns")
+        _save("advantages", **{name: data.batch[name] for name in names if name in data.batch})
+        return data
+
+    wrapped = module.compute_advantage_for_multi_trajectories
+    module.compute_advantage_for_multi_trajectories = noting(wrapped)
 
 
 def _note_selection(module: Any) -> None:
@@ -71,5 +84,6 @@ def _note_gradient_steps(module: Any) -> None:
 
 
 wrapt.register_post_import_hook(_note_loss, "verl.trainer.ppo.core_algos")
+wrapt.register_post_import_hook(_note_advantages, "verl.trainer.ppo.v1.trainer_base")
 wrapt.register_post_import_hook(_note_selection, "entropy_fork.verl.trainer")
 wrapt.register_post_import_hook(_note_gradient_steps, "entropy_fork.verl.gradient_step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -200,6 +201,46 @@ def test_the_papers_equation_with_a_critic_a_reference_and_a_resume(main_ppo) ->
         assert run.metric("entropy_fork/overlap_with_old") == [pytest.approx(1.0, abs=0.01)]
         for name in ("critic/vf_loss", "actor/kl_loss", "actor/entropy_loss", "entropy_fork/kept_ratio_positive"):
             assert len(run.metric(name)) == 1, name
+
+
+def test_forks_of_the_td_residual_by_plain_reinforce(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The ladder's sixth form times the seventh: the critic's values reach Ψ, Ψ reaches the loss, on kept tokens only.
+
+    The ladder's measurement of the gradient runs along.
+    """
+    spy, gradients = tmp_path / "spy", tmp_path / "gradients.jsonl"
+    environment = spy_environment(spy)
+    environment["VERL_USE_EXTERNAL_MODULES"] += ",gradient_variance"
+    environment["PYTHONPATH"] += f":{TESTS.parent / 'examples' / 'policy_gradient_ladder'}"
+    run = main_ppo(
+        *("algorithm.adv_estimator=td_residual", "critic.enable=true", "entropy_fork=global", "algorithm.gamma=0.9"),
+        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+        recipe=("+recipe=ladder_cpu",),
+        ENTROPY_FORK_GRADIENTS=str(gradients),
+        **environment,
+    )
+    (batch,) = load(spy, "advantages")
+    psi = batch["advantages"]
+    for row, mask in enumerate(batch["response_mask"].bool()):
+        rewards, values = batch["token_level_rewards"][row][mask].tolist(), batch["values"][row][mask].tolist()
+        residuals = [r + 0.9 * after - v for r, v, after in zip(rewards, values, [*values[1:], 0.0], strict=True)]
+        assert psi[row][mask].tolist() == pytest.approx(residuals, abs=1e-5)
+    assert batch["token_level_rewards"].count_nonzero() > 0
+
+    seen = load(spy, "loss")
+    assert len(seen) == 8  # groups of four answers
+
+    def rows(batches: list[dict[str, torch.Tensor]]) -> list[list[float]]:
+        pairs = [pair for b in batches for pair in zip(b["advantages"], b["response_mask"].bool(), strict=True)]
+        return sorted(psi[mask].tolist() for psi, mask in pairs)
+
+    assert rows(seen) == rows([batch])
+    tokens = sum(int(step["response_mask"].sum()) for step in seen)
+    kept = sum(int((step["rollout_is_weights"] * step["response_mask"] != 0).sum()) for step in seen)
+    assert kept == math.ceil(0.2 * tokens)
+    (line,) = [json.loads(line) for line in gradients.read_text().splitlines()]
+    assert line["terms"] == 8
+    assert math.sqrt(line["square"]) == pytest.approx(run.metric("actor/grad_norm")[0], rel=1e-4)
 
 
 def test_the_colocated_asynchronous_trainer_is_masked_too(main_ppo) -> None:  # type: ignore[no-untyped-def]

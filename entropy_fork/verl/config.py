@@ -27,13 +27,19 @@ from entropy_fork.verl.errors import EntropyForkError, process_name
 
 NODE = "entropy_fork"
 
-#: verl's policy losses whose gradient is ``rollout_is_weights`` times the plain one, exactly 0 where the weight is 0
+#: policy losses (verl's, and ``reinforce``) whose gradient is ``rollout_is_weights`` times the plain one, exactly 0
+#: where the weight is 0
 MASKABLE_LOSSES = (
-    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "dro", "cispo",
+    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "dro", "cispo", "reinforce",
 )  # fmt: skip
 
 #: those of them in which a token of weight 0 has no part in the loss and gradient of any other token
-TOKENWISE_LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "dro", "cispo")
+TOKENWISE_LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "dro", "cispo", "reinforce")
+
+#: estimators of ``advantages.py``: from a critic's values, from a group of answers, and all of them
+NEED_CRITIC = ("q_value", "td_residual")
+NEED_GROUP = ("reward_to_go_baseline", "reward_to_go_leave_one_out")
+ESTIMATORS = ("total_return", "reward_to_go", *NEED_GROUP, *NEED_CRITIC)
 
 #: verl's engines that ``engine.py`` can make the selection in
 MASKED_STRATEGIES = ("fsdp", "fsdp2")
@@ -263,6 +269,8 @@ def check_before_training(config: DictConfig) -> None:
             f"trained. Check the name (recipes of this install: {', '.join(preset_names('recipe'))})."
         )
     masked = read_config(config)
+    check_estimator(config)
+    check_on_policy(config)
     if OmegaConf.select(config, NODE, default=None) is not None:
         _make_typed(config)
         _check_data_files(config)
@@ -323,6 +331,60 @@ def _make_typed(config: DictConfig) -> None:
     node = OmegaConf.to_container(config[NODE], resolve=True)
     with open_dict(config):
         config[NODE] = OmegaConf.merge(OmegaConf.structured(EntropyForkConfig), node)
+
+
+def check_estimator(config: DictConfig) -> None:
+    """Refuse one of our advantage estimators where what it is computed from will not be there.
+
+    Raises:
+        EntropyForkError: no critic, a group of one answer, or verl's legacy trainer.
+    """
+    name = config.algorithm.adv_estimator
+    if name in NEED_CRITIC and not config.critic.enable:
+        raise EntropyForkError(
+            f"algorithm.adv_estimator={name} is computed from a critic's values, and verl starts a critic unasked for "
+            f"gae alone. Write critic.enable=True (and critic.model.path=…), or an estimator that needs none: "
+            f"{', '.join(name for name in ESTIMATORS if name not in NEED_CRITIC)}."
+        )
+    if name in ESTIMATORS and not config.trainer.use_v1:
+        raise EntropyForkError(
+            f"algorithm.adv_estimator={name} needs verl's V1 trainer, and trainer.use_v1=False chooses the legacy one. "
+            f"Write trainer.use_v1=True."
+        )
+    if name in NEED_GROUP and config.actor_rollout_ref.rollout.n < 2:
+        raise EntropyForkError(
+            f"algorithm.adv_estimator={name} compares the answers to one question, and actor_rollout_ref.rollout.n="
+            f"{config.actor_rollout_ref.rollout.n} asks for one answer. Write at least n=2, or reward_to_go."
+        )
+
+
+def check_on_policy(config: DictConfig) -> None:
+    """Refuse ``reinforce`` where answers would be trained on that another policy has given.
+
+    The loss has no ratio that could account for it: from the second gradient step of a batch on its gradient is that of
+    nothing.
+
+    Raises:
+        EntropyForkError: several gradient steps per batch, or an asynchronous trainer.
+    """
+    actor, trainer = config.actor_rollout_ref.actor, config.trainer
+    if OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla") != "reinforce":
+        return
+    wrong = []
+    if actor.ppo_mini_batch_size != config.data.train_batch_size:
+        wrong.append(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={config.data.train_batch_size} (the train_batch_size, not "
+            f"{actor.ppo_mini_batch_size})"
+        )
+    if actor.ppo_epochs != 1:
+        wrong.append(f"actor_rollout_ref.actor.ppo_epochs=1 (not {actor.ppo_epochs})")
+    if trainer.use_v1 and trainer.v1.trainer_mode != "sync":
+        wrong.append(f"trainer.v1.trainer_mode=sync (not {trainer.v1.trainer_mode})")
+    if wrong:
+        raise EntropyForkError(
+            f"actor.policy_loss.loss_mode=reinforce has no importance ratio, so it is for one gradient step per batch, "
+            f"on answers of the policy that is trained. Write {', '.join(wrong)}; or use loss_mode=vanilla."
+        )
 
 
 def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:

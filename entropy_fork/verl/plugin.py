@@ -74,6 +74,7 @@ def _register() -> None:
     config.register_schema()
     wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.trainer")
+    register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.advantages")
     register_on_import("verl.trainer.ppo.core_algos", "entropy_fork.verl.policy_loss")
     register_on_import("verl.trainer.ppo.ray_trainer", "entropy_fork.verl.legacy_trainer")
     register_on_import("verl.workers.engine", "entropy_fork.verl.engine")

@@ -5,6 +5,9 @@ sends its workers the loss ``entropy_fork/NAME`` in the place of ``NAME`` (see `
 loss computes. A worker without this plugin does not know the name and stops; a worker whose batch has no weights stops
 too, instead of training on all tokens. Either way the error comes from the process that would have got it wrong.
 
+``reinforce`` is a loss of our own, so that each form of Ψ_t can be run as it stands in the books: -Ψ_t log π, without a
+ratio and without clipping. verl's ``gpg`` is that formula.
+
 Where the selection is made in the worker (``gradient_step.py``), weights in the batch prove nothing: they may be the
 importance weights of rollout correction alone. The loss is then ``entropy_fork/in_worker/NAME``, which runs only inside
 of :func:`weights_written`.
@@ -129,6 +132,15 @@ def kept_means(sums: dict[str, float]) -> dict[str, float]:
         f"{NODE}/pg_clipfrac": sums[f"{NODE}/loss_clipped"] / tokens,
         f"{NODE}/ppo_kl": sums[f"{NODE}/loss_kl"] / tokens,
     }
+
+
+@register_policy_loss("reinforce")
+def reinforce(**arguments: Any) -> tuple[Tensor, dict[str, Any]]:
+    """-Ψ_t log π(a_t | s_t), for one gradient step per batch (``config.py: check_on_policy``).
+
+    Arguments, shapes and aggregation are those of every policy loss of verl's.
+    """
+    return get_policy_loss_fn("gpg")(**arguments)
 
 
 for _name in MASKABLE_LOSSES:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +94,7 @@ def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollo
     ]
 
 
-def lines_of(arguments: list[str], output: Path) -> Iterator[str]:
+def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, str]) -> Iterator[str]:
     """Run a command, write all it says to ``output/train.log``, and yield its lines.
 
     Raises:
@@ -106,6 +106,7 @@ def lines_of(arguments: list[str], output: Path) -> Iterator[str]:
         "TENSORBOARD_DIR": str(output.resolve() / "tensorboard"),
         "PYTHONWARNINGS": "ignore",
         "PYTHONUNBUFFERED": "1",
+        **more_environment,
     }
     log = output / "train.log"
     with log.open("w") as file:
@@ -139,7 +140,9 @@ def lines_of(arguments: list[str], output: Path) -> Iterator[str]:
         raise typer.Exit(process.returncode)
 
 
-def train(arguments: list[str], output: Path, steps: int, console: Console) -> Run:
+def train(
+    arguments: list[str], output: Path, steps: int, console: Console, more_environment: Mapping[str, str] | None = None
+) -> Run:
     """Train, with a line of metrics per step above a progress bar."""
     run, began = Run(), time.monotonic()
     progress = Progress(
@@ -153,7 +156,7 @@ def train(arguments: list[str], output: Path, steps: int, console: Console) -> R
     )
     with progress:
         task = progress.add_task("training", total=steps, note="starting Ray and the workers")
-        for line in lines_of(arguments, output):
+        for line in lines_of(arguments, output, more_environment or {}):
             if not (found := STEP.search(line)):
                 continue
             step = int(found[1])

@@ -1,0 +1,112 @@
+"""The forms of Ψ_t that verl does not have, as values of ``algorithm.adv_estimator``.
+
+Hook: verl's public registry of advantage estimators (``verl/trainer/ppo/core_algos.py: register_adv_est``). The math is
+in ``core/returns.py``; γ and λ are verl's ``algorithm.gamma`` and ``algorithm.lam``. Unlike verl's ``gae`` and ``grpo``
+nothing is whitened or divided by a standard deviation: each is the form that its name says. What selects forks knows
+nothing of them, and they nothing of it: with ``entropy_fork=global`` each one becomes its seventh form.
+
+verl hands a registered estimator rewards, mask, groups and its config, but not the critic's values, which go to its own
+``gae`` alone. So ``compute_advantage`` is wrapped where the V1 trainer takes it from, to remember the values of the
+batch at hand. Version guard: plugin.py. ``tests/test_advantages.py`` fails where verl calls it in another way.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+import wrapt
+from torch import Tensor
+from verl.trainer.ppo.core_algos import register_adv_est
+from verl.trainer.ppo.v1 import utils
+
+from entropy_fork.core import returns
+from entropy_fork.verl.config import NEED_CRITIC
+from entropy_fork.verl.errors import EntropyForkError, process_name
+
+_values: ContextVar[Tensor | None] = ContextVar("entropy_fork_values", default=None)
+
+
+@register_adv_est("total_return")
+def total_return(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    """Form 1. As all estimators here: (rows, response_length) in, Ψ and the critic's targets of the same shape out."""
+    psi = returns.total_return(token_level_rewards, response_mask, config.gamma)
+    return psi, returns.reward_to_go(token_level_rewards, response_mask, config.gamma)
+
+
+@register_adv_est("reward_to_go")
+def reward_to_go(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    """Form 2."""
+    to_go = returns.reward_to_go(token_level_rewards, response_mask, config.gamma)
+    return to_go, to_go
+
+
+@register_adv_est("reward_to_go_baseline")
+def reward_to_go_baseline(
+    token_level_rewards: Tensor, response_mask: Tensor, config: Any, index: np.ndarray, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Form 3 with the mean of the group. ``index``: the question of each row, shape (rows,)."""
+    return _minus_baseline(token_level_rewards, response_mask, config.gamma, index, leave_one_out=False)
+
+
+@register_adv_est("reward_to_go_leave_one_out")
+def reward_to_go_leave_one_out(
+    token_level_rewards: Tensor, response_mask: Tensor, config: Any, index: np.ndarray, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Form 3 with the mean of the other answers to the question."""
+    return _minus_baseline(token_level_rewards, response_mask, config.gamma, index, leave_one_out=True)
+
+
+def _minus_baseline(
+    rewards: Tensor, mask: Tensor, gamma: float, index: np.ndarray, leave_one_out: bool
+) -> tuple[Tensor, Tensor]:
+    to_go = returns.reward_to_go(rewards, mask, gamma)
+    group = torch.from_numpy(np.unique(index, return_inverse=True)[1]).to(rewards.device)
+    worth = returns.trajectory_return(rewards, mask, gamma)
+    baseline = returns.group_baseline(worth, group, leave_one_out)
+    return (to_go - baseline[:, None]) * mask, to_go
+
+
+@register_adv_est("q_value")
+def q_value(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    """Form 4, by the critic. Its targets are verl's for ``gae``: the λ-returns."""
+    values = _critic_values("q_value")
+    psi = returns.q_value(token_level_rewards, values, response_mask, config.gamma)
+    return psi, _lambda_returns(token_level_rewards, values, response_mask, config)
+
+
+@register_adv_est("td_residual")
+def td_residual(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    """Form 6, by the critic. Its targets are verl's for ``gae``: the λ-returns."""
+    values = _critic_values("td_residual")
+    psi = returns.td_residual(token_level_rewards, values, response_mask, config.gamma)
+    return psi, _lambda_returns(token_level_rewards, values, response_mask, config)
+
+
+def _lambda_returns(rewards: Tensor, values: Tensor, mask: Tensor, config: Any) -> Tensor:
+    return returns.gae(rewards, values, mask, config.gamma, config.lam) + values * mask
+
+
+def _critic_values(name: str) -> Tensor:
+    values = _values.get()
+    if values is None:
+        raise EntropyForkError(
+            f"algorithm.adv_estimator={name} needs the values of a critic, and there are none in {process_name()}. "
+            f"Write critic.enable=True and trainer.use_v1=True."
+        )
+    return values
+
+
+@wrapt.decorator
+def _remembering_values(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    data, estimator = args[0], kwargs["adv_estimator"]
+    token = _values.set(data.batch["values"] if estimator in NEED_CRITIC and "values" in data.batch else None)
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        _values.reset(token)
+
+
+utils.compute_advantage = _remembering_values(utils.compute_advantage)
