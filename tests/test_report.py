@@ -256,7 +256,7 @@ def test_pointing_at_a_token_shows_its_numbers(report: Path, tokens: Path, chrom
         log_prob = float(answer.log_prob[token])
         assert float(said["probability"].split("%")[0]) == pytest.approx(100 * np.exp(log_prob), rel=6e-4)
         assert said["probability"].endswith(f"(log-prob −{-log_prob:.4f})")
-        rank = "not computed" if answer.rank is None else f"{answer.rank[token] + 1}"
+        rank = "not computed" if answer.rank is None else f"{answer.rank[token]}"
         assert said["rank"].split(" (")[0] == rank
         assert said["position"] == f"{token + 1} of {len(answer.pieces)}"
         assert said["top 20%"] == ("kept" if kept_tokens(opened)[token] else "dropped")

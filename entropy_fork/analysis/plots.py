@@ -67,13 +67,14 @@ def entropy_by_kind(summary: Mapping[str, Any]) -> Figure:
     axes.bar_label(bars, shares, color=INK, padding=4)
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.5)
+    axes.margins(x=0.7)
     axes.set_xlim(left=0)
     return figure
 
 
 def word_cloud(tokens: Sequence[Mapping[str, Any]]) -> Figure:
     """The tokens of ``summary["highest"]`` or ``["lowest"]``, the larger the further up in their table."""
+    import matplotlib.colors
     from matplotlib import font_manager
     from matplotlib.figure import Figure
     from wordcloud import WordCloud
@@ -87,9 +88,11 @@ def word_cloud(tokens: Sequence[Mapping[str, Any]]) -> Figure:
     axes = figure.add_subplot()
     axes.set_axis_off()
     if sizes:
+        inks = [matplotlib.colors.to_hex(color) for color in _colors(6)]
         cloud = WordCloud(
-            width=700, height=400, scale=2, mode="RGBA", background_color=None, random_state=0, colormap=COLORS,
+            width=700, height=400, scale=2, mode="RGBA", background_color=None, random_state=0,
             font_path=font_manager.findfont("DejaVu Sans"), relative_scaling=0.5,
+            color_func=lambda *_, random_state, **__: random_state.choice(inks),
         )  # fmt: skip
         axes.imshow(cloud.generate_from_frequencies(sizes).to_array(), interpolation="bilinear")
     return figure

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,16 @@ class Drawing:
     caption: str
     draw: Callable[[], Figure]
     both: bool = False
+
+    @cached_property
+    def light(self) -> bytes:
+        """SVG with dark ink on a transparent ground."""
+        return _saved(self, "light", "svg", transparent=True)
+
+    @cached_property
+    def dark(self) -> bytes:
+        """SVG with light ink on a transparent ground."""
+        return _saved(self, "dark", "svg", transparent=True)
 
 
 def style(name: str) -> dict[str, Any]:
@@ -77,14 +88,13 @@ def _saved(drawing: Drawing, name: str, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(drawing: Drawing, name: str) -> str:
-    """The figure as an SVG of one style that lies in the page itself, on a transparent ground."""
-    svg = _saved(drawing, name, "svg", transparent=True)
+def data_uri(svg: bytes) -> str:
+    """An image that lies in the page itself."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
 def write_files(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
-    """Each figure as SVG and PNG, in the light style on white.
+    """Each figure as SVG, as in the page, and as PNG.
 
     Raises:
         EntropyForkError: ``folder`` cannot be written to.
@@ -93,10 +103,10 @@ def write_files(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for drawing in drawings:
-            for kind, options in (("svg", {}), ("png", {"dpi": 150})):
+            for kind, image in (("svg", drawing.light), ("png", _saved(drawing, "light", "png", dpi=150))):
                 file = folder / f"{drawing.name}.{kind}"
                 temporary = file.with_name(f".{file.name}")
-                temporary.write_bytes(_saved(drawing, "light", kind, **options))
+                temporary.write_bytes(image)
                 written.append(temporary.replace(file))
     except OSError as error:
         raise EntropyForkError(f"--figures {folder} cannot be written to: {error}") from error

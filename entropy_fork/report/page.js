@@ -200,7 +200,7 @@
       ["token", `${JSON.stringify(visible(data.vocabulary.pieces[word[i]]).slice(0, 200))} (id ${data.vocabulary.ids[word[i]]})`],
       ["entropy", `${decimal(entropy[i])} nats`],
       ["probability", `${percent(probability)} (log-prob ${surprise[i] ? "−" : ""}${decimal(surprise[i])})`],
-      ["rank", rank[i] ? `${number(rank[i])}${rank[i] === 1 ? " (the likeliest)" : ""}` : "not computed"],
+      ["rank", rank[i] === 0 ? "not computed" : rank[i] === 1 ? "0 (the likeliest)" : `${rank[i] - 1} (so many were likelier)`],
       ["position", `${number(i + 1)} of ${number(answer.tokens)}`],
       [`top ${at("ratio-value").textContent}`, first[i] <= stop ? "kept" : "dropped"],
       ["when written", selected[i] === SELECTED ? "kept" : selected[i] === DROPPED ? "dropped" : "not known"],

@@ -162,7 +162,7 @@ def _comparison_section(folders: Sequence[Path], top_ratio: float) -> Section:
 def _drawings(figures: dict[str, Figure], slug: str) -> list[Drawing]:
     """Figures of the analyses, at the size of the page's own: a legend must be readable on a phone."""
     for figure in figures.values():
-        figure.set_size_inches(5.6, 3.5)
+        figure.set_size_inches(5.2, 3.2)
     return [
         Drawing(file_name(key, slug), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
     ]

@@ -103,7 +103,7 @@ class TokenWeights:
         if self.entropy_fork is not None and updates_actor:
             batch = self._write_token_weights(batch, metrics)
         # of the updates that separate_async takes in one step the first, whose policy the answers came from
-        if self.token_dump is not None and updates_actor and self.local_trigger_step == 0:  # type: ignore[attr-defined]
+        if self.token_dump is not None and updates_actor and getattr(self, "local_trigger_step", 0) == 0:
             self.token_dump.write(batch, self.global_steps, self.tokenizer)  # type: ignore[attr-defined]
         return batch
 
