@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -383,6 +385,21 @@ def test_texts_are_read_as_they_are_measured(
     dump = dumped(tmp_path / "dump", {1: [("1=", "ac")] * 20})
     run.analyze(settings(rollouts=dump), QUIET)
     assert written == [(8, 8), (8, 16), (4, 20)]
+
+
+def test_what_vllms_process_refuses_is_said_here(
+    settings: Callable[..., run.Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without vLLM: the model is looked at before it, and importing it fails."""
+    from entropy_fork.analysis import sampling
+
+    monkeypatch.setattr(sampling, "choose_engine", lambda _: "vllm")
+    monkeypatch.setitem(os.environ, "PYTHONWARNINGS", "ignore")
+    with pytest.raises(EntropyForkError, match=r"^the longest prompt has 23 tokens .* write --max-tokens 105 or less$"):
+        run.analyze(settings(sampling=Sampling(max_tokens=400)), QUIET)
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(EntropyForkError, match="vLLM's process ended with 1: what it said is above"):
+            run.analyze(settings(), QUIET)
 
 
 def test_nothing_is_mixed(settings: Callable[..., run.Settings], final: Path, tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
 """A model's own answers to prompts, as ``entropy-fork evaluate`` draws them, kept as token ids until they are measured.
 
-vLLM takes most of a GPU's memory and gives it back only when its process ends: it answers in a child process.
+vLLM takes most of a GPU's memory and gives it back only when its process ends: it answers in a process of its own.
 """
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from entropy_fork.evaluation.engines import choose_engine
 from entropy_fork.evaluation.questions import read_questions
 from entropy_fork.reward import compute_score
 from entropy_fork.verl.errors import EntropyForkError
+
+#: exit status of the child process when it has an error to hand over, and what stands before it
+REFUSED, MARK = 3, "entropy-fork: "
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,10 @@ class Prompts:
         with self._store() as store:
             if len(store.records) == len(self):
                 return
-        arguments = (self, folder, console.quiet)
-        if self.engine != "vllm":
-            _draw(*arguments)
-            return
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
-            try:
-                child.submit(_draw, *arguments).result()
-            except BrokenProcessPool as error:
-                raise EntropyForkError(
-                    "vLLM's process ended without a word, perhaps killed for its memory; what it answered is kept"
-                ) from error
+        if self.engine == "vllm":
+            _draw_elsewhere(self, folder, console.quiet)
+        else:
+            _draw(self, folder, console.quiet)
 
     def texts(self, tokenizer: Any, start: int) -> Iterator[Text]:
         with self._store() as store:
@@ -113,6 +109,31 @@ class Prompts:
         return AnswerStore(self.settings.output, self.identity(), kind=Drawn)
 
 
+def _draw_elsewhere(prompts: Prompts, folder: Path, quiet: bool) -> None:
+    """A whole interpreter, not a worker of multiprocessing: one of those ends without the exit handlers that stop
+    vLLM's own processes, and waits for them for ever."""
+    done = subprocess.run(
+        [sys.executable, "-m", __name__], input=pickle.dumps((prompts, folder, quiet)), stdout=subprocess.PIPE
+    )
+    if done.returncode == REFUSED:
+        raise EntropyForkError(done.stdout.decode(errors="replace").strip().rsplit(MARK, 1)[-1])
+    if done.returncode:
+        raise EntropyForkError(
+            f"vLLM's process ended with {done.returncode}: what it said is above, and what it answered is kept"
+        )
+
+
+def _main() -> None:
+    try:
+        # Under the module's own name: what is pickled is not __main__'s.
+        from entropy_fork.analysis.sampling import _draw
+
+        _draw(*pickle.load(sys.stdin.buffer))
+    except EntropyForkError as error:
+        print(MARK, error, sep="")
+        sys.exit(REFUSED)
+
+
 def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
     """Runs in this process or in a child."""
     settings, console = prompts.settings, Console(stderr=True, quiet=quiet)
@@ -134,3 +155,7 @@ def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
                 tokens += sum(len(one.token_ids) for one in drawn)
                 speed = tokens / (time.monotonic() - began)
                 progress.update(bar, advance=len(drawn), note=f"{speed:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    _main()
