@@ -113,7 +113,7 @@ def _draw(runs: Mapping[str, Run], tag: str) -> Figure:
         marker = "o" if curve.steps.size < 40 else ""
         plot.plot(curve.steps, curve.values, marker=marker, markersize=3.5, label=_plain(name) if tag in run else None)
     plot.set_xlabel("step")
-    plot.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     plot.ticklabel_format(axis="y", useOffset=False)
     if len(runs) > 1:
         plot.legend(fontsize=9)

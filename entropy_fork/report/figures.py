@@ -123,7 +123,7 @@ def axes(title: str, width: float = 5.2, height: float = 3.2) -> tuple[Figure, A
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(left=0.13, right=0.98, bottom=0.16, top=0.9)  # faster than a layout that is solved
+    figure.subplots_adjust(left=0.16, right=0.98, bottom=0.16, top=0.9)  # faster than a layout that is solved
     plot = figure.subplots()
     plot.set_title(title, loc="left", fontsize=12)
     return figure, plot

@@ -93,24 +93,23 @@
     else mark();
   }
 
-  function facts(answer) {
-    const pool = poolOf(answer);
-    return [
-      `#${answer.number}`,
-      pool.step === null ? null : `step ${pool.step}`,
-      answer.score === null ? null : `score ${answer.score}`,
-      `${number(answer.tokens)} tokens`,
-      `mean ${answer.entropy.toFixed(3)} nats`,
-    ].filter((part) => part !== null).join(" · ");
+  const joined = (parts) => parts.filter((part) => part !== null).join(" · ");
+
+  function name(answer) {
+    const step = poolOf(answer).step;
+    return joined([`#${answer.number}`, step === null ? null : `step ${step}`, answer.score === null ? null : `score ${answer.score}`]);
   }
 
+  const size = (answer) => `${number(answer.tokens)} tokens · mean ${answer.entropy.toFixed(3)} nats`;
+
   function entry(index) {
-    const item = document.createElement("li"), button = document.createElement("button"), prompt = document.createElement("small");
+    const [item, button, length, prompt] = ["li", "button", "small", "small"].map((tag) => document.createElement(tag));
     const answer = data.answers[index];
+    length.textContent = size(answer);
     button.type = "button";
     button.dataset.index = index;
     prompt.textContent = visible(data.prompts[answer.prompt].slice(0, 400)).replace(/\s+/g, " ");
-    button.append(facts(answer), prompt);
+    button.append(name(answer), length, prompt);
     item.append(button);
     return item;
   }
@@ -150,12 +149,13 @@
     at("view").replaceChildren(view);
     at("view").scrollTop = 0;
     fill(at("prompt"), data.prompts[answer.prompt]);
-    at("answer-title").textContent = [
-      facts(answer),
+    at("answer-title").textContent = joined([
+      name(answer),
+      size(answer),
       answer.truncated ? "cut off" : null,
       answer.source === null ? null : visible(answer.source),
       answer.truth === null ? null : `expected: ${visible(answer.truth).slice(0, 200)}`,
-    ].filter((part) => part !== null).join(" · ");
+    ]);
     at("pool-name").textContent = poolOf(answer).step === null ? "of all tokens of the folder in this page" : "of all tokens of its step in this page";
     mark();
     recolour();

@@ -141,7 +141,8 @@ def _percentiles(found: Steps) -> Figure:
     for name, values in zip(PERCENTILES, found.percentiles.T, strict=True):
         plot.plot(found.steps, values, marker="o", markersize=3, label=f"{name}%")
     plot.set_xlabel("step")
-    plot.legend(fontsize=9, ncols=2)
+    plot.set_ylim(0, 1.25 * float(found.percentiles.max()) or 1)  # room for the legend
+    plot.legend(fontsize=9, ncols=5, loc="upper center", columnspacing=1, handlelength=1.2)
     return figure
 
 
