@@ -55,6 +55,7 @@ def open_llm(folder: Path) -> Iterator[Callable[..., Any]]:
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: half the time, and no second one to end
 
     def make(**arguments: Any) -> Any:
         settings = {
@@ -83,7 +84,7 @@ def prompts(count: int = COUNT) -> list[list[int]]:
 
 
 def ask(llm: Any, texts: list[list[int]], seeds: list[int | None], **values: Any) -> list[Any]:
-    fixed = {"max_tokens": MAX_TOKENS, "stop_token_ids": [END], "detokenize": False, "logprobs": 0}
+    fixed = {"max_tokens": MAX_TOKENS, "stop_token_ids": [END], "detokenize": False}
     params = [vllm.SamplingParams(seed=seed, **(fixed | values)) for seed in seeds]
     outputs = llm.generate([{"prompt_token_ids": text} for text in texts], params, use_tqdm=False)
     return [output.outputs[0] for output in outputs]
@@ -117,6 +118,7 @@ def test_the_tokens_of_the_light_sampler(
         list(range(COUNT)),
         temperature=temperature,
         extra_args=vllm_temperatures.extra_args(pair),
+        logprobs=0,
         **truncation,
     )
     assert [list(answer.token_ids) for answer in theirs] == [answer.token_ids for answer in ours]
@@ -189,7 +191,7 @@ def test_other_requests_are_left_alone_and_bad_ones_refused(llm: Any, model: Pre
         ({"extra_args": {"temperature_high": 1.0}}, "need temperature_low, entropy_threshold"),
         ({"extra_args": pair, "min_p": 0.2}, "min_p and penalties"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(Exception, match=message):  # vLLM's own class, which differs between versions
             ask(llm, texts[:1], [1], **values)
 
 
