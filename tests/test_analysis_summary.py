@@ -26,6 +26,7 @@ from entropy_fork.analysis.select import find_top, select_top, top_masks
 from entropy_fork.analysis.summary import BELOW, PERCENTILES, summarise
 from entropy_fork.analysis.table import AnswerTokens, read_answers, write_manifest, write_part
 from entropy_fork.core.selection import Selector, select_tokens
+from entropy_fork.verl.errors import EntropyForkError
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 #: few different values, so that many are equal; as entropies in 16 bits are
@@ -302,3 +303,10 @@ def test_a_folder_without_a_token_has_no_figures_and_no_tables(tmp_path: Path) -
     assert json.loads((tmp_path / "summary.json").read_text())["tokens"] == 0
     assert not list((tmp_path / "figures").iterdir())
     assert select_top(tmp_path, 0.2).num_selected == 0
+
+
+def test_an_entropy_that_is_no_number_is_named(tmp_path: Path) -> None:
+    """A training that has diverged writes such ones with dump_every."""
+    written(tmp_path, [[0.5, 1.0], [0.5, float("nan")]], part_size=1)
+    with pytest.raises(EntropyForkError, match="answer 1 in .* no number"):
+        summarise(tmp_path)

@@ -17,6 +17,7 @@ from entropy_fork.analysis.order_statistics import order_statistics, percentile_
 from entropy_fork.analysis.parts_of_text import KINDS, SECTIONS, kinds_of_tokens, sections_of_tokens
 from entropy_fork.analysis.sources import check_complete
 from entropy_fork.analysis.table import AnswerTokens, parts, read_columns, read_manifest, read_part
+from entropy_fork.verl.errors import EntropyForkError
 
 #: nats; the paper names the first
 BELOW = (0.01, 0.1, 0.5, 1.0)
@@ -85,7 +86,7 @@ def summarise(
         positions, kinds, sections, cells (kind × section), steps: tokens, mean_entropy and fork_share of each.
 
     Raises:
-        EntropyForkError: no folder of tokens, or an unfinished one.
+        EntropyForkError: no folder of tokens, an unfinished one, or an entropy that is no number.
     """
     manifest = read_manifest(folder)
     check_complete(folder, manifest)
@@ -99,6 +100,11 @@ def summarise(
             entropy, selected = answer.entropy, answer.selected
             if not len(entropy):
                 continue
+            if not np.isfinite(entropy).all():
+                raise EntropyForkError(
+                    f"answer {answer.answer} in {folder} has an entropy that is no number: its model gave no finite "
+                    f"logits there, as a training that has diverged does"
+                )
             below += [np.count_nonzero(entropy < edge) for edge in BELOW]
             highest = max(highest, float(entropy.max()))
             histogram.add(np.floor(np.maximum(entropy, 0) / BIN_WIDTH).astype(np.int64), entropy, selected)
