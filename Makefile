@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder test lint clean-demo clean
+.PHONY: demo smoke ladder test lint browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
@@ -31,7 +31,7 @@ ladder: $(VENV)/.installed-dev
 	$(VENV)/bin/python examples/policy_gradient_ladder/ladder.py --seed $(SEED)
 
 # First what shares the cores well, file by file; then the real runs of main_ppo, one at a time.
-test: $(VENV)/.installed-dev lint
+test: $(VENV)/.installed-dev lint browser
 	$(VENV)/bin/python -m pytest -m "not e2e" --numprocesses 2 --dist loadfile
 	$(VENV)/bin/python -m pytest -m e2e
 
@@ -39,6 +39,18 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The tests of the report open it in a real headless browser.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "the tests of the report need one of $(BROWSERS) on the PATH: install it with your system's packages"; exit 1; \
+	fi; \
+	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	echo "installing chromium for the tests of the report"; \
+	$$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends chromium >/dev/null \
+		|| { echo "apt-get could not install chromium: put one of $(BROWSERS) on the PATH"; exit 1; }
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

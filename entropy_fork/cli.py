@@ -177,6 +177,256 @@ def evaluate(
     )
 
 
+@app.command()
+def analyze(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder, or verl's checkpoint …/global_step_N/actor.")],
+    output: Annotated[Path, typer.Option(help="Folder for the tokens; the same command goes on there.")],
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="Parquet in verl's format; the model answers. May be repeated.")
+    ] = None,
+    rollouts: Annotated[
+        Path | None, typer.Option(help="What a run dumped with trainer.rollout_data_dir; its texts are measured.")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="A folder that was measured; the same tokens are measured with this model.")
+    ] = None,
+    top_ratio: Annotated[float, typer.Option(help="The share of all tokens that is marked as forks.")] = 0.2,
+    temperature: Annotated[
+        float | None, typer.Option(help="T, of sampling and of p = softmax(z/T); 1, or that of --like.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many questions, answers of each step, or answers of --like.")
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="A step of --rollouts; may be repeated.")] = None,
+    answers: Annotated[int, typer.Option(help="Answers per question of --prompts.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Length limit of an answer.")] = 20480,
+    top_p: float = 1.0,
+    top_k: Annotated[int, typer.Option(help="-1: off.")] = -1,
+    seed: Annotated[int, typer.Option(help="Of all answers.")] = 0,
+    chat_template: Annotated[
+        str | None, typer.Option(help="'paper', or a Jinja file or text, as in training; else the tokenizer's own.")
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="What answers; auto: vLLM where it is installed.")] = (
+        EngineName.auto
+    ),
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
+    merged: Annotated[
+        Path | None, typer.Option(help="Keep the Hugging Face folder made of a sharded checkpoint here.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once when answering, engine transformers.")] = 64,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward pass when measuring.")] = 32768,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs per copy of the model, engine vllm.")] = 1,
+    vllm: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A further argument of vllm.LLM; may be repeated.")
+    ] = None,
+    min_count: Annotated[
+        int, typer.Option(min=1, help="How often a token must be seen for the tables of highest and lowest.")
+    ] = 101,
+) -> None:
+    """Entropy, log-prob and rank of every response token, and what they say: distribution, forks, words, parts."""
+    from rich.console import Console
+
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console()
+    try:
+        from entropy_fork.analysis import report_files
+
+        report_files.check_installed()
+        from entropy_fork.analysis import run
+        from entropy_fork.analysis.summary import summarise
+        from entropy_fork.evaluation.engines import Sampling, parse_arguments
+        from entropy_fork.evaluation.run import Settings as Drawing
+
+        drawing = None
+        if prompts:
+            sampling = Sampling(1.0 if temperature is None else temperature, top_p, top_k, max_tokens, seed)
+            drawing = Drawing(
+                model, prompts, output, answers, sampling, engine.value, chat_template, dtype, merged, batch_size,
+                tensor_parallel, parse_arguments(vllm or []),
+            )  # fmt: skip
+        settings = run.Settings(
+            model, output, drawing, rollouts, like, tuple(steps or ()), limit, temperature, top_ratio, dtype,
+            batch_tokens, merged,
+        )  # fmt: skip
+        run.analyze(settings, console)
+        with console.status("summary and figures"):
+            summary = summarise(output, min_count)
+            report_files.write_summary(summary, output)
+    except EntropyForkError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.secho(f"stopped; the same command goes on with what is in {output}", err=True)
+        raise typer.Exit(130) from None
+    _print_tables(console, report_files.summary_tables(summary))
+    console.print(f"written: {output / report_files.SUMMARY}, *.csv, {report_files.FIGURES}/", soft_wrap=True,
+                  highlight=False)  # fmt: skip
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Measured on the same tokens, in the order of training.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder for JSON, CSV and figures.")] = None,
+    top_ratio: Annotated[float, typer.Option(help="ρ: the positions that are compared.")] = 0.2,
+) -> None:
+    """Checkpoints of one run on the same texts: do the forks stay, and where does the entropy change?"""
+    from rich.console import Console
+
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console()
+    try:
+        from entropy_fork.analysis import report_files
+
+        report_files.check_installed()
+        from entropy_fork.analysis.compare import compare as compare_folders
+
+        with console.status("reading"):
+            comparison = compare_folders(folders, top_ratio)
+            if output is not None:
+                report_files.write_comparison(comparison, output)
+    except EntropyForkError as error:
+        _fail(error)
+    _print_tables(console, report_files.comparison_tables(comparison))
+
+
+@app.command()
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT.html", help="The file to write.")],
+    tokens: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Of 'analyze', or a run's entropy_fork.dump_dir; may be repeated."),
+    ] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Training curves from tensorboard files; may be repeated."),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Twice or more, in the order of training: as the command 'compare'."),
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="The figures as SVG and PNG, too.")] = None,
+    top_ratio: Annotated[float, typer.Option(help="ρ of --compare.")] = 0.2,
+    min_count: Annotated[
+        int, typer.Option(min=1, help="How often a token must be seen for the tables of highest and lowest.")
+    ] = 101,
+    answers: Annotated[int, typer.Option(min=1, help="To look at, per folder, evenly spread; figures use all.")] = 200,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Forking tokens",
+) -> None:
+    """One self-contained HTML file: coloured tokens, the analyses' figures and tables, training curves."""
+    from rich.console import Console
+
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console(stderr=True)
+    try:
+        from entropy_fork.report import curves, page
+
+        settings = page.Settings(
+            output=output,
+            tokens=tokens or [],
+            runs=[curves.parse_run(text) for text in run or []],
+            compare=compare or [],
+            top_ratio=top_ratio,
+            min_count=min_count,
+            figures=figures,
+            answers=answers,
+            title=title,
+        )
+        with console.status("report") as status:
+            page.write(settings, status.update)
+    except EntropyForkError as error:
+        _fail(error)
+    typer.echo(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def temperatures(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder, or verl's checkpoint …/global_step_N/actor.")],
+    data: Annotated[list[Path], typer.Option(help="A parquet file in verl's format; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="Folder for answers and results; a second call goes on there.")],
+    high: Annotated[str, typer.Option(help="Values of T_high, T_low fixed; '' for none.")] = "0,0.05,0.3,0.6,1,2,3,5",
+    low: Annotated[str, typer.Option(help="Values of T_low, T_high fixed; '' for none.")] = "0,0.05,0.3,0.6,1,2,3,5",
+    fixed_high: Annotated[float, typer.Option(help="T_high while T_low is varied.")] = 1.0,
+    fixed_low: Annotated[float, typer.Option(help="T_low while T_high is varied.")] = 1.0,
+    threshold: Annotated[
+        float | None, typer.Option(help="τ in nats; T_high is used above it.", show_default="0.672, Qwen3-8B's")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Take τ from this folder of tokens ('entropy-fork analyze'): its top ρ's.")
+    ] = None,
+    answers: Annotated[int, typer.Option(help="Answers per question: k of Acc@k.")] = 16,
+    temperature: Annotated[float, typer.Option(help="T, which entropies are measured at.")] = 1.0,
+    top_p: float = 1.0,
+    top_k: Annotated[int, typer.Option(help="-1: off.")] = -1,
+    max_tokens: Annotated[int, typer.Option(help="Length limit of an answer.")] = 20480,
+    seed: Annotated[int, typer.Option(help="Of all answers; each has its own, derived from it.")] = 0,
+    engine: Annotated[EngineName, typer.Option(help="auto: vLLM where it is installed.")] = EngineName.auto,
+    chat_template: Annotated[
+        str | None, typer.Option(help="'paper', or a Jinja file or text, as in training; else the tokenizer's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
+    merged: Annotated[
+        Path | None, typer.Option(help="Keep the Hugging Face folder made of a sharded checkpoint here.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once, engine transformers.")] = 64,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs per copy of the model, engine vllm.")] = 1,
+    vllm: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A further argument of vllm.LLM; may be repeated.")
+    ] = None,
+) -> None:
+    """One temperature above an entropy and another below it (the paper's Eq. 5): accuracy over either of them."""
+    from rich.console import Console
+
+    from entropy_fork.verl.errors import EntropyForkError
+
+    console = Console()
+    try:
+        from entropy_fork.core.temperature import PAPER_THRESHOLD
+        from entropy_fork.evaluation import run
+        from entropy_fork.evaluation import temperatures as sweeping
+        from entropy_fork.evaluation.engines import Sampling, parse_arguments
+
+        if threshold is not None and like is not None:
+            raise EntropyForkError("--threshold and --like both name τ: write one of them")
+        tau = sweeping.threshold_of(like) if like is not None else PAPER_THRESHOLD if threshold is None else threshold
+        sweep = sweeping.Sweep(
+            high=sweeping.parse_values(high, "--high"),
+            low=sweeping.parse_values(low, "--low"),
+            fixed_high=fixed_high,
+            fixed_low=fixed_low,
+            threshold=tau,
+        )
+        settings = run.Settings(
+            model=model,
+            data=data,
+            output=output,
+            answers=answers,
+            sampling=Sampling(temperature, top_p, top_k, max_tokens, seed, sweep.points()[0][1]),
+            engine=engine.value,
+            chat_template=chat_template,
+            dtype=dtype,
+            merged=merged,
+            batch_size=batch_size,
+            tensor_parallel=tensor_parallel,
+            vllm=parse_arguments(vllm or []),
+        )
+        points = sweeping.run_sweep(settings, sweep, console)
+    except EntropyForkError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.secho(f"stopped; the same command goes on with what is in {output}", err=True)
+        raise typer.Exit(130) from None
+    console.print(sweeping.table(points).rich())
+    console.print(
+        f"written: {output / sweeping.CSV}, {sweeping.JSON}, {', '.join(sweeping.PLOTS)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
 #: Hydra's overrides pass through as they are
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -238,6 +488,14 @@ def doctor(
     else:
         doctoring.print_diagnosis(found)
     raise typer.Exit(code=1 if found.problems else 0)
+
+
+def _print_tables(console: Any, tables: list[tuple[str, Any]]) -> None:
+    from rich.markup import escape
+
+    for title, table in tables:
+        console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
+        console.print(table.rich())
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """Batched sampling with transformers, in which an answer depends on its own seed and on nothing beside it.
 
-Written for small models on a CPU, where verl's rollout engines do not run or are too heavy. Each token is drawn by
-inverting the cumulative distribution at a uniform number that is a hash of (seed of the answer, position of the token).
-There is no generator with a state, so it does not matter which answers share a batch, in which order they came, or
-whether an answer was interrupted and taken up again.
+Written for small models on a CPU, where verl's rollout engines do not run or are too heavy. Tokens are drawn without a
+generator (``core/sampler.py``), so it does not matter which answers share a batch, in which order they came, or whether
+an answer was interrupted and taken up again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from entropy_fork.core.randomness import uniform_numbers
+from entropy_fork.core.sampler import Decoding, Sampler
+from entropy_fork.core.temperature import TwoTemperatures
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Request:
         max_tokens: tokens at most, the end-of-text token included.
         temperature: T; 0 takes the likeliest token.
         top_p, top_k: nucleus and top-k truncation; 1.0 and -1 leave the distribution as it is.
+        two_temperatures: instead of T, which then is what entropies are measured at, and above 0.
     """
 
     prompt_ids: Sequence[int]
@@ -37,14 +38,23 @@ class Request:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    two_temperatures: TwoTemperatures | None = None
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.seed, self.temperature, self.top_p, self.top_k, self.two_temperatures)
 
 
 @dataclass
 class Answer:
-    """What came of a request: ids, log-probs (nats, of the distribution drawn from), and why it ended."""
+    """What came of a request: ids, log-probs (nats, of the distribution drawn from), and why it ended.
+
+    Where the request has two temperatures, also the entropies (nats, at its temperature T) that chose between them.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     stop_reason: str = "aborted"  # "completed" at an end token, "length", or "aborted" when interrupted
 
 
@@ -74,7 +84,8 @@ def generate(
     num_steps = max(request.max_tokens for request in requests)
     input_ids, visible = _left_padded(requests, width, num_steps, device)
     start = torch.tensor([width - len(request.prompt_ids) for request in requests], device=device)
-    sampler = _Sampler(requests, device)
+    sampler = Sampler([request.decoding for request in requests], device)
+    lengths = np.array([len(request.prompt_ids) for request in requests], dtype=np.uint64)
     answers = [Answer() for _ in requests]
     open_rows = np.ones(len(requests), dtype=bool)
 
@@ -90,7 +101,9 @@ def generate(
         output = model(
             input_ids=input_ids, attention_mask=mask, position_ids=position, past_key_values=cache, logits_to_keep=1
         )
-        tokens, log_probs = sampler.draw(output.logits[:, -1].float(), step)
+        tokens, log_probs, entropies = sampler.draw(output.logits[:, -1].float(), lengths + np.uint64(step))
+        if entropies is not None:
+            _append_entropies(answers, open_rows, requests, entropies.tolist())
         _append(answers, open_rows, requests, tokens.tolist(), log_probs.tolist(), end_ids)
         if not open_rows.any():
             break
@@ -132,37 +145,9 @@ def _append(
         open_rows[row] = False
 
 
-class _Sampler:
-    """The distribution that each row is drawn from."""
-
-    def __init__(self, requests: Sequence[Request], device: torch.device):
-        self.seeds = np.array([request.seed for request in requests], dtype=np.uint64)
-        self.starts = np.array([len(request.prompt_ids) for request in requests], dtype=np.uint64)
-        self.greedy = torch.tensor([request.temperature == 0 for request in requests], device=device)
-        temperature = [request.temperature or 1.0 for request in requests]
-        self.temperature = torch.tensor(temperature, device=device)[:, None]
-        self.top_p = torch.tensor([request.top_p for request in requests], device=device)[:, None]
-        self.top_k = torch.tensor([request.top_k for request in requests], device=device)[:, None]
-        self.truncates = bool((self.top_p < 1).any() or (self.top_k > 0).any())
-
-    def draw(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens and their log-probs, each of shape (rows,), from logits of shape (rows, vocabulary)."""
-        log_probs = torch.log_softmax(logits / self.temperature, dim=-1)
-        if self.truncates:
-            log_probs = self._truncated(log_probs)
-        cumulative = log_probs.double().exp().cumsum(dim=-1)
-        uniform = uniform_numbers(self.seeds, self.starts + np.uint64(step))
-        target = torch.from_numpy(uniform).to(cumulative)[:, None] * cumulative[:, -1:]
-        # right=True: a token of probability zero, which does not raise the sum, is never taken.
-        drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1).squeeze(1)
-        tokens = torch.where(self.greedy, logits.argmax(dim=-1), drawn)
-        return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
-
-    def _truncated(self, log_probs: Tensor) -> Tensor:
-        ranked, order = log_probs.sort(dim=-1, descending=True)
-        rank = torch.arange(ranked.shape[-1], device=ranked.device)
-        before = ranked.exp().cumsum(dim=-1) - ranked.exp()
-        keep = (before < self.top_p) & ((rank < self.top_k) | (self.top_k <= 0))
-        keep[:, 0] = True
-        kept = torch.empty_like(keep).scatter_(1, order, keep)
-        return torch.log_softmax(log_probs.masked_fill(~kept, -torch.inf), dim=-1)
+def _append_entropies(
+    answers: list[Answer], open_rows: np.ndarray, requests: Sequence[Request], entropies: list[float]
+) -> None:
+    for row in np.flatnonzero(open_rows).tolist():
+        if requests[row].two_temperatures is not None:
+            answers[row].entropies.append(entropies[row])

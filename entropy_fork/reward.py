@@ -43,6 +43,12 @@ def last_boxed(text: str) -> str | None:
     Of nested boxes the inner one is the last. Escaped braces (``\\{``) are characters, as in LaTeX. Takes time linear
     in the length of the text, also for 10,000 boxes that are never closed.
     """
+    span = last_boxed_span(text)
+    return None if span is None else text[slice(*span)]
+
+
+def last_boxed_span(text: str) -> tuple[int, int] | None:
+    """Where the contents of :func:`last_boxed` begin and end."""
     begin = max(0, text.rfind("</think>"))
     last = text.rfind("\\boxed", begin)
     if last < 0:
@@ -51,7 +57,7 @@ def last_boxed(text: str) -> str | None:
     return _last_boxed(text, last) or _last_boxed(text, begin)
 
 
-def _last_boxed(text: str, begin: int) -> str | None:
+def _last_boxed(text: str, begin: int) -> tuple[int, int] | None:
     opened: list[int | None] = []  # where the contents of an open box begin, None for another open brace
     last: tuple[int, int] | None = None
     for match in _BOX_OR_BRACE.finditer(text, begin):
@@ -62,7 +68,7 @@ def _last_boxed(text: str, begin: int) -> str | None:
                 last = (box, match.start())
         elif token[-1] == "{" and token != "\\{":
             opened.append(None if token == "{" else match.end())
-    return None if last is None else text[slice(*last)]
+    return last
 
 
 _INTEGER = r"-?\d{1,40}"

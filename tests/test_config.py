@@ -13,7 +13,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 
-from entropy_fork.verl.config import EntropyForkConfig, check_before_training, preset_names, read_config
+from entropy_fork.verl.config import EntropyForkConfig, check_before_training, preset_names, read_config, selection_name
 from entropy_fork.verl.errors import EntropyForkError
 
 Compose = Callable[..., Any]
@@ -75,6 +75,8 @@ def test_a_ratio_out_of_range(compose: Compose, data: list[str], ratio: str) -> 
         ("ties=none", "ties must be one of exact, threshold"),
         ("schedule=stairs", "schedule must be one of constant, linear, cosine"),
         ("schedule=linear", "needs schedule_steps"),
+        ("dump_every=-1", "dump_every must be a number of steps, or 0 to dump nothing, got -1"),
+        ("dump_answers=0", "dump_answers must be in .1, 100000., got 0"),
     ],
 )
 def test_a_value_without_meaning(compose: Compose, data: list[str], override: str, match: str) -> None:
@@ -232,3 +234,16 @@ DATACLASS_ONLY = {
     f"{role}.mixed_precision"
     for role in ("actor_rollout_ref.actor.fsdp_config", "actor_rollout_ref.ref.fsdp_config", "critic.fsdp")
 } | {"actor_rollout_ref.rollout.enable_sleep_mode"}
+
+
+def test_a_dump_of_tokens_where_there_would_be_none(compose: Compose, data: list[str]) -> None:
+    """An all-token baseline is verl's own business, but for the dump that is asked for."""
+    off = ["+entropy_fork=off", *data, "entropy_fork.dump_every=5"]
+    check_before_training(compose(*off))
+    refused(compose(*off, "trainer.use_v1=false"), "dump_every=5 writes in verl's V1 trainers sync")
+    refused(compose(*off, "algorithm.rollout_correction.bypass_mode=true"), "bypass_mode=True skips. Write bypass_mode")
+
+
+def test_what_is_dumped_is_not_in_the_name_of_a_run(compose: Compose, data: list[str]) -> None:
+    config = compose("+entropy_fork=global", "entropy_fork.dump_every=5", "entropy_fork.dump_dir=/tokens", *data)
+    assert selection_name(config) == "top0.2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from entropy_fork.analysis.table import read_answers
+
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.e2e
 
 
 def spy_environment(folder: Path) -> dict[str, str]:
     folder.mkdir()
-    return {"VERL_USE_EXTERNAL_MODULES": "spy", "PYTHONPATH": str(TESTS), "ENTROPY_FORK_SPY": str(folder)}
+    path = f"{TESTS}{os.pathsep}{TESTS.parent}"
+    return {"VERL_USE_EXTERNAL_MODULES": "spy", "PYTHONPATH": path, "ENTROPY_FORK_SPY": str(folder)}
 
 
 def load(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
@@ -31,6 +35,8 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     run = main_ppo(
         f"trainer.n_gpus_per_node={ranks}",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=256",
+        "entropy_fork.dump_every=1",
+        "entropy_fork.dump_answers=32",
         **spy_environment(spy),
     )
     (selection,) = load(spy, "selection")
@@ -71,6 +77,24 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     assert run.metric("actor/ppo_kl_kept")
     assert not run.metric("actor/ppo_kl")
     assert "the LM head sees every position" not in run.output
+
+    # 5. The dump of the step holds all of it, and nothing else.
+    answers = list(read_answers(run.folder / "checkpoints" / "tokens"))
+    assert sorted((tuple(answer.entropy), tuple(answer.selected)) for answer in answers) == sorted(
+        (tuple(entropy.tolist()), tuple((weights > 0).tolist()))
+        for entropy, weights in zip(rows["entropy"], rows["weights"], strict=True)
+    )
+    assert {answer.step for answer in answers} == {1}
+    assert len({answer.ground_truth for answer in answers[:8]}) > 1, "the first answers should be of different prompts"
+    old = torch.cat([torch.from_numpy(answer.log_prob) for answer in answers])
+    seen = torch.cat([loss["old_log_prob"][loss["response_mask"].bool()] for loss in losses])
+    torch.testing.assert_close(old.sort().values, seen.sort().values)
+    for answer in answers:
+        assert answer.text in "".join(answer.pieces) or "\ufffd" in answer.text  # bytes that are no character
+        assert answer.data_source == "cpu_demo"
+        assert answer.truncated == (len(answer.token_ids) == 24 and answer.pieces[-1] != "<|endoftext|>")
+    scores = [answer.score for answer in answers]
+    assert run.metric("critic/score/mean") == [pytest.approx(sum(scores) / len(scores), abs=1e-5)]
 
 
 def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

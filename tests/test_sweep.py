@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from entropy_fork.verl import ray_cluster, sweep
+from entropy_fork.verl.config import EntropyForkConfig
 from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.ray_cluster import Usage, wait_until_free
 
@@ -64,6 +65,8 @@ def test_what_was_swept() -> None:
 
 def test_jobs_never_share_a_name_or_checkpoints() -> None:
     configs = [config(), config()]
+    for each in configs:
+        each.entropy_fork = EntropyForkConfig()  # whose folder of tokens is below the checkpoints by default
     changes = sweep.Places().own(configs, ["top_ratio=0.1", "top_ratio=0.2"])
     assert changes[0] == {"trainer.experiment_name": "run-top_ratio=0.1"}  # the checkpoints follow by themselves
     assert [c.trainer.default_local_dir for c in configs] == [
@@ -76,9 +79,11 @@ def test_a_fixed_folder_gets_one_below_it_per_job() -> None:
     configs = [config(folder="/ckpt"), config(folder="/ckpt")]
     for each in configs:
         each.trainer.rollout_data_dir = "/rollouts"
+        each.entropy_fork = {"dump_dir": "/tokens"}
     sweep.Places().own(configs, ["a=1", "a=2"])
     assert [c.trainer.default_local_dir for c in configs] == ["/ckpt/a=1", "/ckpt/a=2"]
     assert [c.trainer.rollout_data_dir for c in configs] == ["/rollouts/a=1", "/rollouts/a=2"]
+    assert [c.entropy_fork.dump_dir for c in configs] == ["/tokens/a=1", "/tokens/a=2"]
 
 
 def test_what_the_user_made_different_is_left_alone() -> None:

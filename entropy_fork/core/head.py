@@ -8,6 +8,8 @@ dropped. :func:`response_positions` says where the response's predictions lie in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -62,6 +64,30 @@ def log_probs_and_entropy(
     Returns:
         Two tensors of shape (num_rows,) in nats, float32 (float64 for such input).
     """
+    log_probs, entropies = _per_chunk(_log_prob_and_entropy, 2, hidden, weight, labels, temperature, chunk)
+    return log_probs, entropies
+
+
+@torch.no_grad()
+def log_probs_entropy_and_rank(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`log_probs_and_entropy`, and how many tokens are strictly likelier than the label, int64."""
+    parts = _per_chunk(_log_prob_entropy_and_rank, 3, hidden, weight, labels, temperature, chunk)
+    log_probs, entropies, ranks = parts  # a rank is below 2^24, so float32 holds it exactly
+    return log_probs, entropies, ranks.long()
+
+
+def _per_chunk(
+    measure: Callable[[Tensor, Tensor], Tensor],
+    num_measures: int,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    """What ``measure`` makes of (log-probabilities of all tokens, labels), one chunk of rows after another."""
     parts = []
     for part, label in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         logits = linear(part, weight)
@@ -69,10 +95,17 @@ def log_probs_and_entropy(
         if temperature != 1.0:
             logits.div_(temperature)
         logits.sub_(logits.logsumexp(-1, keepdim=True))  # now the logarithms of probabilities
-        log_prob = logits.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-        entropy = -(logits.exp().mul_(logits)).sum(-1)
-        parts.append(torch.stack([log_prob, entropy]))
+        parts.append(measure(logits, label.unsqueeze(-1)))
     if not parts:
-        parts = [hidden.new_empty((2, 0), dtype=torch.promote_types(hidden.dtype, torch.float32))]
-    log_probs, entropies = torch.cat(parts, dim=1).unbind()
-    return log_probs, entropies
+        parts = [hidden.new_empty((num_measures, 0), dtype=torch.promote_types(hidden.dtype, torch.float32))]
+    return torch.cat(parts, dim=1).unbind()
+
+
+def _log_prob_and_entropy(log_probs: Tensor, label: Tensor) -> Tensor:
+    entropy = -(log_probs.exp().mul_(log_probs)).sum(-1)
+    return torch.stack([log_probs.gather(-1, label).squeeze(-1), entropy])
+
+
+def _log_prob_entropy_and_rank(log_probs: Tensor, label: Tensor) -> Tensor:
+    rank = (log_probs > log_probs.gather(-1, label)).sum(-1)
+    return torch.cat([_log_prob_and_entropy(log_probs, label), rank.to(log_probs.dtype).unsqueeze(0)])

@@ -6,19 +6,31 @@ other questions or other sampling settings is refused, because a mean over a mix
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from entropy_fork.output_folder import lock, refuse_other, write_whole
 from entropy_fork.verl.errors import EntropyForkError
 
 ANSWERS, MANIFEST = "answers.jsonl", "manifest.json"
+
+
+class Kept(Protocol):
+    """What a store keeps: a dataclass of what JSON can write."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(question, sample)."""
+        ...
+
+    def without_content(self) -> Any:
+        """The same without what is long: the answers of a benchmark fill a machine's memory."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Record:
         score: what the reward gave, 1 for a right answer.
         boxed: whether it has a box at all.
         text: the answer without special tokens, as the reward saw it.
+        above: with two temperatures, how many of its tokens were drawn above the threshold.
     """
 
     question: int
@@ -45,121 +58,107 @@ class Record:
     score: float
     boxed: bool
     text: str
+    above: int | None = None
 
     @property
     def key(self) -> tuple[int, int]:
         return self.question, self.sample
 
+    def without_content(self) -> Record:
+        return replace(self, text="")
 
-class AnswerStore:
+
+R = TypeVar("R", bound=Kept)
+
+
+class AnswerStore(Generic[R]):
     """The answers in one folder, open for one process at a time.
 
-    ``records`` has them by (question, sample), without their texts: those of a benchmark fill a machine's memory.
+    ``records`` has them by (question, sample), without their content; :meth:`whole` reads that again.
 
     Args:
         folder: made if it is not there.
         identity: what all answers have in common, as a dict of what JSON can write (nested dicts allowed).
         notes: further facts for the manifest, which are not compared.
+        kind: the class of what is kept.
 
     Raises:
         EntropyForkError: the folder holds something else, answers of another identity, or is in use.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], notes: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        notes: dict[str, Any] | None = None,
+        kind: type[R] = Record,  # type: ignore[assignment]
+    ):
         self.folder = folder
-        self.records: dict[tuple[int, int], Record] = {}
+        self.records: dict[tuple[int, int], R] = {}
+        self._kind = kind
+        self._places: dict[tuple[int, int], int] = {}
         manifest = folder / MANIFEST
         if folder.is_dir() and any(folder.iterdir()) and not manifest.is_file():
             raise EntropyForkError(f"{folder} holds no evaluation but other files: choose another folder with --output")
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / ANSWERS).open("a+b")
         try:
-            self._lock()
+            lock(self._file, folder)
             self._read()
             if self.records:
-                self._compare(json.loads(manifest.read_text())["identity"], json.loads(json.dumps(identity)))
+                there = json.loads(manifest.read_text())["identity"]
+                refuse_other(folder, "answers of another evaluation", there, identity)
             write_whole(manifest, json.dumps({"identity": identity, **(notes or {})}, indent=2) + "\n")
         except BaseException:
             self.close()
             raise
 
-    def _compare(self, there: dict[str, Any], now: dict[str, Any]) -> None:
-        there, now = _flat(there), _flat(now)
-        different = [
-            f"  {name}: {there.get(name)!r} there, {now.get(name)!r} now"
-            for name in dict.fromkeys([*there, *now])
-            if there.get(name) != now.get(name)
-        ]
-        if different:
-            raise EntropyForkError(
-                f"{self.folder} holds answers of another evaluation, and the two must not be mixed:\n"
-                + "\n".join(different)
-                + "\nRepeat what was asked for there, or choose another folder with --output."
-            )
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EntropyForkError(f"another process is writing to {self.folder}: wait for it, or end it") from error
-        except OSError:
-            pass  # file systems of some clusters have no locks
+    def whole(self, key: tuple[int, int]) -> R:
+        """An answer with its content."""
+        self._file.seek(self._places[key])
+        return self._parsed(self._file.readline())
 
     def _read(self) -> None:
         """Take up what is there, and cut off a last line that a killed process did not finish."""
         self._file.seek(0)
-        content = self._file.read()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            self._file.truncate(complete)
-        names = {field.name for field in fields(Record)}
-        for number, line in enumerate(content[:complete].splitlines(), start=1):
+        place = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(place)
+                break
             try:
-                values = json.loads(line)
-                record = Record(**{name: values[name] for name in names})
+                record = self._parsed(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise EntropyForkError(
                     f"line {number} of {self.folder / ANSWERS} is no answer ({error!r}): delete the line"
                 ) from error
-            self._remember(record)
+            self._remember(record, place)
+            place += len(line)
+        self._file.seek(0, 2)
 
-    def _remember(self, record: Record) -> None:
-        self.records[record.key] = replace(record, text="")
+    def _parsed(self, line: bytes) -> R:
+        values = json.loads(line)
+        return self._kind(**{field.name: values[field.name] for field in fields(self._kind) if field.name in values})
 
-    def append(self, records: Iterable[Record]) -> None:
+    def _remember(self, record: R, place: int) -> None:
+        self.records[record.key] = record.without_content()
+        self._places[record.key] = place
+
+    def append(self, records: Iterable[R]) -> None:
         """Keep these answers; they are in the file when this returns."""
-        records = list(records)
-        lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
-        self._file.write("".join(lines).encode("utf-8", errors="replace"))
-        self._file.flush()
+        place = self._file.seek(0, 2)
         for record in records:
-            self._remember(record)
+            line = (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+            self._file.write(line)
+            self._remember(record, place)
+            place += len(line)
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> AnswerStore:
+    def __enter__(self) -> AnswerStore[R]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name first, so that it is never seen half-written."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as temporary:
-            temporary.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from entropy_fork.evaluation.answers import write_whole
+from entropy_fork.output_folder import write_whole
 from entropy_fork.verl.errors import EntropyForkError
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

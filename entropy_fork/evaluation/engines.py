@@ -15,8 +15,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
+from entropy_fork import vllm_temperatures
+from entropy_fork.core.temperature import TwoTemperatures
 from entropy_fork.verl import vllm_cpu
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -30,6 +33,7 @@ class Sampling:
         top_p, top_k: nucleus and top-k truncation; 1.0 and -1 leave the distribution as it is.
         max_tokens: tokens of an answer at most, its end token included.
         seed: of the whole evaluation.
+        two_temperatures: instead of T, which then is what entropies are measured at, and above 0.
     """
 
     temperature: float = 1.0
@@ -37,6 +41,7 @@ class Sampling:
     top_k: int = -1
     max_tokens: int = 20480
     seed: int = 0
+    two_temperatures: TwoTemperatures | None = None
 
     def __post_init__(self) -> None:
         for is_good, name, wanted in (
@@ -48,6 +53,14 @@ class Sampling:
         ):
             if not is_good:
                 raise EntropyForkError(f"{name} is {getattr(self, name)}, and must be {wanted}")
+        if self.two_temperatures is not None and self.temperature == 0:
+            raise EntropyForkError("temperature is 0, and entropies need one above it: write --temperature 1")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether all answers to a question are the same."""
+        pair = self.two_temperatures
+        return self.temperature == 0 if pair is None else pair.high == pair.low == 0
 
 
 @dataclass(frozen=True)
@@ -62,15 +75,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a job: token ids with the end token, and whether the limit ended it."""
+    """What came of a job: token ids with the end token, whether the limit ended it, and with two temperatures how many
+    of its tokens were drawn above the threshold."""
 
     job: Job
     token_ids: list[int]
     truncated: bool
+    above: int | None = None
 
 
 class Engine(Protocol):
-    """Answers jobs, and hands over what is ready."""
+    """Answers jobs, and hands over what is ready.
+
+    Attributes:
+        sampling: how answers are drawn; may be replaced between two calls, by one that also has two temperatures (or
+            also has one) and the same ``max_tokens``.
+    """
+
+    sampling: Sampling
 
     def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
         """Answers to the wanted ones of ``jobs``, in any order. ``jobs`` is the same in an interrupted evaluation."""
@@ -116,6 +138,13 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
         raise EntropyForkError(f"--vllm {' '.join(pairs)}: a value is no YAML ({error})") from error
 
 
+def above_threshold(entropies: Sequence[float], pair: TwoTemperatures | None) -> int | None:
+    """How many entropies (float32) are above the threshold, compared as they were when drawing."""
+    if pair is None:
+        return None
+    return int(np.count_nonzero(np.asarray(entropies, np.float32) > np.float32(pair.threshold)))
+
+
 class TransformersEngine:
     """The light sampler, on the CPU, in batches that depend on the questions alone.
 
@@ -143,7 +172,12 @@ class TransformersEngine:
             # Whole, also where only a part is wanted: the number of rows can change the last bits of a logit.
             answers = generate(self.model, [self._request(job) for job in batch], self.end_ids)
             yield [
-                Generated(job, answer.token_ids, answer.stop_reason == "length")
+                Generated(
+                    job,
+                    answer.token_ids,
+                    answer.stop_reason == "length",
+                    above_threshold(answer.entropies, self.sampling.two_temperatures),
+                )
                 for job, answer in zip(batch, answers, strict=True)
                 if is_wanted(job)
             ]
@@ -159,7 +193,13 @@ class TransformersEngine:
 
         sampling = self.sampling
         return Request(
-            job.prompt_ids, job.seed, sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k
+            job.prompt_ids,
+            job.seed,
+            sampling.max_tokens,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.two_temperatures,
         )
 
 
@@ -198,6 +238,8 @@ class VllmEngine:
             # ("CPU Generator does not use offset").
             settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
             settings["max_num_batched_tokens"] = max(max_model_len, 4096)
+        if sampling.two_temperatures is not None:
+            settings |= {"logits_processors": [vllm_temperatures.NAME], "logprobs_mode": "processed_logits"}
         from vllm import LLM, SamplingParams
 
         self.engine = LLM(**(settings | (arguments or {}))).llm_engine
@@ -205,6 +247,8 @@ class VllmEngine:
 
     def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
         sampling = self.sampling
+        pair = sampling.two_temperatures
+        two: dict[str, Any] = {} if pair is None else {"logprobs": 0, "extra_args": vllm_temperatures.extra_args(pair)}
         waiting = {f"{job.question}-{job.sample}": job for job in jobs if is_wanted(job)}
         for name, job in waiting.items():
             parameters = self.parameters(
@@ -215,6 +259,7 @@ class VllmEngine:
                 seed=job.seed,
                 stop_token_ids=self.end_ids,
                 detokenize=False,
+                **two,
             )
             self.engine.add_request(name, {"prompt_token_ids": list(job.prompt_ids)}, parameters)
         while self.engine.has_unfinished_requests():
@@ -225,6 +270,12 @@ class VllmEngine:
                         waiting[output.request_id],
                         list(output.outputs[0].token_ids),
                         output.outputs[0].finish_reason == "length",
+                        None if pair is None else above_threshold(entropies_of(output.outputs[0]), pair),
                     )
                     for output in finished
                 ]
+
+
+def entropies_of(completion: Any) -> list[float]:
+    """What ``vllm_temperatures`` left in the place of log-probs: one entropy (nats) per token."""
+    return [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)]

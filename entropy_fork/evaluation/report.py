@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from entropy_fork.evaluation.answers import write_whole
 from entropy_fork.evaluation.run import Evaluation
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
+from entropy_fork.output_folder import write_whole
 
 RESULTS, TABLES = "results.json", "results.md"
 
@@ -32,7 +33,7 @@ class TextTable:
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # as text: a model may have written what looks like markup
         return table
 
     def markdown(self) -> str:

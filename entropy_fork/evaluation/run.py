@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Settings:
                 raise EntropyForkError(f"{name} is {getattr(self, name)}, and must be at least 1")
         if self.dtype not in DTYPES:
             raise EntropyForkError(f"dtype is {self.dtype!r}, and must be one of {', '.join(DTYPES)}")
-        if self.sampling.temperature == 0 and self.answers > 1:
+        if self.sampling.is_greedy and self.answers > 1:
             raise EntropyForkError(
                 f"at temperature 0 all {self.answers} answers to a question are the same: write --answers 1"
             )
@@ -88,8 +88,11 @@ class Evaluation:
     benchmarks: dict[str, Summary]
 
 
-def evaluate(settings: Settings, console: Console) -> Evaluation:
+def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened] | None = None) -> Evaluation:
     """Answer what has not been answered yet, and summarise.
+
+    Args:
+        opening: called in the place of :func:`open_engine`, when there is something to answer.
 
     Raises:
         EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
@@ -98,29 +101,34 @@ def evaluate(settings: Settings, console: Console) -> Evaluation:
     checkpoint = Checkpoint.find(settings.model)
     engine_name = choose_engine(settings.engine)
     template = read_template(settings.chat_template)
-    identity = {
+    identity = identity_of(settings, checkpoint, engine_name, questions, template)
+    identity["reward"] = f"entropy_fork.reward {entropy_fork.__version__}"
+    notes = {"model_path": str(checkpoint.path), "data": [str(file.absolute()) for file in settings.data]}
+    with AnswerStore(settings.output, identity, notes, Record) as store:
+        wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
+        if missing := wanted - store.records.keys():
+            with console.status(f"looking at {checkpoint.path}; shards are merged by verl's model merger"):
+                folder = checkpoint.merge(settings.merged or settings.output / "merged")
+            with console.status(f"loading {folder} into {engine_name}"):
+                opened = (opening or open_engine)(settings, engine_name, folder, template, questions)
+            _answer(opened, questions, store, missing, console)
+        if settings.merged is None:
+            shutil.rmtree(settings.output / "merged", ignore_errors=True)
+        return Evaluation(identity, _summaries(questions, store, settings.answers))
+
+
+def identity_of(
+    settings: Settings, checkpoint: Checkpoint, engine_name: str, questions: Sequence[Question], template: str | None
+) -> dict[str, Any]:
+    """What decides which answers are drawn."""
+    return {
         "model": checkpoint.fingerprint(),
         "questions": checksum(questions),
         "chat_template": "the model's" if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "sampling": asdict(settings.sampling),
         "engine": {"name": engine_name, "dtype": settings.dtype}
         | ({"batch_size": settings.batch_size} if engine_name == "transformers" else {}),
-        "reward": f"entropy_fork.reward {entropy_fork.__version__}",
     }
-    notes = {"model_path": str(checkpoint.path), "data": [str(file.absolute()) for file in settings.data]}
-    with AnswerStore(settings.output, identity, notes) as store:
-        wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
-        if missing := wanted - store.records.keys():
-            folder = settings.merged or settings.output / "merged"
-            if checkpoint.backend != "huggingface":
-                with console.status(f"merging the shards of {checkpoint.path} (verl's model merger)"):
-                    folder = checkpoint.merge(folder)
-            else:
-                folder = checkpoint.path
-            _answer(settings, engine_name, folder, template, questions, store, missing, console)
-        if settings.merged is None:
-            shutil.rmtree(settings.output / "merged", ignore_errors=True)
-        return Evaluation(identity, _summaries(questions, store, settings.answers))
 
 
 def read_template(chat_template: str | None) -> str | None:
@@ -169,16 +177,18 @@ def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     raise EntropyForkError(f"{folder} names no end token, neither in its tokenizer nor in generation_config.json")
 
 
-def _answer(
-    settings: Settings,
-    engine_name: str,
-    folder: Path,
-    template: str | None,
-    questions: Sequence[Question],
-    store: AnswerStore,
-    missing: set[tuple[int, int]],
-    console: Console,
-) -> None:
+#: a model that is ready to answer, all answers that are wanted of it, and its tokenizer
+Opened = tuple[Engine, list[Job], Any]
+
+
+def open_engine(
+    settings: Settings, engine_name: str, folder: Path, template: str | None, questions: Sequence[Question]
+) -> Opened:
+    """A model that is ready to answer, all answers that are wanted of it, and its tokenizer.
+
+    Raises:
+        EntropyForkError: the model's tokenizer or its number of positions does not allow it; before weights are loaded.
+    """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -203,19 +213,29 @@ def _answer(
         for index in range(len(questions))
     ]
     engine: Engine
-    with console.status(f"loading {folder} into {engine_name}"):
-        if engine_name == "vllm":
-            engine = VllmEngine(
-                folder,
-                settings.sampling,
-                dtype,
-                end_ids,
-                longest + settings.sampling.max_tokens,
-                settings.tensor_parallel,
-                settings.vllm,
-            )
-        else:
-            engine = TransformersEngine(folder, settings.sampling, dtype, end_ids, settings.batch_size)
+    if engine_name == "vllm":
+        engine = VllmEngine(
+            folder,
+            settings.sampling,
+            dtype,
+            end_ids,
+            longest + settings.sampling.max_tokens,
+            settings.tensor_parallel,
+            settings.vllm,
+        )
+    else:
+        engine = TransformersEngine(folder, settings.sampling, dtype, end_ids, settings.batch_size)
+    return engine, jobs, tokenizer
+
+
+def _answer(
+    opened: Opened,
+    questions: Sequence[Question],
+    store: AnswerStore[Record],
+    missing: set[tuple[int, int]],
+    console: Console,
+) -> None:
+    engine, jobs, tokenizer = opened
 
     def scored(generated: Generated) -> Record:
         job, question = generated.job, questions[generated.job.question]
@@ -231,9 +251,10 @@ def _answer(
             reward["score"],
             bool(reward["format"]),
             text,
+            generated.above,
         )
 
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("answers", total=len(jobs), completed=len(jobs) - len(missing), note="")
         began, tokens = time.monotonic(), 0
         right = sum(record.score for record in store.records.values())
@@ -247,7 +268,8 @@ def _answer(
             progress.update(bar, advance=len(records), note=note)
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """A bar with a count, a note and the time that is left."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -259,7 +281,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _summaries(questions: Sequence[Question], store: AnswerStore, k: int) -> dict[str, Summary]:
+def _summaries(questions: Sequence[Question], store: AnswerStore[Record], k: int) -> dict[str, Summary]:
     """A summary per data source, of the first k answers to each question."""
     summaries = {}
     for name in dict.fromkeys(question.data_source for question in questions):
@@ -272,5 +294,12 @@ def _summaries(questions: Sequence[Question], store: AnswerStore, k: int) -> dic
         def table(attribute: str, rows: list[list[Record]] = rows) -> np.ndarray:
             return np.array([[getattr(record, attribute) for record in row] for row in rows])
 
-        summaries[name] = summarise(table("score") == 1.0, table("tokens"), table("truncated"), table("boxed"))
+        has_above = all(record.above is not None for row in rows for record in row)
+        summaries[name] = summarise(
+            table("score") == 1.0,
+            table("tokens"),
+            table("truncated"),
+            table("boxed"),
+            table("above") if has_above else None,
+        )
     return summaries

@@ -36,6 +36,7 @@ class Summary:
         mean_tokens: length of an answer in tokens, its end token included.
         truncated, boxed: shares of answers cut off at the limit, and with a ``\\boxed{}``.
         pass_at: k' → unbiased estimate that at least one of k' answers is right.
+        above: share of tokens drawn above the threshold, over all answers; None without two temperatures.
     """
 
     questions: int
@@ -48,6 +49,7 @@ class Summary:
     truncated: float
     boxed: float
     pass_at: dict[int, float]
+    above: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,9 +105,16 @@ def wilson_interval(
 
 
 def summarise(
-    right: NDArray[np.bool_], tokens: NDArray[np.int64], truncated: NDArray[np.bool_], boxed: NDArray[np.bool_]
+    right: NDArray[np.bool_],
+    tokens: NDArray[np.int64],
+    truncated: NDArray[np.bool_],
+    boxed: NDArray[np.bool_],
+    above: NDArray[np.int64] | None = None,
 ) -> Summary:
-    """One benchmark from its answers; every argument has the shape (questions, answers per question)."""
+    """One benchmark from its answers; every argument has the shape (questions, answers per question).
+
+    ``above`` counts the tokens drawn above the threshold of two temperatures.
+    """
     questions, k = right.shape
     shares = right.mean(axis=1)
     accuracy = float(shares.mean())
@@ -123,6 +132,7 @@ def summarise(
         truncated=float(truncated.mean()),
         boxed=float(boxed.mean()),
         pass_at={i: float(pass_at(k, right.sum(axis=1), i).mean()) for i in pass_ks(k)},
+        above=None if above is None else float(above.sum() / tokens.sum()),
     )
 
 
@@ -155,4 +165,5 @@ def average(summaries: Sequence[Summary]) -> Summary:
         truncated=mean("truncated"),
         boxed=mean("boxed"),
         pass_at={i: sum(summary.pass_at[i] for summary in summaries) / count for i in summaries[0].pass_at},
+        above=None if any(summary.above is None for summary in summaries) else mean("above"),
     )

@@ -48,6 +48,10 @@ MASKED_STRATEGIES = ("fsdp", "fsdp2")
 MASKED_TRAINERS = ("sync", "colocate_async", "separate_async")
 
 
+#: ids of dumped answers: the step times this, plus the answer's number in its step
+ANSWERS_PER_STEP = 100_000
+
+
 def guarded_name(loss_mode: str, in_worker: bool = False) -> str:
     """The name under which ``policy_loss.py`` registers a loss of verl's with its guard."""
     return f"{NODE}/in_worker/{loss_mode}" if in_worker else f"{NODE}/{loss_mode}"
@@ -76,6 +80,9 @@ class EntropyForkConfig:
         sparse_head: compute the LM head at response positions only, and in the update, where nothing else needs them,
             at kept positions only. False computes every position's, as verl does. The update is the same but for
             the last bits; of verl's metrics, those that then see kept tokens only are called ``…_kept``.
+        dump_every: write the tokens of ``dump_answers`` answers of every so many steps, their entropies and what was
+            selected, into ``dump_dir`` (by default ``tokens`` in ``trainer.default_local_dir``), for ``entropy-fork
+            report``; 0 writes nothing. With ``enabled=False`` as well.
     """
 
     enabled: bool = True
@@ -92,6 +99,9 @@ class EntropyForkConfig:
     schedule_steps: int = 0
     seed: int = 0
     sparse_head: bool = True
+    dump_every: int = 0
+    dump_answers: int = 8
+    dump_dir: str | None = None
 
     def selector_at(self, step: int) -> Selector:
         """What is kept of a pool at a training step (from 1).
@@ -155,11 +165,19 @@ class EntropyForkConfig:
             )
         if self.entropy == "current" and self.select == "random":
             raise ValueError("select=random looks at no entropy; write entropy=old, which costs nothing")
+        if self.dump_every < 0:
+            raise ValueError(f"dump_every must be a number of steps, or 0 to dump nothing, got {self.dump_every}")
+        if not 0 < self.dump_answers < ANSWERS_PER_STEP:
+            raise ValueError(f"dump_answers must be in [1, {ANSWERS_PER_STEP}), got {self.dump_answers}")
 
 
 def register_schema() -> None:
     """Let the presets name the schema in their defaults, so that Hydra itself refuses a mistyped key or type."""
     ConfigStore.instance().store(group=NODE, name="schema", node=EntropyForkConfig, provider="entropy-fork")
+
+
+#: keys that do not change what a run selects, or that a run's name says in another way
+UNNAMED = ("enabled", "select", "top_ratio", "sparse_head", "dump_every", "dump_answers", "dump_dir")
 
 
 def selection_name(config: DictConfig) -> str:
@@ -177,7 +195,7 @@ def selection_name(config: DictConfig) -> str:
     words = [f"{node.select}{node.top_ratio:g}"]
     for field in fields(EntropyForkConfig):
         value = node[field.name]
-        if field.name not in ("enabled", "select", "top_ratio", "sparse_head") and value != field.default:
+        if field.name not in UNNAMED and value != field.default:
             words.append(value if isinstance(value, str) else f"{field.name}{value:g}")
     return "-".join(words)
 
@@ -187,7 +205,13 @@ OmegaConf.register_new_resolver("entropy_fork_name", lambda *, _root_: selection
 
 
 def read_config(config: DictConfig) -> EntropyForkConfig | None:
-    """The typed node of a root config, or None where it is absent or switched off.
+    """The typed node of a root config, or None where it is absent or switched off. Raises as :func:`read_node`."""
+    node = read_node(config)
+    return node if node is not None and node.enabled else None
+
+
+def read_node(config: DictConfig) -> EntropyForkConfig | None:
+    """The typed node of a root config, switched off or not; None where it is absent.
 
     Raises:
         EntropyForkError: the node lies elsewhere than at the root, is not a mapping, or has an unknown key or a value
@@ -220,7 +244,7 @@ def read_config(config: DictConfig) -> EntropyForkConfig | None:
         parsed.check()
     except ValueError as error:
         raise EntropyForkError(f"{NODE}: {error}; entropy_fork=off trains without the mask") from None
-    return parsed if parsed.enabled else None
+    return parsed
 
 
 def _nodes_below(node: Any, path: str = "") -> Iterator[str]:
@@ -252,6 +276,7 @@ def check_before_training(config: DictConfig) -> None:
         _check_data_files(config)
     if masked is not None:
         check_maskable(config, masked)
+    check_dumpable(config)
 
 
 def preset_names(group: str) -> list[str]:
@@ -407,6 +432,23 @@ def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:
     if OmegaConf.select(config, "distillation.enabled", default=False):
         raise EntropyForkError(
             "distillation.enabled=True replaces the policy loss by one that is not masked. Switch one of the two off."
+        )
+
+
+def check_dumpable(config: DictConfig) -> None:
+    """Refuse a dump of tokens where there would be none: in an all-token baseline, which is not checked for a mask."""
+    node = read_node(config)
+    if node is None or node.dump_every == 0:
+        return
+    wanted = f"{NODE}.dump_every={node.dump_every} writes"
+    if not config.trainer.use_v1 or config.trainer.v1.trainer_mode not in MASKED_TRAINERS:
+        raise EntropyForkError(
+            f"{wanted} in verl's V1 trainers {', '.join(MASKED_TRAINERS)}. Use one of these, or {NODE}.dump_every=0."
+        )
+    if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode", default=False):
+        raise EntropyForkError(
+            f"{wanted} entropies of verl's log-prob pass, which algorithm.rollout_correction.bypass_mode=True skips. "
+            f"Write bypass_mode=False, or {NODE}.dump_every=0."
         )
 
 

@@ -41,12 +41,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 NAME = "trainer.experiment_name"
 
-#: folders that verl writes to under names that do not tell one job from another
+#: folders that verl and the plugin write to under names that do not tell one job from another
 FOLDERS = (
     "trainer.default_local_dir",
     "trainer.default_hdfs_dir",
     "trainer.rollout_data_dir",
     "trainer.validation_data_dir",
+    "entropy_fork.dump_dir",
 )
 
 #: in the environment of every process that a job starts on this machine

@@ -44,6 +44,7 @@ from entropy_fork.verl.gradient_step import KEPT, ROW_IDENTITY, RULE, tally_of
 from entropy_fork.verl.policy_loss import kept_means
 from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, RESPONSES
 from entropy_fork.verl.sparse_head import KEPT as KEPT_POSITIONS
+from entropy_fork.verl.token_dump import TokenDump
 
 
 class TokenWeights:
@@ -61,6 +62,7 @@ class TokenWeights:
             reason = self.entropy_fork.dense_because(config)
             where = "kept positions only" if reason is None else f"every position, because {reason}"
             print(f"entropy_fork: the LM head of an update computes {where}", flush=True)
+        self.token_dump = TokenDump.asked_for(config)
         super().__init__(config)  # type: ignore[call-arg]
 
     def on_init_end(self) -> None:
@@ -71,6 +73,8 @@ class TokenWeights:
             ray.get(
                 [worker.__ray_call__.remote(check_worker, actor.policy_loss.loss_mode, strategy) for worker in workers]
             )
+        if self.token_dump is not None:
+            self.token_dump.start()
         super().on_init_end()  # type: ignore[misc]
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
@@ -98,6 +102,9 @@ class TokenWeights:
         updates_actor = self.config.trainer.critic_warmup <= self.global_steps  # type: ignore[attr-defined]
         if self.entropy_fork is not None and updates_actor:
             batch = self._write_token_weights(batch, metrics)
+        # of the updates that separate_async takes in one step the first, whose policy the answers came from
+        if self.token_dump is not None and updates_actor and getattr(self, "local_trigger_step", 0) == 0:
+            self.token_dump.write(batch, self.global_steps, self.tokenizer)  # type: ignore[attr-defined]
         return batch
 
     def _update_actor(self, batch: Any, metrics: dict) -> Any:

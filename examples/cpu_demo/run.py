@@ -87,6 +87,8 @@ def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollo
         f"trainer.save_freq={max(1, steps // 2)}",  # a run that was interrupted goes on from its last checkpoint
         f"trainer.default_local_dir={output.resolve() / 'checkpoints'}",
         f"trainer.rollout_data_dir={output.resolve() / 'rollouts'}",
+        "entropy_fork.dump_every=1",
+        f"entropy_fork.dump_dir={output.resolve() / 'tokens'}",
         "hydra.run.dir=" + str(output.resolve() / "hydra"),
         *extra,
     ]
@@ -204,7 +206,8 @@ def show(run: Run, output: Path, preset: str, console: Console) -> None:
     table.add_row("seconds in all", f"{run.seconds:.0f}")
     console.print(table)
     for what, place in (("curves: tensorboard --logdir", "tensorboard"), ("checkpoints:", "checkpoints"),
-                        ("answers of each step:", "rollouts"), ("verl's whole log:", "train.log")):  # fmt: skip
+                        ("answers of each step:", "rollouts"), ("some of them token by token:", "tokens"),
+                        ("verl's whole log:", "train.log")):  # fmt: skip
         console.print(f"{what} {output / place}", soft_wrap=True, highlight=False)
 
 

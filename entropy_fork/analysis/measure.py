@@ -1,0 +1,146 @@
+"""Entropy, log-prob and rank at every response position: one forward pass of transformers over prompt and answer.
+
+The LM head is evaluated through ``core/head.py``, as in the training step's own pass: at response positions alone, a
+few hundred rows of logits at once. Several answers share a pass, padded on their right, where causal attention lets
+nothing of the padding into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from entropy_fork.core.head import log_probs_entropy_and_rank, padded_positions, response_positions
+from entropy_fork.verl.errors import EntropyForkError
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """One prompt and its answer, int32 arrays."""
+
+    prompt: np.ndarray
+    response: np.ndarray
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of every response token: entropy and log_prob (float32, nats), rank (int32, 0 for the likeliest)."""
+
+    entropy: np.ndarray
+    log_prob: np.ndarray
+    rank: np.ndarray
+
+
+class Measurer:
+    """A model that measures texts.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: name of a torch dtype, or ``auto`` for what the weights are stored in.
+        temperature: T of Eq. 1, p = softmax(z/T); above 0.
+        batch_tokens: of one forward pass, padding included; a longer answer goes alone.
+
+    Raises:
+        EntropyForkError: the model's logits are not those of a linear head without a bias.
+    """
+
+    def __init__(self, folder: Path, dtype: str = "auto", temperature: float = 1.0, batch_tokens: int = 32768):
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation="sdpa"
+        ).eval()
+        if torch.accelerator.is_available():
+            self.model.to(torch.accelerator.current_accelerator())
+        self.temperature, self.batch_tokens = temperature, batch_tokens
+        self.positions = getattr(self.model.config, "max_position_embeddings", None)
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise EntropyForkError(
+                f"{folder}: the LM head is no linear layer without a bias, the only kind that is measured"
+            )
+        self.weight: Tensor = head.weight
+        self._check_logits(folder)
+
+    @torch.inference_mode()
+    def _check_logits(self, folder: Path) -> None:
+        """Some models scale or cap their logits after the head; their entropies would be others."""
+        ids = torch.arange(min(8, self.weight.shape[0]), device=self.weight.device)[None]
+        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        ours = linear(self._hidden(ids), self.weight).float()
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
+            raise EntropyForkError(
+                f"{folder}: {type(self.model).__name__} changes its logits after the LM head (a scale or a soft cap), "
+                f"which cannot be measured"
+            )
+
+    def _hidden(self, input_ids: Tensor) -> Tensor:
+        return self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def measure(self, texts: Sequence[TokenIds]) -> list[Measured]:
+        """Each text's response tokens, in the order of the texts.
+
+        Raises:
+            EntropyForkError: a text that this model cannot read: no prompt, too long, or ids that it does not have.
+        """
+        for text in texts:
+            self._check(text)
+        found: list[Measured | None] = [None] * len(texts)
+        for rows in self._batches(texts):
+            for row, measured in zip(rows, self._forward([texts[row] for row in rows]), strict=True):
+                found[row] = measured
+        return [one if one is not None else Measured(*_no_tokens()) for one in found]
+
+    def _check(self, text: TokenIds) -> None:
+        if not len(text.response):
+            return
+        if not len(text.prompt):
+            raise EntropyForkError("an answer has an empty prompt, and nothing predicts its first token")
+        length = len(text.prompt) + len(text.response)
+        if self.positions is not None and length > self.positions:
+            raise EntropyForkError(f"an answer has {length} tokens with its prompt, and the model {self.positions} "
+                                   f"positions: measure it with a model that can read it")  # fmt: skip
+        highest = max(int(text.prompt.max()), int(text.response.max()))
+        if highest >= self.weight.shape[0]:
+            raise EntropyForkError(f"an answer has the token id {highest}, and the model knows {self.weight.shape[0]}: "
+                                   f"it was written by a model with another tokenizer")  # fmt: skip
+
+    def _batches(self, texts: Sequence[TokenIds]) -> Iterator[list[int]]:
+        """Rows of like length together, as many as fit; those without a response need no pass."""
+        lengths = np.array([len(text.prompt) + len(text.response) for text in texts])
+        order = [row for row in np.argsort(-lengths, kind="stable").tolist() if len(texts[row].response)]
+        while order:
+            count = max(1, self.batch_tokens // int(lengths[order[0]]))
+            yield order[:count]
+            order = order[count:]
+
+    @torch.inference_mode()
+    def _forward(self, texts: Sequence[TokenIds]) -> list[Measured]:
+        whole = [np.concatenate([text.prompt, text.response]) for text in texts]
+        input_ids = torch.zeros(len(texts), max(map(len, whole)), dtype=torch.int64)
+        for row, ids in enumerate(whole):
+            input_ids[row, : len(ids)] = torch.from_numpy(ids)
+        lengths = torch.tensor([len(text.response) for text in texts])
+        offsets = torch.tensor([0, *(len(ids) for ids in whole)]).cumsum(0)
+        places = padded_positions(response_positions(offsets, lengths), offsets, input_ids.shape[1])
+        device = self.weight.device
+        hidden = self._hidden(input_ids.to(device)).flatten(0, 1)[places.to(device)]
+        labels = torch.from_numpy(np.concatenate([text.response for text in texts])).to(device, torch.int64)
+        log_prob, entropy, rank = log_probs_entropy_and_rank(hidden, self.weight, labels, self.temperature)
+        if not bool(torch.isfinite(entropy).all()):
+            raise EntropyForkError("an entropy is not finite: the model's logits are broken (in float16? write --dtype "
+                                   "bfloat16 or float32)")  # fmt: skip
+        columns = [entropy.float().cpu(), log_prob.float().cpu(), rank.int().cpu()]
+        rows = zip(*(column.split(lengths.tolist()) for column in columns), strict=True)
+        return [Measured(*(column.numpy().copy() for column in row)) for row in rows]
+
+
+def _no_tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)

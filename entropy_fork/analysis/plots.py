@@ -1,0 +1,229 @@
+"""The figures: each function takes what ``summary.py`` or ``compare.py`` returns and gives a matplotlib Figure.
+
+No background, and inks that can be read on white and on black, so one figure serves both. Nothing of pyplot, which
+keeps every figure of a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, BLUE, ORANGE = "#808890", "#3b8fd9", "#e08a2c"
+#: from the low percentiles to the high ones; both ends are far from white and black
+COLORS = "plasma"
+#: characters of a word in a cloud
+LONGEST = 24
+
+
+def entropy_histogram(summary: Mapping[str, Any]) -> Figure:
+    """Tokens by entropy on a logarithmic scale, with the 80th percentile and the threshold of the selection."""
+    figure, axes = _figure("entropy (nats)", "tokens")
+    edges, tokens = summary["histogram"]["edges"], summary["histogram"]["tokens"]
+    axes.stairs(tokens, edges, fill=True, color=BLUE)
+    axes.set_yscale("log", nonpositive="clip")
+    if "80" in summary["percentiles"]:
+        percentile = summary["percentiles"]["80"]
+        axes.axvline(percentile, color=ORANGE, label=f"80th percentile: {percentile:.3f} nats")
+    threshold, ratio = summary["manifest"].get("threshold"), summary["manifest"].get("top_ratio")
+    if threshold is not None and ratio is not None:
+        axes.axvline(threshold, color=INK, linestyle=":", label=f"top {ratio:.0%}: {threshold:.3f} nats and more")
+    _legend(axes)
+    return figure
+
+
+def entropy_by_position(summary: Mapping[str, Any]) -> Figure:
+    """Mean entropy and share of forks along the answer."""
+    figure, axes = _figure("place in the answer (%)", "mean entropy (nats)")
+    rows = [row for row in summary["positions"] if row["tokens"]]
+    middle = [50 * (row["from"] + row["to"]) for row in rows]
+    axes.plot(middle, [row["mean_entropy"] for row in rows], color=BLUE, label="mean entropy")
+    axes.set_ylim(bottom=0)
+    if rows and rows[0]["fork_share"] is not None:
+        right = axes.twinx()
+        right.plot(middle, [100 * row["fork_share"] for row in rows], color=ORANGE, label="forks")
+        right.set_ylabel("forks (%)", color=INK)
+        right.set_ylim(bottom=0)
+        _style(right)
+        lines = [*axes.lines, *right.lines]
+        axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, labelcolor=INK)
+    return figure
+
+
+def entropy_by_kind(summary: Mapping[str, Any]) -> Figure:
+    """Mean entropy of thinking and answer, and of formula, code, final answer and other text."""
+    figure, axes = _figure("mean entropy (nats)", "")
+    rows = [(row["section"], row) for row in summary["sections"]] + [(row["kind"], row) for row in summary["kinds"]]
+    names = [name for name, _ in rows]
+    bars = axes.barh(range(len(rows)), [row["mean_entropy"] for _, row in rows], color=BLUE)
+    shares = [f"{row['tokens']:,} tokens" for _, row in rows]
+    if rows and rows[0][1]["fork_share"] is not None:
+        shares = [f"{text}, {row['fork_share']:.1%} forks" for text, (_, row) in zip(shares, rows, strict=True)]
+    axes.bar_label(bars, shares, color=INK, padding=4)
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.7)
+    axes.set_xlim(left=0)
+    return figure
+
+
+def word_cloud(tokens: Sequence[Mapping[str, Any]]) -> Figure:
+    """The tokens of ``summary["highest"]`` or ``["lowest"]``, the larger the further up in their table."""
+    import matplotlib.colors
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+    from wordcloud import WordCloud
+
+    sizes: dict[str, float] = {}
+    for place, token in enumerate(tokens):
+        word = shown(token["piece"]).strip("␣") or "␣"
+        sizes.setdefault(word if len(word) <= LONGEST else word[:LONGEST] + "…", len(tokens) - place)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    if sizes:
+        inks = [matplotlib.colors.to_hex(color) for color in _colors(6)]
+        cloud = WordCloud(
+            width=700, height=400, scale=2, mode="RGBA", background_color=None, random_state=0,
+            font_path=font_manager.findfont("DejaVu Sans"), relative_scaling=0.5,
+            color_func=lambda *_, random_state, **__: random_state.choice(inks),
+        )  # fmt: skip
+        axes.imshow(cloud.generate_from_frequencies(sizes).to_array(), interpolation="bilinear")
+    return figure
+
+
+def entropy_change(comparison: Mapping[str, Any]) -> Figure:
+    """Fig. 4: mean change of the entropy against the base, per 5% of the base's tokens."""
+    figure, axes = _figure("percentile of the base's entropy", "mean change (nats)")
+    bins = comparison["change"]
+    names = _names(comparison)
+    middle = [(row["from"] + row["to"]) / 2 for row in bins]
+    for place, color in zip(range(1, len(names)), _colors(len(names) - 1), strict=True):
+        axes.plot(middle, [row["change"][place] for row in bins], ".-", color=color, label=names[place])
+    axes.axhline(0, color=INK, linewidth=0.8)
+    _legend(axes)
+    return figure
+
+
+def percentile_evolution(comparison: Mapping[str, Any]) -> Figure:
+    """Fig. 5: percentiles of the entropy over the checkpoints."""
+    figure, axes = _figure("", "entropy (nats)")
+    checkpoints = comparison["checkpoints"]
+    percentiles = [q for q in checkpoints[0]["percentiles"] if int(q) % 10 == 0 or q in ("95", "99")]
+    for q, color in zip(percentiles, _colors(len(percentiles)), strict=True):
+        values = [checkpoint["percentiles"][q] for checkpoint in checkpoints]
+        axes.plot(range(len(values)), values, ".-", color=color, label=f"{q}%")
+    _checkpoints(axes, comparison)
+    axes.legend(frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    return figure
+
+
+def overlap(comparison: Mapping[str, Any]) -> Figure:
+    """Table 1: how many of the top ρ positions are the base's, and the final model's."""
+    figure, axes = _figure("", f"of the top {comparison['top_ratio']:.0%} positions (%)")
+    for key, label, color in (("overlap_base", "with the base", BLUE), ("overlap_final", "with the final", ORANGE)):
+        values = [100 * checkpoint[key] for checkpoint in comparison["checkpoints"]]
+        axes.plot(range(len(values)), values, ".-", color=color, label=label)
+    _checkpoints(axes, comparison)
+    _legend(axes)
+    return figure
+
+
+def of_summary(summary: Mapping[str, Any]) -> dict[str, Figure]:
+    """All figures of one folder that have something to show, by name."""
+    if not summary["tokens"]:
+        return {}
+    figures = {
+        "entropy_histogram": entropy_histogram(summary),
+        "entropy_by_position": entropy_by_position(summary),
+        "entropy_by_kind": entropy_by_kind(summary),
+    }
+    clouds = {f"words_{end}": word_cloud(summary[end]) for end in ("highest", "lowest") if summary[end]}
+    return figures | clouds
+
+
+def of_comparison(comparison: Mapping[str, Any]) -> dict[str, Figure]:
+    """All figures of a comparison, by name."""
+    return {
+        "overlap": overlap(comparison),
+        "entropy_change": entropy_change(comparison),
+        "percentile_evolution": percentile_evolution(comparison),
+    }
+
+
+def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write each figure as PNG and SVG; the same figure gives the same file."""
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with matplotlib.rc_context({"svg.hashsalt": "entropy-fork"}):
+        for name, figure in figures.items():
+            for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                file = folder / f"{name}.{kind}"
+                temporary = folder / f".{name}.{kind}"
+                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+                temporary.replace(file)
+                files.append(file)
+    return files
+
+
+def shown(piece: str) -> str:
+    """A token for tables and clouds: spaces that begin or end it and whatever has no glyph are made visible."""
+    inner = piece.strip(" ")
+    before = len(piece) - len(piece.lstrip(" "))
+    after = len(piece) - len(inner) - before
+    signs = {"\n": "⏎", "\t": "⇥"}
+    visible = "".join(
+        character if character.isprintable() else signs.get(character) or character.encode("unicode_escape").decode()
+        for character in inner
+    )
+    return "␣" * before + visible + "␣" * after
+
+
+def _figure(x: str, y: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=INK, which="both")
+    for side, spine in axes.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side != "top")
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=INK)
+
+
+def _checkpoints(axes: Axes, comparison: Mapping[str, Any]) -> None:
+    names = _names(comparison)
+    axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 4 else 0)
+
+
+def _names(comparison: Mapping[str, Any]) -> list[str]:
+    """Between two dollars matplotlib would read a formula."""
+    return [shown(checkpoint["name"]).replace("$", r"\$") for checkpoint in comparison["checkpoints"]]
+
+
+def _colors(count: int) -> list[Any]:
+    import matplotlib
+
+    colors = matplotlib.colormaps[COLORS]
+    return [colors(0.15 + 0.65 * place / max(1, count - 1)) for place in range(count)]

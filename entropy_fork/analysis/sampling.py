@@ -1,0 +1,161 @@
+"""A model's own answers to prompts, as ``entropy-fork evaluate`` draws them, kept as token ids until they are measured.
+
+vLLM takes most of a GPU's memory and gives it back only when its process ends: it answers in a process of its own.
+"""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from entropy_fork.analysis.measure import TokenIds
+from entropy_fork.analysis.sources import Text
+from entropy_fork.analysis.table import token_pieces
+from entropy_fork.evaluation import run as evaluation
+from entropy_fork.evaluation.answers import AnswerStore
+from entropy_fork.evaluation.checkpoint import Checkpoint
+from entropy_fork.evaluation.engines import choose_engine
+from entropy_fork.evaluation.questions import read_questions
+from entropy_fork.reward import compute_score
+from entropy_fork.verl.errors import EntropyForkError
+
+#: exit status of the child process when it has an error to hand over, and what stands before it
+REFUSED, MARK = 3, "entropy-fork: "
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An answer that has not been measured: to which question, the how many-th, its tokens, and what they followed."""
+
+    question: int
+    sample: int
+    prompt_ids: list[int]
+    token_ids: list[int]
+    truncated: bool
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.question, self.sample
+
+    def without_content(self) -> Drawn:
+        return replace(self, prompt_ids=[], token_ids=[])
+
+
+class Prompts:
+    """Answers to the prompts of parquet files.
+
+    Args:
+        settings: those of an evaluation; ``data`` are the prompts and ``output`` is where drawn answers are kept.
+        checkpoint: what answers.
+        limit: at most so many questions, the first ones; None for all.
+
+    Raises:
+        EntropyForkError: bad files or settings; before anything is drawn.
+    """
+
+    kind = "model"
+
+    def __init__(self, settings: evaluation.Settings, checkpoint: Checkpoint, limit: int | None = None):
+        self.settings, self.checkpoint = settings, checkpoint
+        self.questions = read_questions(settings.data)[:limit]
+        self.engine = choose_engine(settings.engine)
+        self.template = evaluation.read_template(settings.chat_template)
+
+    def identity(self) -> dict[str, Any]:
+        drawn = evaluation.identity_of(self.settings, self.checkpoint, self.engine, self.questions, self.template)
+        return drawn | {"answers": self.settings.answers}
+
+    def __len__(self) -> int:
+        return len(self.questions) * self.settings.answers
+
+    def draw(self, folder: Path, console: Console) -> None:
+        """Answer what has not been answered; ``folder`` is the model as Hugging Face's."""
+        with self._store() as store:
+            if len(store.records) == len(self):
+                return
+        if self.engine == "vllm":
+            _draw_elsewhere(self, folder, console.quiet)
+        else:
+            _draw(self, folder, console.quiet)
+
+    def texts(self, tokenizer: Any, start: int) -> Iterator[Text]:
+        with self._store() as store:
+            for number in range(start, len(self)):
+                sample, question = divmod(number, len(self.questions))
+                drawn, asked = store.whole((question, sample)), self.questions[question]
+                text = tokenizer.decode(drawn.token_ids, skip_special_tokens=True)
+                yield Text(
+                    answer=number,
+                    ids=TokenIds(np.array(drawn.prompt_ids, np.int32), np.array(drawn.token_ids, np.int32)),
+                    prompt=tokenizer.decode(drawn.prompt_ids),
+                    text=text,
+                    pieces=token_pieces(tokenizer, drawn.token_ids),
+                    data_source=asked.data_source,
+                    ground_truth=asked.ground_truth,
+                    score=compute_score(asked.data_source, text, asked.ground_truth)["score"],
+                    truncated=drawn.truncated,
+                )
+
+    def _store(self) -> AnswerStore[Drawn]:
+        return AnswerStore(self.settings.output, self.identity(), kind=Drawn)
+
+
+def _draw_elsewhere(prompts: Prompts, folder: Path, quiet: bool) -> None:
+    """A whole interpreter, not a worker of multiprocessing: one of those ends without the exit handlers that stop
+    vLLM's own processes, and waits for them for ever."""
+    done = subprocess.run(
+        [sys.executable, "-m", __name__], input=pickle.dumps((prompts, folder, quiet)), stdout=subprocess.PIPE
+    )
+    if done.returncode == REFUSED:
+        raise EntropyForkError(done.stdout.decode(errors="replace").strip().rsplit(MARK, 1)[-1])
+    if done.returncode:
+        raise EntropyForkError(
+            f"vLLM's process ended with {done.returncode}: what it said is above, and what it answered is kept"
+        )
+
+
+def _main() -> None:
+    try:
+        # Under the module's own name: what is pickled is not __main__'s.
+        from entropy_fork.analysis.sampling import _draw
+
+        _draw(*pickle.load(sys.stdin.buffer))
+    except EntropyForkError as error:
+        print(MARK, error, sep="")
+        sys.exit(REFUSED)
+
+
+def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
+    """Runs in this process or in a child."""
+    settings, console = prompts.settings, Console(stderr=True, quiet=quiet)
+    with prompts._store() as store:
+        with console.status(f"loading {folder} into {prompts.engine}"):
+            engine, jobs, _ = evaluation.open_engine(
+                settings, prompts.engine, folder, prompts.template, prompts.questions
+            )
+        began, tokens = time.monotonic(), 0
+        with evaluation.progress_bar(console) as progress:
+            bar = progress.add_task("answers drawn", total=len(jobs), completed=len(store.records), note="")
+            wanted = {(job.question, job.sample) for job in jobs} - store.records.keys()
+            for batch in engine.answers(jobs, lambda job: (job.question, job.sample) in wanted):
+                drawn = [
+                    Drawn(one.job.question, one.job.sample, list(one.job.prompt_ids), one.token_ids, one.truncated)
+                    for one in batch
+                ]
+                store.append(drawn)
+                tokens += sum(len(one.token_ids) for one in drawn)
+                speed = tokens / (time.monotonic() - began)
+                progress.update(bar, advance=len(drawn), note=f"{speed:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,139 @@
+"""Training curves of one or several runs, from the tensorboard files that verl writes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from entropy_fork.report.figures import Drawing, axes, file_name
+from entropy_fork.verl.errors import EntropyForkError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: what is drawn, in this order: the tag that verl or the plugin logs, and what it is
+METRICS = {
+    "entropy_fork/kept_ratio": "kept share of the tokens",
+    "entropy_fork/threshold": "threshold τ (nats)",
+    "actor/entropy": "entropy of the policy (nats)",
+    "entropy_fork/entropy_kept": "entropy of kept tokens (nats)",
+    "entropy_fork/entropy_dropped": "entropy of dropped tokens (nats)",
+    "response_length/mean": "response length (tokens)",
+    "critic/score/mean": "reward in training",
+}
+
+#: the validation accuracy of a data set, averaged over the answers to a question
+_ACCURACY = re.compile(r"val-core/(.+)/acc/(mean@\d+)")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of a run: steps (int64) and values (float64), shape (points,), by step."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+Run = Mapping[str, Curve]
+
+
+def parse_run(text: str) -> tuple[str, Path]:
+    """``NAME=DIR``, or ``DIR``, which is then called as its folder."""
+    name, equals, folder = text.partition("=")
+    path = Path(folder if equals and "/" not in name else text)
+    return (name if equals and "/" not in name else path.absolute().name), path
+
+
+def read_run(folder: Path) -> Run:
+    """All scalars of a run. Where a step was taken more than once (a resumed run) the last time counts.
+
+    Raises:
+        EntropyForkError: no folder, no event files in it, those of several runs, or none of the metrics drawn here.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not folder.is_dir():
+        raise EntropyForkError(f"--run: there is no folder {folder}")
+    homes = sorted({file.parent for file in folder.rglob("events.out.tfevents.*")})
+    if len(homes) != 1:
+        found = f"those of {len(homes)} runs: " + ", ".join(map(str, homes[:5])) if homes else "none"
+        raise EntropyForkError(
+            f"--run {folder}: one run's tensorboard files are expected there, and there are {found}. verl writes them "
+            f"with trainer.logger=[console,tensorboard], into TENSORBOARD_DIR or tensorboard_log/PROJECT/EXPERIMENT"
+        )
+    events = EventAccumulator(str(homes[0]), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    run = {}
+    for tag in events.Tags()["scalars"]:
+        latest = {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)}
+        steps = np.array(sorted(latest), dtype=np.int64)
+        run[tag] = Curve(steps, np.array([latest[step] for step in steps.tolist()], dtype=np.float64))
+    if not any(title(tag) for tag in run):
+        raise EntropyForkError(
+            f"--run {folder}: no metric of a verl training run in it, such as {', '.join(list(METRICS)[2:6])}; it has "
+            f"{', '.join(sorted(run)[:8]) or 'no scalars'}"
+        )
+    return run
+
+
+def title(tag: str) -> str | None:
+    """What a tag is, for people; None where it is not drawn."""
+    if found := _ACCURACY.fullmatch(tag):
+        return f"accuracy on {found[1]} ({found[2]})"
+    return METRICS.get(tag)
+
+
+def tags(runs: Mapping[str, Run]) -> list[str]:
+    """The tags of any run that are drawn: accuracies, then the others in their order."""
+    found = {tag for run in runs.values() for tag in run}
+    return [*sorted(tag for tag in found if _ACCURACY.fullmatch(tag)), *(tag for tag in METRICS if tag in found)]
+
+
+def drawings(runs: Mapping[str, Run]) -> list[Drawing]:
+    """A figure per metric, with a line per run."""
+    return [
+        Drawing(file_name("curve", tag), f"{title(tag)}, by training step", partial(_draw, runs, tag))
+        for tag in tags(runs)
+    ]
+
+
+def _draw(runs: Mapping[str, Run], tag: str) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, plot = axes(title(tag) or tag)
+    for name, run in runs.items():
+        # An empty line where a run has no such metric keeps each run's colour the same in all figures.
+        curve = run.get(tag, Curve(np.array([]), np.array([])))
+        marker = "o" if curve.steps.size < 40 else ""
+        plot.plot(curve.steps, curve.values, marker=marker, markersize=3.5, label=_plain(name) if tag in run else None)
+    plot.set_xlabel("step")
+    plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    plot.ticklabel_format(axis="y", useOffset=False)
+    if len(runs) > 1:
+        plot.legend(fontsize=9)
+    return figure
+
+
+def _plain(name: str) -> str:
+    """matplotlib reads formulas between dollar signs, and hides labels that begin with an underscore."""
+    return "\u200b" * name.startswith("_") + name.replace("$", r"\$")
+
+
+def last_values(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]]:
+    """A table: of each metric and run the first value, the last one, and its step."""
+    rows = []
+    for tag in tags(runs):
+        cells = []
+        for run in runs.values():
+            if (curve := run.get(tag)) is None or not curve.steps.size:
+                cells.append("–")
+            else:
+                cells.append(f"{curve.values[0]:.4g} → {curve.values[-1]:.4g} (step {curve.steps[-1]})")
+        rows.append([title(tag) or tag, *cells])
+    return ["metric, first → last", *runs], rows

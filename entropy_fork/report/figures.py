@@ -1,0 +1,129 @@
+"""A matplotlib figure in the two styles of the page, and as files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entropy_fork.verl.errors import EntropyForkError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: after Okabe and Ito: told apart by those who see fewer colours as well
+_CYCLES = {
+    "light": ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#000000"],
+    "dark": ["#56b4e9", "#ff8c42", "#2fd6a3", "#f0a3cf", "#f0e442", "#8ab4ff", "#ffffff"],
+}
+_INK = {"light": "#1d2430", "dark": "#e6e9ef"}
+_PAPER = {"light": "#ffffff", "dark": "#14171c"}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page.
+
+    Attributes:
+        name: of its files, letters and hyphens.
+        caption: what one sees; also what is read out in its place.
+        draw: makes the figure; called once per style, since matplotlib takes colours when an artist is made.
+        both: its inks can be read on either ground, so it lies in the page once.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure]
+    both: bool = False
+
+    @cached_property
+    def light(self) -> bytes:
+        """SVG with dark ink on a transparent ground."""
+        return _saved(self, "light", "svg", transparent=True)
+
+    @cached_property
+    def dark(self) -> bytes:
+        """SVG with light ink on a transparent ground."""
+        return _saved(self, "dark", "svg", transparent=True)
+
+
+def style(name: str) -> dict[str, Any]:
+    """matplotlib's settings for ``light`` or ``dark``."""
+    from cycler import cycler
+
+    ink = _INK[name]
+    colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    return {
+        **dict.fromkeys(colours, ink),
+        "axes.prop_cycle": cycler(color=_CYCLES[name]),
+        "axes.facecolor": _PAPER[name],
+        "figure.facecolor": _PAPER[name],
+        "savefig.facecolor": _PAPER[name],
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": ink,
+        "grid.alpha": 0.15,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "font.size": 11,
+        "svg.hashsalt": "entropy-fork",  # the same figure is the same file
+    }
+
+
+def _saved(drawing: Drawing, name: str, kind: str, **options: Any) -> bytes:
+    import matplotlib
+
+    settings: Any = style(name)
+    with matplotlib.rc_context(settings):
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else None
+        drawing.draw().savefig(buffer, format=kind, metadata=metadata, **options)
+    return buffer.getvalue()
+
+
+def data_uri(svg: bytes) -> str:
+    """An image that lies in the page itself."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
+
+
+def write_files(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
+    """Each figure as SVG, as in the page, and as PNG.
+
+    Raises:
+        EntropyForkError: ``folder`` cannot be written to.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for drawing in drawings:
+            for kind, image in (("svg", drawing.light), ("png", _saved(drawing, "light", "png", dpi=150))):
+                file = folder / f"{drawing.name}.{kind}"
+                temporary = file.with_name(f".{file.name}")
+                temporary.write_bytes(image)
+                written.append(temporary.replace(file))
+    except OSError as error:
+        raise EntropyForkError(f"--figures {folder} cannot be written to: {error}") from error
+    return written
+
+
+def file_name(*words: str) -> str:
+    """A name for a figure's files out of whatever runs and metrics are called."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def axes(title: str, width: float = 5.2, height: float = 3.2) -> tuple[Figure, Any]:
+    """A figure with one plot, small enough to be read on a phone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(left=0.16, right=0.98, bottom=0.16, top=0.9)  # faster than a layout that is solved
+    plot = figure.subplots()
+    plot.set_title(title, loc="left", fontsize=12)
+    return figure, plot

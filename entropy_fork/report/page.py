@@ -1,0 +1,258 @@
+"""The HTML file: data, figures and tables into ``template.html``, with everything that it needs inside.
+
+The page runs one script, named by its hash in a Content-Security-Policy that allows nothing else and no connection.
+What a model wrote reaches it in two ways: through jinja2, which escapes it, and as JSON in a data block, in which
+``<``, ``>`` and ``&`` are written as escapes, so that no text can end the block. The script shows it as text nodes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entropy_fork import __version__
+from entropy_fork.analysis import plots
+from entropy_fork.analysis.compare import compare
+from entropy_fork.analysis.report_files import check_installed, comparison_tables, summary_tables
+from entropy_fork.analysis.summary import MIN_COUNT, NUM_TOKENS, summarise
+from entropy_fork.report import answers as packing
+from entropy_fork.report import curves, steps
+from entropy_fork.report.figures import Drawing, data_uri, file_name, write_files
+from entropy_fork.verl.errors import EntropyForkError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; ``long`` ones scroll in a box of their own."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    @property
+    def long(self) -> bool:
+        return len(self.rows) > 12
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what belongs under it."""
+
+    id: str
+    title: str
+    text: str = ""
+    drawings: list[Drawing] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What goes into a report.
+
+    Attributes:
+        output: the file to write.
+        tokens: folders of ``entropy_fork/analysis/table.py``.
+        runs: name and folder of tensorboard files of each training run.
+        compare: folders of the same tokens, measured with checkpoints in the order of training; none, or two and more.
+        top_ratio: ρ of the comparison.
+        min_count: how often a token must have been seen to be in the tables of highest and lowest mean entropy.
+        figures: a folder for the figures as SVG and PNG; None for none.
+        answers: at most so many of each folder can be looked at; all of them are in the figures.
+        title: of the page.
+    """
+
+    output: Path
+    tokens: Sequence[Path] = ()
+    runs: Sequence[tuple[str, Path]] = ()
+    compare: Sequence[Path] = ()
+    top_ratio: float = 0.2
+    min_count: int = MIN_COUNT
+    figures: Path | None = None
+    answers: int = 200
+    title: str = "Forking tokens"
+
+
+def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> Path:
+    """Make the report.
+
+    Args:
+        note: is told what is being done.
+
+    Returns:
+        The file.
+
+    Raises:
+        EntropyForkError: nothing to show, input that cannot be read, output that cannot be written; or a library is
+            missing.
+    """
+    if not settings.tokens and not settings.runs and not settings.compare:
+        raise EntropyForkError(
+            "nothing to report: give --tokens FOLDER (of 'entropy-fork analyze', or of a run with "
+            "entropy_fork.dump_every), --run NAME=DIR (a folder of tensorboard files) or --compare FOLDER twice"
+        )
+    check_installed()
+    if settings.runs and find_spec("tensorboard") is None:
+        raise EntropyForkError("tensorboard is not installed: pip install 'entropy-fork[analysis]'")
+    runs = {}
+    for name, (_, folder) in zip(_distinct([name for name, _ in settings.runs]), settings.runs, strict=True):
+        note(f"reading the curves of {name}")
+        runs[name] = curves.read_run(folder)
+    names = _distinct([folder.resolve().name for folder in settings.tokens])
+    folders = []
+    for name, folder in zip(names, settings.tokens, strict=True):
+        note(f"reading the tokens of {name}")
+        folders.append((name, packing.chosen_answers(folder, settings.answers)))
+    data = packing.packed_folders(folders) if folders else None
+    sections = []
+    slugs = _distinct([file_name(name) or "folder" for name in names])  # of files, and of places in the page
+    for name, slug, folder in zip(names, map(file_name, slugs), settings.tokens, strict=True):
+        note(f"going over the tokens of {name}")
+        suffix = "" if len(folders) == 1 else f": {name}"
+        sections += [_entropy_section(slug, folder, suffix, settings.min_count), *_steps_section(slug, folder, suffix)]
+    if settings.compare:
+        note("comparing checkpoints")
+        sections.append(_comparison_section(settings.compare, settings.top_ratio))
+    if runs:
+        sections.append(_curves_section(runs))
+    note("drawing")
+    page = render(settings.title, data, sections)
+    if settings.figures is not None:
+        write_files([drawing for section in sections for drawing in section.drawings], settings.figures)
+    _write_whole(settings.output, page)
+    return settings.output
+
+
+#: what the figures of ``analysis/plots.py`` show
+CAPTIONS = {
+    "entropy_histogram": "tokens by entropy, on a logarithmic scale",
+    "entropy_by_position": "mean entropy and share of forks along the answer",
+    "entropy_by_kind": "mean entropy by part of the answer, and by kind of text",
+    "words_highest": "tokens of highest mean entropy, the larger the higher",
+    "words_lowest": "tokens of lowest mean entropy, the larger the lower",
+    "overlap": "how many of a checkpoint's top positions are also the base's, and the final model's",
+    "entropy_change": "mean change of the entropy against the base, per 5% of the base's tokens",
+    "percentile_evolution": "percentiles of the entropy over the checkpoints",
+}
+
+
+def _entropy_section(slug: str, folder: Path, suffix: str, min_count: int) -> Section:
+    summary = summarise(folder, min_count)
+    tables = [Table(table.header, table.rows, title) for title, table in summary_tables(summary, NUM_TOKENS)]
+    return Section(f"entropy-{slug}", f"Entropy{suffix}", "", _drawings(plots.of_summary(summary), slug), tables)
+
+
+def _comparison_section(folders: Sequence[Path], top_ratio: float) -> Section:
+    comparison = compare(folders, top_ratio)
+    tables = [Table(table.header, table.rows, title) for title, table in comparison_tables(comparison)]
+    return Section("checkpoints", "Checkpoints", "", _drawings(plots.of_comparison(comparison), "checkpoints"), tables)
+
+
+def _drawings(figures: dict[str, Figure], slug: str) -> list[Drawing]:
+    """Figures of the analyses, at the size of the page's own: a legend must be readable on a phone."""
+    for figure in figures.values():
+        figure.set_size_inches(5.2, 3.2)
+    return [
+        Drawing(file_name(key, slug), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
+    ]
+
+
+def _same(figure: Figure) -> Figure:
+    return figure
+
+
+def _steps_section(slug: str, folder: Path, suffix: str) -> list[Section]:
+    found = steps.read_steps(folder)
+    if found is None:
+        return []
+    tables = []
+    if found.moved:
+        header = ["token", "seen early", "seen late", "kept early", "kept late"]
+        rows = [
+            [plots.shown(piece), f"{early:,}", f"{late:,}", f"{before:.1%}", f"{after:.1%}"]
+            for piece, early, late, before, after in found.moved
+        ]
+        tables.append(
+            Table(header, rows, "Tokens whose kept share changed most from the first half of the steps to the second")
+        )
+    text = f"{len(found.steps)} dumped steps, {found.steps[0]} to {found.steps[-1]}."
+    return [Section(f"steps-{slug}", f"Forks over training{suffix}", text, steps.drawings(slug, found), tables)]
+
+
+def _curves_section(runs: dict[str, curves.Run]) -> Section:
+    header, rows = curves.last_values(runs)
+    return Section("curves", "Training curves", "", curves.drawings(runs), [Table(header, rows)])
+
+
+def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section]) -> str:
+    """The page as text.
+
+    Args:
+        title: of the page.
+        data: of :func:`entropy_fork.report.answers.packed_folders`; None where there are no tokens.
+        sections: below the token view.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise EntropyForkError(f"the report needs {error.name}: pip install 'entropy-fork[analysis]'") from error
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    script, sheet = _part("page.js"), _part("page.css")
+    return environment.from_string(_part("template.html")).render(
+        title=title,
+        version=__version__,
+        sections=sections,
+        answers=None if data is None else len(data["answers"]),
+        data=None if data is None else _safe_json(data),
+        script=script,
+        sheet=sheet,
+        script_hash=_hash(script),
+        sheet_hash=_hash(sheet),
+        uri=data_uri,
+    )
+
+
+def _part(name: str) -> str:
+    return (files("entropy_fork.report") / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+def _safe_json(data: dict[str, Any]) -> str:
+    """JSON that can stand in a ``<script>`` block: nothing in it can end the block or begin a comment."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise EntropyForkError(f"{file} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names, with a number behind those that were there before."""
+    found: list[str] = []
+    for name in names:
+        same = sum(each == name or each.startswith(f"{name} (") for each in found)
+        found.append(f"{name} ({same + 1})" if same else name)
+    return found

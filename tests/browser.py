@@ -1,0 +1,65 @@
+"""A real headless browser. What it shows is tested as a reader sees it; without one these tests fail, not skip."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+#: no GPU and no sandbox in a container, and nothing that would look for a network by itself
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+def executable() -> str:
+    for name in NAMES:
+        if found := shutil.which(name):
+            return found
+    pytest.fail(
+        f"no browser to open the report in: none of {', '.join(NAMES)} is on the PATH. Debian and Ubuntu: "
+        f"'apt-get install chromium'; 'make test' does it by itself there.",
+        pytrace=False,
+    )
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=executable(), args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@dataclass
+class Heard:
+    """What a page said and asked for while it was open."""
+
+    console: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def listen(self, page: Any) -> None:
+        page.on("console", lambda message: self.console.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.console.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (self.console.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+
+def open_page(opened: Any, file: Path, **options: Any) -> tuple[Any, Heard]:
+    """Open a report in a context of its own and wait until it shows an answer."""
+    page = opened.new_context(**options).new_page()
+    heard = Heard()
+    heard.listen(page)
+    page.goto(file.as_uri())
+    page.wait_for_selector("html[data-ready]", timeout=20_000)
+    return page, heard
