@@ -49,7 +49,7 @@ browser:
 	fi; \
 	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
 	echo "installing chromium for the tests of the report"; \
-	$$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends chromium >/dev/null \
+	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null \
 		|| { echo "apt-get could not install chromium: put one of $(BROWSERS) on the PATH"; exit 1; }
 
 $(VENV)/.installed: pyproject.toml
