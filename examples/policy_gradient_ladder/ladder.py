@@ -110,7 +110,7 @@ def table(climbed: list[Climbed]) -> Table:
     for head in ("form", "Ψ_t", "accuracy before", "after"):
         shown.add_column(head)
     first_rung = climbed[0]
-    for head in ("|E[g]|², step 1", "Var[g], step 1", f"of {first_rung.rung.number}'s", "Var[g], mean", "kept", "s"):
+    for head in ("|E g|², step 1", "Var g, step 1", f"of {first_rung.rung.number}'s", "Var g, mean", "kept", "s"):
         shown.add_column(head, justify="right")
     for one in climbed:
         before, after = one.run.accuracies[0][1], one.run.accuracies[-1][1]
