@@ -167,14 +167,13 @@ def test_reinforce_refuses_what_is_not_on_policy(compose: Compose, overrides: li
 
 
 def test_the_launcher_asks_for_both(python: Callable[..., Any]) -> None:
-    line = ["-m", "verl.trainer.main_ppo", "+recipe=demo_cpu", "algorithm.adv_estimator=td_residual"]
     for overrides, message in (
-        ([], "critic.enable=True"),
+        (["algorithm.adv_estimator=td_residual"], "critic.enable=True"),
         (
-            ["critic.enable=true", "actor_rollout_ref.actor.policy_loss.loss_mode=reinforce"],
+            ["algorithm.adv_estimator=total_return", "actor_rollout_ref.actor.policy_loss.loss_mode=reinforce"],
             "ppo_mini_batch_size=16 (the train_batch_size, not 8)",
         ),
     ):
-        run = python(*line, *overrides)
+        run = python("-m", "verl.trainer.main_ppo", "+recipe=demo_cpu", *overrides)
         assert run.returncode != 0
         assert message in run.stderr, run.stderr[-2000:]

@@ -94,7 +94,7 @@ def total_return(rewards: Tensor, response_mask: Tensor, gamma: float = 1.0) -> 
 def trajectory_return(rewards: Tensor, response_mask: Tensor, gamma: float = 1.0) -> Tensor:
     """The discounted reward of each trajectory, float, shape (rows,)."""
     of_actions = Actions(response_mask).gather(rewards)
-    steps = torch.arange(rewards.shape[1], device=rewards.device)
+    steps = torch.arange(rewards.shape[1], device=rewards.device, dtype=rewards.dtype)
     return (of_actions * gamma**steps).sum(dim=1)
 
 

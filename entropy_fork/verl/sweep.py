@@ -282,17 +282,28 @@ def run(job: Job, grace_s: float) -> Outcome:
             is_interrupted = True
             code = _stop(process, grace_s)
         try:
-            end_processes(mark, grace_s)
+            _end(mark, grace_s, reader)
         except KeyboardInterrupt:
             is_interrupted = True
-            end_processes(mark, 0)
-        reader.join()
+            _end(mark, 0, reader)
     seconds = time.monotonic() - started
     if is_interrupted:
         return Outcome(job, INTERRUPTED, seconds, reader.metrics, "stopped by Ctrl-C or SIGTERM")
     if code != 0:
         return Outcome(job, FAILED, seconds, reader.metrics, _reason(code, reader))
     return Outcome(job, FINISHED, seconds, reader.metrics)
+
+
+def _end(mark: str, grace_s: float, reader: threading.Thread) -> None:
+    """End the job's processes, until none is left that could print.
+
+    One that is just being started has no environment yet by which it could be found, but it holds the job's output.
+    """
+    end_processes(mark, grace_s)
+    reader.join(1)
+    while reader.is_alive():
+        end_processes(mark, grace_s)
+        reader.join(1)
 
 
 def _stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
