@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -307,6 +308,23 @@ def test_a_process_that_a_job_left_behind_is_ended() -> None:
         other.kill()
         process.wait()
         other.wait()
+
+
+def test_a_process_that_was_just_being_started_is_found_by_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between fork and program a process has no environment to be found by, and it may print for ever."""
+    process = subprocess.Popen(["sleep", "300"], env={**os.environ, sweep.MARK: "mine"}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    reader = threading.Thread(target=process.stdout.read, daemon=True)
+    reader.start()
+    looks, marked = iter([[]]), sweep._marked
+    monkeypatch.setattr(sweep, "_marked", lambda mark: next(looks) if looks.__length_hint__() else marked(mark))
+    try:
+        sweep._end("mine", 0, reader)
+        assert process.wait(5) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 # ---------------------------------------------------------------- when it is chosen
