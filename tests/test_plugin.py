@@ -25,7 +25,8 @@ def test_whichever_module_comes_first_the_plugin_is_active(python: Python) -> No
     """cpu.md: a Ray actor unpickles one of our classes before verl; a half-imported module registered nothing."""
     script = """
 import importlib, os, sys
-import ray, torch, transformers  # what takes long and is not in question, once for all of them
+# what takes long and is not in question, once for all of them
+import accelerate, datasets, hydra, peft, ray, tensordict, torch, torch.distributed.fsdp, transfer_queue, transformers
 assert "verl" not in sys.modules
 for module in sys.argv[1:]:
     if os.fork():
