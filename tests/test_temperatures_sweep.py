@@ -236,7 +236,7 @@ def test_mistakes_are_named_before_anything_is_answered(command: Callable[..., R
         (["--threshold", "nan"], "the threshold is nan"),
         (["--threshold", "1", "--like", str(tokens)], "write one of them"),
         (["--like", str(tokens)], "its manifest has no threshold"),
-        (["--like", str(tmp_path / "nowhere")], "no folder "),
+        (["--like", str(tmp_path / "nowhere")], f"no folder {tmp_path / 'nowhere'}: name a folder that"),
         (["--temperature", "0"], "entropies need one above it"),
         (["--high", "0", "--fixed-low", "0"], "write --answers 1"),
         (["--fixed-high", "-2"], "T_high is -2.0"),
