@@ -57,11 +57,9 @@ $(VENV)/.installed: pyproject.toml
 	$(VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu]"
 	touch $@
 
-# In one go: pip looks at all of it once. What the demo needs is among it.
-$(VENV)/.installed-dev: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu,dev]"
-	touch $(VENV)/.installed $@
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --editable ".[cpu,dev]"
+	touch $@
 
 # The wheels of torchvision, torchaudio and torchcodec that vLLM pulls in do not fit a CPU build of torch, and importing
 # vLLM fails while they are there. It does not need them for text.
