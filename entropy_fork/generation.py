@@ -42,6 +42,7 @@ class Request:
 
     @property
     def decoding(self) -> Decoding:
+        """How the tokens of this answer are drawn."""
         return Decoding(self.seed, self.temperature, self.top_p, self.top_k, self.two_temperatures)
 
 

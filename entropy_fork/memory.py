@@ -79,6 +79,7 @@ class Layout:
 
     @property
     def data_parallel(self) -> int:
+        """Data-parallel ranks."""
         return max(1, self.world // (self.sequence * self.tensor * self.pipeline))
 
 
@@ -119,6 +120,7 @@ class States:
 
     @property
     def total(self) -> int:
+        """Bytes of all of them."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -293,6 +295,7 @@ class Phase:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
@@ -306,6 +309,9 @@ def update_phase(
     logits are gone when the first layer's turn comes.
 
     Args:
+        model: its sizes.
+        layout: how it is spread over accelerators.
+        head: how the logits are computed.
         tokens: of the fullest micro-batch on one accelerator.
         head_tokens: how many of them go through the LM head; all by default.
         asleep: what the rollout engine still holds, bytes.

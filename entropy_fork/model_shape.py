@@ -31,6 +31,7 @@ class Parameter:
 
     @property
     def count(self) -> int:
+        """Its elements."""
         return math.prod(self.shape)
 
 
@@ -65,6 +66,7 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
+        """Elements of all parameters."""
         return sum(parameter.count for parameter in self.parameters)
 
     @property
@@ -78,6 +80,7 @@ class ModelShape:
 
     @property
     def num_head_parameters(self) -> int:
+        """Elements of the LM head, also where it is tied to the embedding."""
         return self.vocab * self.hidden
 
     def lora_parameters(self, rank: int) -> tuple[Parameter, ...]:

@@ -64,6 +64,7 @@ class Plan:
 
     @property
     def errors(self) -> list[Problem]:
+        """The problems that would stop the run."""
         return [problem for problem in self.problems if problem.fatal]
 
     def to_json(self) -> dict[str, Any]:

@@ -361,10 +361,12 @@ def _data(config: DictConfig, layout: Layout, model: ModelShape | None) -> Itera
 
 
 def needs_reference(config: DictConfig) -> bool:
+    """Whether a run computes log-probs of a reference policy."""
     return bool(config.algorithm.get("use_kl_in_reward", False) or config.actor_rollout_ref.actor.use_kl_loss)
 
 
 def accelerators_per_engine(rollout: DictConfig) -> int:
+    """Accelerators that one rollout engine spans."""
     return rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
 
 

@@ -164,14 +164,16 @@ def compute_score(
     """verl's reward function. May be called by any number of threads.
 
     Args:
-        data_source, extra_info: of the data row; not looked at.
+        data_source: of the data row; not looked at.
         solution_str: the decoded answer.
         ground_truth: ``reward_model.ground_truth`` of the data row: an expression, or a list of which any is right.
+        extra_info: of the data row; not looked at.
         timeout: processor seconds for one comparison by math-verify (by the clock at most four times as much).
         memory_mib: address space in MiB of a process that compares.
         processes: how many such processes this reward worker may have.
         max_characters: longer answers are wrong without being parsed.
-        reward_router_address, reward_model_tokenizer: given by verl where a reward model runs too; not looked at.
+        reward_router_address: given by verl where a reward model runs too; not looked at.
+        reward_model_tokenizer: the same.
 
     Returns:
         The same keys for every answer, as verl requires, 0.0 or 1.0 each: ``score`` and ``acc``, whether it is right;

@@ -104,6 +104,7 @@ class TwoTemperaturesProcessor(LogitsProcessor):
         parse(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
+        """No: where T' is 0 the likeliest token is taken, whatever else was to be drawn."""
         return False
 
     def update_state(self, batch_update: Any) -> None:

@@ -22,6 +22,9 @@ def order_statistics(values: Callable[[], Iterable[np.ndarray]], ranks: Sequence
 
     Returns:
         float32 of shape (ranks,). Zeros are equal whatever their sign.
+
+    Raises:
+        ValueError: a rank that is not below the number of values.
     """
     wanted = np.asarray(ranks, dtype=np.int64)
     upper = np.zeros(_HALF, dtype=np.int64)

@@ -51,6 +51,9 @@ class Settings:
         dtype: of the weights when measuring; ``auto`` is what they are stored in.
         batch_tokens: of one forward pass.
         merged: where the Hugging Face folder of a sharded checkpoint is kept; None removes it at the end.
+
+    Raises:
+        EntropyForkError: values that have no meaning, or not one source of texts.
     """
 
     model: Path

@@ -44,9 +44,11 @@ class Drawn:
 
     @property
     def key(self) -> tuple[int, int]:
+        """Question and number of the answer: what an :class:`AnswerStore` finds it by."""
         return self.question, self.sample
 
     def without_content(self) -> Drawn:
+        """The same without its token ids, as an :class:`AnswerStore` keeps it in memory."""
         return replace(self, prompt_ids=[], token_ids=[])
 
 
@@ -71,6 +73,7 @@ class Prompts:
         self.template = evaluation.read_template(settings.chat_template)
 
     def identity(self) -> dict[str, Any]:
+        """What must be the same for a folder to be gone on with."""
         drawn = evaluation.identity_of(self.settings, self.checkpoint, self.engine, self.questions, self.template)
         return drawn | {"answers": self.settings.answers}
 
@@ -88,6 +91,7 @@ class Prompts:
             _draw(self, folder, console.quiet)
 
     def texts(self, tokenizer: Any, start: int) -> Iterator[Text]:
+        """The answers from number ``start`` on, questions first: as ``Source.texts``."""
         with self._store() as store:
             for number in range(start, len(self)):
                 sample, question = divmod(number, len(self.questions))
@@ -110,8 +114,10 @@ class Prompts:
 
 
 def _draw_elsewhere(prompts: Prompts, folder: Path, quiet: bool) -> None:
-    """A whole interpreter, not a worker of multiprocessing: one of those ends without the exit handlers that stop
-    vLLM's own processes, and waits for them for ever."""
+    """A whole interpreter, not a worker of multiprocessing.
+
+    One of those ends without the exit handlers that stop vLLM's own processes, and waits for them for ever.
+    """
     done = subprocess.run(
         [sys.executable, "-m", __name__], input=pickle.dumps((prompts, folder, quiet)), stdout=subprocess.PIPE
     )

@@ -62,7 +62,7 @@ def find_top(folder: Path, top_ratio: float) -> TopRatio:
 
 
 def top_masks(folder: Path, top: TopRatio) -> Iterator[tuple[int, np.ndarray]]:
-    """(part, bool mask of its tokens), part by part."""
+    """Part by part: its number, and what is kept of its tokens: bool, shape (tokens of the part,)."""
     rows_left = top.rows
     for number in parts(folder):
         position, entropy = read_columns(folder, number, "position", "entropy")

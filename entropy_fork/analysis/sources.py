@@ -107,12 +107,14 @@ class Rollouts:
         return digest.hexdigest(), count
 
     def identity(self) -> dict[str, Any]:
+        """What must be the same for a folder to be gone on with."""
         return {"rollouts": self._scanned[0]}
 
     def __len__(self) -> int:
         return self._scanned[1]
 
     def texts(self, tokenizer: Any, start: int) -> Iterator[Text]:
+        """The answers from number ``start`` on, in the order of steps and lines."""
         for number, (step, row) in enumerate(islice(self._rows(), start, None), start=start):
             prompt, response = (_tokenised(tokenizer, row[name]) for name in ("input", "output"))
             truth, score = row.get("gts"), row.get("score")
@@ -159,6 +161,7 @@ class Like:
         self.kind = self.manifest["source"]
 
     def identity(self) -> dict[str, Any]:
+        """What must be the same for a folder to be gone on with."""
         return {"like": digest(self.folder)} | ({"limit": self.limit} if self.limit else {})
 
     def __len__(self) -> int:
@@ -166,6 +169,7 @@ class Like:
         return min(count, self.limit) if self.limit else count
 
     def texts(self, tokenizer: Any, start: int) -> Iterator[Text]:
+        """The answers of the folder from number ``start`` on; an :class:`EntropyForkError` for another tokenizer's."""
         for there in islice(read_answers(self.folder), start, self.limit):
             if token_pieces(tokenizer, there.token_ids) != list(there.pieces):
                 raise EntropyForkError(

@@ -49,7 +49,11 @@ class Sums:
             setattr(self, name, there)
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """tokens, mean_entropy and fork_share at these indices; None where there is no token or no selection."""
+        """tokens, mean_entropy (nats) and fork_share at these indices; None where there is no token or no selection.
+
+        Args:
+            indices: int, shape (n,): positions, kinds, steps, …, of what was summed.
+        """
         found = []
         for index in indices:
             tokens = self.tokens[index] if index < len(self.tokens) else 0.0

@@ -49,6 +49,9 @@ class AnswerTokens:
         step: of a training run; None elsewhere.
         data_source, ground_truth, score, truncated: as in verl's data and rewards, None where unknown.
         prompt_ids: int32, shape (prompt tokens,): the prompt as the model read it; None where only its text is known.
+
+    Raises:
+        ValueError: columns of different length.
     """
 
     prompt: str
@@ -159,7 +162,10 @@ def read_part(folder: Path, number: int) -> list[AnswerTokens]:
 
 
 def read_columns(folder: Path, number: int, *names: str) -> list[np.ndarray]:
-    """Columns of one part's token table, without the others: a pass over millions of tokens costs what it reads."""
+    """Columns of one part's token table, each of shape (tokens of the part,).
+
+    Without the others: a pass over millions of tokens costs what it reads.
+    """
     table = _read(_file(folder, TOKENS, number), list(names))
     return [table.column(name).to_numpy() for name in names]
 
@@ -238,7 +244,7 @@ def token_pieces(tokenizer: Any, token_ids: Sequence[int] | np.ndarray) -> list[
 
     Args:
         tokenizer: of transformers, of any kind (byte-level, SentencePiece with byte fallback, WordPiece, …).
-        token_ids: of one answer.
+        token_ids: int, shape (tokens,): of one answer.
     """
     ids, place = np.unique(np.asarray(token_ids, dtype=np.int64), return_inverse=True)
     if not len(ids):

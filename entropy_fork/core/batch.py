@@ -78,6 +78,9 @@ def pool_of_rows(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = Non
         pool: one of :data:`POOLS`.
         mini_batch: int, shape (num_rows,): the mini-batch of each row.
         micro_batch: int, shape (num_rows,): its micro-batch, where that is known.
+
+    Raises:
+        ValueError: no such pool, or ``micro_batch`` without the micro-batches.
     """
     if pool == "response":
         return torch.arange(mini_batch.numel())
@@ -92,6 +95,11 @@ def pool_of_rows(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = Non
 
 def select_in_pools(rows: Rows, pool_of_row: Tensor, selector: Selector) -> tuple[Tensor, list[Pool]]:
     """Keep a share of each pool.
+
+    Args:
+        rows: the responses.
+        pool_of_row: int64, shape (num_rows,), see :func:`pool_of_rows`.
+        selector: what to keep of each pool.
 
     Returns:
         bool, shape (num_tokens,): what is kept; and each pool's counts and threshold.
@@ -116,7 +124,20 @@ def select_in_pools(rows: Rows, pool_of_row: Tensor, selector: Selector) -> tupl
 
 
 def weigh_mini_batches(rows: Rows, kept: Tensor, mini_batch: Tensor, rule: Rule) -> Tensor:
-    """Token weights, float32, shape (num_tokens,), of a selection; ``mini_batch`` as in :func:`pool_of_rows`."""
+    """The token weights of a selection: see :func:`~entropy_fork.core.weighting.token_weights`.
+
+    Args:
+        rows: the responses.
+        kept: bool, shape (num_tokens,), see :func:`select_in_pools`.
+        mini_batch: int, shape (num_rows,): the mini-batch of each row.
+        rule: its ``loss_agg_mode``, ``denominator`` and ``weight`` are used.
+
+    Returns:
+        float32, shape (num_tokens,).
+
+    Raises:
+        ValueError: a ``loss_agg_mode`` or a ``denominator`` that there is not.
+    """
     weights = torch.zeros(rows.entropy.numel(), dtype=torch.float32)
     for members, tokens in _groups(mini_batch, rows.lengths):
         part = token_weights(

@@ -40,7 +40,16 @@ def response_positions(offsets: Tensor, response_lengths: Tensor) -> Tensor:
 
 
 def padded_positions(positions: Tensor, offsets: Tensor, padded_length: int) -> Tensor:
-    """The same positions where every sequence is padded on its right to ``padded_length`` and rows lie in one line."""
+    """The same positions where every sequence is padded on its right and rows lie in one line.
+
+    Args:
+        positions: int64, shape (num_positions,), in the packed batch.
+        offsets: int64, shape (num_rows + 1,), as in :func:`response_positions`.
+        padded_length: of every row.
+
+    Returns:
+        int64, shape (num_positions,).
+    """
     rows = torch.searchsorted(offsets, positions, right=True) - 1
     return positions - offsets[rows] + rows * padded_length
 
@@ -55,8 +64,8 @@ def log_probs_and_entropy(
     16-bit logits and sums is a difference of two numbers around 20, which bfloat16 tells apart in steps of 0.125.)
 
     Args:
-        hidden: shape (num_rows, hidden_size).
-        weight: shape (vocabulary, hidden_size): the head's, which has no bias.
+        hidden: float, shape (num_rows, hidden_size): the last layer's output at these positions.
+        weight: same type, shape (vocabulary, hidden_size): the head's, which has no bias.
         labels: int64, shape (num_rows,): the token that followed.
         temperature: T, which logits are divided by.
         chunk: rows of logits at once.

@@ -20,7 +20,15 @@ def seed_of(*identity: Any) -> int:
 
 
 def uniform_numbers(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """One float64 in [0, 1) for each (seed, counter), both uint64: SplitMix64 (Steele et al., 2014) as a hash."""
+    """One number in [0, 1) for each (seed, counter): SplitMix64 (Steele et al., 2014) as a hash.
+
+    Args:
+        seeds: uint64, shape (n,).
+        counters: uint64, same shape.
+
+    Returns:
+        float64, same shape: the same numbers on every machine.
+    """
 
     def mix(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -33,14 +33,20 @@ class Ranks:
 
     @property
     def size(self) -> int:
+        """How many ranks there are; 1 for a process alone."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
+        """The number of this one, from 0 on."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, in their order, on the CPU; the first dimension may differ between ranks."""
+        """The tensors of all ranks, in their order, on the CPU. All ranks must call.
+
+        Args:
+            values: any type, shape (n, …); n may differ between ranks, and be 0, the rest may not.
+        """
         if self.size == 1:
             return [values.cpu()]
         values = values.to(self.device).contiguous()
@@ -55,13 +61,13 @@ class Ranks:
         return [part[: int(size)].cpu() for part, size in zip(parts, sizes, strict=True)]
 
     def sum_counts(self, counts: Counts) -> Counts:
-        """The counts of all ranks together."""
+        """The counts of all ranks together. All ranks must call."""
         parts = self.gather(torch.tensor([astuple(counts)], dtype=torch.float64))
         num_tokens, num_kept, entropy_kept = torch.cat(parts).sum(0).tolist()
         return Counts(int(num_tokens), int(num_kept), entropy_kept)
 
     def merge_tallies(self, tally: Tally) -> Tally:
-        """The tallies of all ranks as one."""
+        """The tallies of all ranks as one. All ranks must call."""
         parts = self.gather(torch.tensor([astuple(tally)], dtype=torch.float64))
         return Tally.merged(Tally(*part[0].tolist()) for part in parts)
 

@@ -42,7 +42,11 @@ class Actions:
         return (self.response_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
 
     def gather(self, rewards: Tensor) -> Tensor:
-        """The sum of what stands at each action and behind it, shape (rows, length): column k is the k-th action."""
+        """The sum of what stands at each action and behind it, shape (rows, length): column k is the k-th action.
+
+        Args:
+            rewards: float, shape (rows, length).
+        """
         return torch.zeros_like(rewards).scatter_add_(1, self._number, rewards)
 
     def pick(self, values: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ class Actions:
         return self.gather(values.masked_fill(~self.response_mask.bool(), 0.0))
 
     def spread(self, of_actions: Tensor) -> Tensor:
-        """The way back: each action's number at its position, 0 at every other position."""
+        """The way back, shape (rows, length): each action's number at its position, 0 at every other position."""
         return of_actions.gather(1, self._number) * self.response_mask
 
 
@@ -58,6 +62,13 @@ def discounted_sums(x: Tensor, gamma: float) -> Tensor:
     """``Σ_{k ≥ t} gamma^(k-t) x_k`` for each t, along the last dimension, without a loop over it.
 
     After the i-th pass each number holds the sum of its next 2^i ones.
+
+    Args:
+        x: float, shape (…, length).
+        gamma: the discount from one element to the next.
+
+    Returns:
+        Float, same shape.
     """
     if gamma == 1.0:
         return x.flip(-1).cumsum(-1).flip(-1)
@@ -92,7 +103,7 @@ def total_return(rewards: Tensor, response_mask: Tensor, gamma: float = 1.0) -> 
 
 
 def trajectory_return(rewards: Tensor, response_mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """The discounted reward of each trajectory, float, shape (rows,)."""
+    """The discounted reward of each trajectory, float, shape (rows,). Args as :func:`reward_to_go`."""
     of_actions = Actions(response_mask).gather(rewards)
     steps = torch.arange(rewards.shape[1], device=rewards.device, dtype=rewards.dtype)
     return (of_actions * gamma**steps).sum(dim=1)

@@ -27,6 +27,9 @@ class Decoding:
         temperature: T; 0 takes the likeliest token.
         top_p, top_k: nucleus and top-k truncation; 1.0 and -1 leave the distribution as it is.
         two_temperatures: instead of T, which then is what entropies are measured at, and above 0.
+
+    Raises:
+        ValueError: two temperatures, and T is 0.
     """
 
     seed: int

@@ -84,6 +84,9 @@ def kept_count(num_tokens: int, top_ratio: float) -> int:
 
     ρ is taken as the decimal that was written down, not as its binary neighbour: ``0.07 * 100`` is
     ``7.000000000000001`` in floating point, whose ceiling would be one token too many.
+
+    Raises:
+        ValueError: a ρ outside (0, 1].
     """
     if not 0.0 < top_ratio <= 1.0:
         raise ValueError(f"top_ratio must be in (0, 1], got {top_ratio!r}; 0.2 keeps the top 20%, 1.0 keeps everything")

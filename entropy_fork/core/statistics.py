@@ -65,7 +65,17 @@ class Tally:
         advantages: Tensor | None = None,
         kept_by_other: Tensor | None = None,
     ) -> Tally:
-        """Count a selection; all tensors are flat, shape (num_tokens,), but ``lengths`` of shape (num_rows,)."""
+        """Count a selection.
+
+        Args:
+            kept: bool, shape (num_tokens,), flat: what is trained on.
+            entropy: float, same shape, nats.
+            eligible: bool or int, same shape: the response mask.
+            lengths: int, shape (num_rows,): tokens per row.
+            pools: what the selection was made in.
+            advantages: float, same shape as ``kept``, where known.
+            kept_by_other: bool, same shape: another selection of the same tokens, to compare with.
+        """
         eligible = eligible.bool()
         entropy_kept = _sum(entropy, kept)
         has_token, has_kept = (count_per_row(mask, lengths) > 0 for mask in (eligible, kept))

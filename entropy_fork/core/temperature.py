@@ -65,7 +65,9 @@ def two_temperatures(entropy: Tensor, high: Tensor | float, low: Tensor | float,
 
     Args:
         entropy: H_t in nats, shape (rows,).
-        high, low, threshold: T_high, T_low and τ, numbers or of shape (rows,).
+        high: T_high, a number or of shape (rows,).
+        low: T_low, the same.
+        threshold: τ in nats, the same.
 
     Returns:
         Shape and type of ``entropy``.

@@ -40,7 +40,13 @@ class Counts:
 
     @classmethod
     def of(cls, kept: Tensor, eligible: Tensor, entropy: Tensor | None = None) -> Counts:
-        """Count the tokens given; ``entropy`` is needed for soft weights."""
+        """Count the tokens given.
+
+        Args:
+            kept: bool, shape (num_tokens,).
+            eligible: bool or int, same shape: the response mask.
+            entropy: float, same shape, nats; needed for soft weights only.
+        """
         entropy_kept = 0.0 if entropy is None else float(_not_negative(entropy)[kept].sum())
         return cls(int(torch.count_nonzero(eligible)), int(torch.count_nonzero(kept)), entropy_kept)
 

@@ -89,6 +89,10 @@ def prepare(
     The folder appears with one rename when everything in it is complete.
 
     Args:
+        source: the data set.
+        rows: its rows as they were read.
+        output: the folder that a folder of the source's name is made in.
+        console: where progress is shown.
         limit: at most so many rows, the first ones.
         overwrite: replace what an earlier call wrote there.
 

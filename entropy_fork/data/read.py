@@ -46,6 +46,7 @@ def from_hub(source: Source, revision: str) -> Rows:
     """Download a source, or take it from the local hub cache.
 
     Args:
+        source: the data set, with its place on the hub.
         revision: a branch, tag or commit.
 
     Raises:
@@ -78,6 +79,7 @@ def from_files(source: Source, path: Path) -> Rows:
     """Read local parquet, JSON lines or JSON files.
 
     Args:
+        source: the data set, with the names of its columns.
         path: a file, or a folder such as the download of a hub repository.
 
     Raises:
@@ -142,7 +144,9 @@ def text_columns(source: Source, place: str, table: pa.Table) -> pa.Table:
     """Bring a batch of a source's rows to the columns :data:`COLUMNS`.
 
     Args:
+        source: the data set.
         place: named in errors.
+        table: a batch of its rows, with the columns that they came with.
 
     Raises:
         EntropyForkError: the source's columns are not there, or of a type that holds no text.

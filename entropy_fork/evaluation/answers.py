@@ -62,9 +62,11 @@ class Record:
 
     @property
     def key(self) -> tuple[int, int]:
+        """Question and number of the answer: what an :class:`AnswerStore` finds it by."""
         return self.question, self.sample
 
     def without_content(self) -> Record:
+        """The same without its text, as an :class:`AnswerStore` keeps it in memory."""
         return replace(self, text="")
 
 
@@ -155,6 +157,7 @@ class AnswerStore(Generic[R]):
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file; everything added is in it already."""
         self._file.close()
 
     def __enter__(self) -> AnswerStore[R]:

@@ -34,6 +34,9 @@ class Sampling:
         max_tokens: tokens of an answer at most, its end token included.
         seed: of the whole evaluation.
         two_temperatures: instead of T, which then is what entropies are measured at, and above 0.
+
+    Raises:
+        EntropyForkError: a value that has no meaning.
     """
 
     temperature: float = 1.0
@@ -75,8 +78,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a job: token ids with the end token, whether the limit ended it, and with two temperatures how many
-    of its tokens were drawn above the threshold."""
+    """What came of a job.
+
+    Attributes:
+        job: what was asked for.
+        token_ids: with the end token.
+        truncated: whether the length limit ended it.
+        above: with two temperatures, how many of its tokens were drawn above the threshold.
+    """
 
     job: Job
     token_ids: list[int]
@@ -164,6 +173,7 @@ class TransformersEngine:
         self.sampling, self.end_ids, self.batch_size = sampling, end_ids, batch_size
 
     def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+        """Batch by batch; one of which a part is wanted is drawn as a whole."""
         from entropy_fork.generation import generate
 
         for batch in self._batches(jobs):
@@ -246,6 +256,7 @@ class VllmEngine:
         self.sampling, self.end_ids, self.parameters = sampling, list(end_ids), SamplingParams
 
     def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+        """Each answer as soon as vLLM has finished it."""
         sampling = self.sampling
         pair = sampling.two_temperatures
         two: dict[str, Any] = {} if pair is None else {"logprobs": 0, "extra_args": vllm_temperatures.extra_args(pair)}

@@ -29,6 +29,7 @@ class TextTable:
     rows: list[list[str]]
 
     def rich(self) -> Table:
+        """For a terminal."""
         table = Table()
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left", overflow="fold")
@@ -37,6 +38,7 @@ class TextTable:
         return table
 
     def markdown(self) -> str:
+        """For a file."""
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -52,7 +52,10 @@ class Settings:
         dtype: of the weights when answering; ``auto`` is what they are stored in.
         merged: where the Hugging Face folder of a sharded checkpoint is kept; None removes it at the end.
         batch_size: of the transformers engine.
-        tensor_parallel, vllm: of the vLLM engine, see :class:`VllmEngine`.
+        tensor_parallel, vllm: of the vLLM engine, see :class:`~entropy_fork.evaluation.engines.VllmEngine`.
+
+    Raises:
+        EntropyForkError: a value that has no meaning.
     """
 
     model: Path
@@ -92,6 +95,8 @@ def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened
     """Answer what has not been answered yet, and summarise.
 
     Args:
+        settings: what is evaluated, on what, how, and where to.
+        console: where progress is shown.
         opening: called in the place of :func:`open_engine`, when there is something to answer.
 
     Raises:
@@ -132,7 +137,11 @@ def identity_of(
 
 
 def read_template(chat_template: str | None) -> str | None:
-    """The Jinja text of a recipe's template or of a file, or the text itself; None is the tokenizer's own."""
+    """The Jinja text of a recipe's template or of a file, or the text itself; None is the tokenizer's own.
+
+    Raises:
+        EntropyForkError: it is none of these.
+    """
     if chat_template is None or "{" in chat_template:
         return chat_template
     if chat_template in preset_names("template"):
@@ -165,7 +174,11 @@ def prompts(tokenizer: Any, questions: Sequence[Question], template: str | None)
 
 
 def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
-    """The tokenizer's end token and those of the model's generation config."""
+    """The tokenizer's end token and those of the model's generation config.
+
+    Raises:
+        EntropyForkError: there is none.
+    """
     from transformers import GenerationConfig
 
     ids = [tokenizer.eos_token_id]

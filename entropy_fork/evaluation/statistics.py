@@ -52,6 +52,7 @@ class Summary:
     above: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
         return asdict(self)
 
 
@@ -91,8 +92,8 @@ def wilson_interval(
     Args:
         accuracy: in [0, 1].
         variance: of the accuracy, with the question as the unit.
-        questions, answers: how many there are; where all questions came out alike (variance 0), each counts as one
-            answer, and the effective number never exceeds that of the answers.
+        questions: how many there are. Where all came out alike (variance 0), each counts as one answer.
+        answers: how many there are to all of them; the effective number never exceeds it.
         confidence: nominal coverage.
     """
     binomial = accuracy * (1 - accuracy)

@@ -75,6 +75,7 @@ class Point:
 
     @property
     def value(self) -> float:
+        """The temperature that is varied, at this point."""
         return self.pair.high if self.varied == "high" else self.pair.low
 
     @property
@@ -113,6 +114,8 @@ def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]
 
     Args:
         settings: of all evaluations, but for their two temperatures; their folders are made in ``output``.
+        sweep: the temperatures.
+        console: where progress is shown.
 
     Raises:
         EntropyForkError: something that was asked for cannot be done; before any answer is drawn.

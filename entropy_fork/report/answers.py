@@ -130,11 +130,12 @@ class Vocabulary:
         self.number_of: dict[tuple[int, str], int] = {}
 
     def numbers(self, answer: AnswerTokens) -> np.ndarray:
-        """Number of each token of an answer, uint32."""
+        """Number of each token of an answer, uint32, shape (tokens,)."""
         pairs = zip(answer.token_ids.tolist(), answer.pieces, strict=True)
         return np.array([self.number_of.setdefault(pair, len(self.number_of)) for pair in pairs], dtype=np.uint32)
 
     def to_json(self) -> dict[str, list[Any]]:
+        """Ids and texts of its tokens, by number."""
         return {"ids": [number for number, _ in self.number_of], "pieces": [piece for _, piece in self.number_of]}
 
 
@@ -144,6 +145,11 @@ def pack(answer: AnswerTokens, numbers: np.ndarray, first: np.ndarray) -> str:
     uint32 little endian: number in the vocabulary; entropy and negative log-prob in :data:`UNIT`; rank + 1, 0 where it
     is not known. uint8: index of the first ρ that keeps the token; :data:`DROPPED`, :data:`SELECTED` or
     :data:`UNKNOWN`.
+
+    Args:
+        answer: its columns.
+        numbers: uint32, shape (tokens,), see :class:`Vocabulary`.
+        first: uint8, shape (tokens,), see :func:`pools_of`.
     """
     count = len(numbers)
     rank = np.zeros(count) if answer.rank is None else answer.rank.astype(np.int64) + 1

@@ -43,6 +43,7 @@ class Table:
 
     @property
     def long(self) -> bool:
+        """Whether the page lets it scroll in a box of its own."""
         return len(self.rows) > 12
 
 
@@ -88,6 +89,7 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
     """Make the report.
 
     Args:
+        settings: what goes into it, and where to.
         note: is told what is being done.
 
     Returns:
@@ -202,6 +204,9 @@ def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section])
         title: of the page.
         data: of :func:`entropy_fork.report.answers.packed_folders`; None where there are no tokens.
         sections: below the token view.
+
+    Raises:
+        EntropyForkError: jinja2 is not installed.
     """
     try:
         from jinja2 import Environment, StrictUndefined

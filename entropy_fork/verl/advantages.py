@@ -38,7 +38,7 @@ def total_return(token_level_rewards: Tensor, response_mask: Tensor, config: Any
 
 @register_adv_est("reward_to_go")
 def reward_to_go(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
-    """Form 2."""
+    """Form 2; shapes as :func:`total_return`."""
     to_go = returns.reward_to_go(token_level_rewards, response_mask, config.gamma)
     return to_go, to_go
 
@@ -55,7 +55,7 @@ def reward_to_go_baseline(
 def reward_to_go_leave_one_out(
     token_level_rewards: Tensor, response_mask: Tensor, config: Any, index: np.ndarray, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Form 3 with the mean of the other answers to the question."""
+    """Form 3 with the mean of the other answers to the question; shapes as :func:`reward_to_go_baseline`."""
     return _minus_baseline(token_level_rewards, response_mask, config.gamma, index, leave_one_out=True)
 
 
@@ -71,7 +71,7 @@ def _minus_baseline(
 
 @register_adv_est("q_value")
 def q_value(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
-    """Form 4, by the critic. Its targets are verl's for ``gae``: the λ-returns."""
+    """Form 4, by the critic; shapes as :func:`total_return`. Its targets are verl's for ``gae``: the λ-returns."""
     values = _critic_values("q_value")
     psi = returns.q_value(token_level_rewards, values, response_mask, config.gamma)
     return psi, _lambda_returns(token_level_rewards, values, response_mask, config)
@@ -79,7 +79,7 @@ def q_value(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_
 
 @register_adv_est("td_residual")
 def td_residual(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
-    """Form 6, by the critic. Its targets are verl's for ``gae``: the λ-returns."""
+    """Form 6, by the critic; shapes as :func:`total_return`. Its targets are verl's for ``gae``: the λ-returns."""
     values = _critic_values("td_residual")
     psi = returns.td_residual(token_level_rewards, values, response_mask, config.gamma)
     return psi, _lambda_returns(token_level_rewards, values, response_mask, config)

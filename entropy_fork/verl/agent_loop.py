@@ -35,6 +35,7 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
     """verl's single-turn agent loop, with a seed in the sampling parameters of each request."""
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
+        """verl's own, with the answer's seed added to ``sampling_params``."""
         seed = answer_seed(
             self.rollout_config.seed,
             int(kwargs["global_steps"]),

@@ -36,6 +36,7 @@ class RayCheckpointEngine(CheckpointEngine):
         self.outboxes: list[Queue] = []
 
     def prepare(self) -> Queue | None:
+        """Where this process receives weights: sent to all others by verl."""
         return self.inbox
 
     @classmethod
@@ -51,15 +52,20 @@ class RayCheckpointEngine(CheckpointEngine):
         )
 
     def init_process_group(self, outboxes: list[Queue]) -> None:
+        """Called before a sync, with what :meth:`build_topology` says for this process."""
         self.outboxes = outboxes
 
     def finalize(self) -> None:
+        """Called after a sync."""
         self.outboxes = []
 
     async def send_weights(
         self, weights: Generator[tuple[str, torch.Tensor], None, None], global_steps: int | None = None
     ) -> None:
-        """Send all weights. Whoever sends to nobody still asks for them: gathering a sharded one is a collective."""
+        """Send all weights, of any shape.
+
+        Whoever sends to nobody still asks for them: gathering a sharded one is a collective.
+        """
         if not self.outboxes:
             for _ in weights:
                 continue
@@ -74,7 +80,7 @@ class RayCheckpointEngine(CheckpointEngine):
             await outbox.put_async([reference])  # in a list, or the queue would be sent the bucket itself
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
-        """Yield the weights as they come, until the empty bucket that ends them."""
+        """Yield the weights as they come, of the shapes they were sent in, until the empty bucket that ends them."""
         assert self.inbox is not None
         while bucket := await (await self.inbox.get_async())[0]:
             for name, tensor in bucket:

@@ -391,6 +391,9 @@ def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:
     """Refuse what the token weights would not reach, or would not be exact in.
 
     The launcher asks before Ray starts, and the trainer once more, for those who start it in another way.
+
+    Raises:
+        EntropyForkError: what cannot be masked, with the way out.
     """
     actor = config.actor_rollout_ref.actor
     correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None)
@@ -436,7 +439,11 @@ def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:
 
 
 def check_dumpable(config: DictConfig) -> None:
-    """Refuse a dump of tokens where there would be none: in an all-token baseline, which is not checked for a mask."""
+    """Refuse a dump of tokens where there would be none: in an all-token baseline, which is not checked for a mask.
+
+    Raises:
+        EntropyForkError: a trainer or an option with which nothing would be dumped.
+    """
     node = read_node(config)
     if node is None or node.dump_every == 0:
         return

@@ -46,79 +46,103 @@ class PlatformCPU(PlatformBase):
 
     @property
     def device_name(self) -> str:
+        """``cpu``, for ``torch.device``."""
         return "cpu"
 
     @property
     def vendor_name(self) -> str:
+        """``cpu``: there is no vendor."""
         return "cpu"
 
     @property
     def device_module(self) -> ModuleType:
+        """``torch.cpu``."""
         return torch.cpu
 
     def is_available(self) -> bool:
+        """Always."""
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
+        """Never chosen by detection, only by VERL_PLATFORM."""
         return False  # never chosen by detection
 
     def current_device(self) -> Any:
+        """The one CPU."""
         # verl writes tensor.to(current_device()), and an index would mean a GPU there.
         return torch.device("cpu")
 
     def device_count(self) -> int:
+        """One."""
         return 1
 
     def set_device(self, device_index: int) -> None:
+        """Nothing to set."""
         return
 
     def synchronize(self, device_index: int | None = None) -> None:
+        """Nothing runs beside Python."""
         return
 
     def manual_seed(self, seed: int) -> None:
+        """Seed torch."""
         torch.manual_seed(seed)
 
     def manual_seed_all(self, seed: int) -> None:
+        """Seed torch."""
         torch.manual_seed(seed)
 
     def set_allocator_settings(self, settings: str) -> None:
+        """No allocator of ours."""
         return
 
     def empty_cache(self) -> None:
+        """No cache."""
         return
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
+        """None."""
         return None, None
 
     def communication_backend_name(self) -> str:
+        """``gloo``."""
         return "gloo"
 
     def visible_devices_envvar(self) -> str:
+        """The variable that Ray sets for its resource "GPU"."""
         return "CUDA_VISIBLE_DEVICES"  # what Ray sets for its resource "GPU"
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
+        """No profiler."""
         yield
 
     def profiler_start(self) -> None:
+        """No profiler."""
         return
 
     def profiler_stop(self) -> None:
+        """No profiler."""
         return
 
     def ray_resource_name(self) -> str:
+        """The resource that stands for a training process."""
         return RAY_RESOURCE
 
     def ray_noset_envvars(self) -> list[str]:
+        """The variable that keeps Ray from hiding devices."""
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
     def is_ipc_supported(self) -> bool:
+        """No."""
         return False
 
     def rollout_env_vars(self) -> dict[str, str]:
+        """For vLLM's CPU build: GiB of its key-value cache."""
         return {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
 
     def cudart(self) -> Any:
+        """None."""
         return None
 
 

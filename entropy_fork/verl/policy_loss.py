@@ -103,7 +103,9 @@ def kept_sums(
     is cut into more counts for less.
 
     Args:
-        old_log_prob, log_prob, advantages: float, shape (rows, response_length); nats for the first two.
+        old_log_prob: float, shape (rows, response_length), nats.
+        log_prob: the same, of the current policy.
+        advantages: float, same shape.
         kept: bool, same shape.
         config: verl's ``ActorConfig``, for its clip range.
 

@@ -77,6 +77,7 @@ def wait_until_free(address: str, before: Usage, accelerators: float, patience_s
     """Wait until what a job held is free again, and its named actors are gone.
 
     Args:
+        address: the cluster's.
         before: the cluster before that job.
         accelerators: how many the next job needs.
         patience_s: for how long, in seconds.

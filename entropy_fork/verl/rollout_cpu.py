@@ -35,7 +35,7 @@ async def in_buckets(
     weights: Generator[tuple[str, torch.Tensor], None, None] | AsyncGenerator[tuple[str, torch.Tensor], None],
     limit: int,
 ) -> AsyncGenerator[list[tuple[str, torch.Tensor]], None]:
-    """Weights by the bucket: at most ``limit`` bytes each, and at least one tensor."""
+    """Weights of any shape by the bucket: at most ``limit`` bytes each, and at least one tensor."""
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
     async for name, tensor in ensure_async_iterator(weights):
@@ -76,12 +76,17 @@ class TransformersServer:
         self._serving: asyncio.Task | None = None
 
     async def ready(self) -> bool:
+        """Answered when the model is loaded."""
         return True
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **media: Any
     ) -> TokenOutput:
-        """Token in, token out, as verl's LLMServerClient asks for it."""
+        """Token in, token out, as verl's LLMServerClient asks for it.
+
+        Raises:
+            EntropyForkError: images or audio; or no weights yet.
+        """
         if any(value is not None for value in media.values()):
             raise EntropyForkError("rollout.name=transformers answers text only; use rollout.name=vllm for media")
         if self.global_steps is None:
@@ -169,6 +174,7 @@ class TransformersServer:
             raise EntropyForkError(f"weight sync left out {sorted(self._not_yet_loaded)} in {process_name()}")
 
     async def set_global_steps(self, global_steps: int) -> None:
+        """The step that the weights are of, for the metadata of answers."""
         self.global_steps = global_steps
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
@@ -186,23 +192,42 @@ class TransformersServer:
         return {"aborted_count": len(aborted)}
 
     async def resume_generation(self) -> None:
+        """Take requests again."""
         self._aborting = self._rejecting = False
         self._open.set()
 
     # There is no device memory to free, no cache that outlives a batch, and no profiler.
-    async def wake_up(self, **_: Any) -> None: ...
-    async def sleep(self, **_: Any) -> None: ...
-    async def clear_kv_cache(self) -> None: ...
-    async def release_kv_cache(self) -> None: ...
-    async def resume_kv_cache(self) -> None: ...
-    async def start_profile(self, **_: Any) -> None: ...
-    async def stop_profile(self) -> None: ...
+    async def wake_up(self, **_: Any) -> None:
+        """Nothing to do."""
+
+    async def sleep(self, **_: Any) -> None:
+        """Nothing to do."""
+
+    async def clear_kv_cache(self) -> None:
+        """Nothing to do."""
+
+    async def release_kv_cache(self) -> None:
+        """Nothing to do."""
+
+    async def resume_kv_cache(self) -> None:
+        """Nothing to do."""
+
+    async def start_profile(self, **_: Any) -> None:
+        """Nothing to do."""
+
+    async def stop_profile(self) -> None:
+        """Nothing to do."""
 
 
 class TransformersReplica(RolloutReplica):
     """One server, beside a training worker or (``separate_async``) beside a worker that only receives weights."""
 
     async def launch_servers(self) -> None:
+        """Start the server beside its worker, as verl's replicas do.
+
+        Raises:
+            EntropyForkError: a replica was asked to be several processes.
+        """
         if self.world_size != 1:
             raise EntropyForkError(
                 "rollout.name=transformers has one process per replica: write "
@@ -235,9 +260,11 @@ class TransformersAdapter(BaseRollout):
         self.replica_rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
         self._server: Any = None
 
-    async def resume(self, tags: list[str]) -> None: ...
+    async def resume(self, tags: list[str]) -> None:
+        """Nothing to do."""
 
-    async def release(self) -> None: ...
+    async def release(self) -> None:
+        """Nothing to do."""
 
     async def update_weights(
         self,
@@ -247,9 +274,12 @@ class TransformersAdapter(BaseRollout):
         peft_config: Any = None,
         **_: Any,
     ) -> None:
-        """Send all weights to this rank's server, in buckets.
+        """Send all weights, of any shape, to this rank's server, in buckets.
 
         The generator is drained on every rank: gathering a sharded parameter is a collective.
+
+        Raises:
+            EntropyForkError: what comes is no whole weights.
         """
         if wire_format != "named_tensors" or peft_config is not None:
             raise EntropyForkError(

@@ -93,6 +93,15 @@ def log_probs_with_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, temp
 
     Up to :data:`ROWS_KEPT` rows as in its ordinary path (utils/torch_functional.py: logprobs_from_logits), which keeps
     the logits; more by its fused head (utils/experimental/torch_functional.py), which keeps none.
+
+    Args:
+        hidden: float, shape (num_rows, hidden_size).
+        weight: same type, shape (vocabulary, hidden_size).
+        labels: int64, shape (num_rows,).
+        temperature: T, which logits are divided by.
+
+    Returns:
+        Shape (num_rows,), nats.
     """
     if len(hidden) > ROWS_KEPT:
         from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -151,7 +160,7 @@ class SparseHead:
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, Tensor]:
-        """verl's; of a head that saw some rows, the same for all positions."""
+        """verl's, of verl's shapes; of a head that saw some rows, the same for all positions."""
         if HEAD not in output_args:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[misc]
         assert self._rows_of_head is not None

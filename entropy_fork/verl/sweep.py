@@ -255,6 +255,7 @@ def run(job: Job, grace_s: float) -> Outcome:
     Ctrl-C (or SIGTERM) is handed on to the job once; at a second one the job is killed.
 
     Args:
+        job: its command, environment and folder.
         grace_s: for how long, in seconds, a job may go on after Ctrl-C, and its other processes after its own end.
     """
     job.directory.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,7 @@ class TokenWeights:
         super().__init__(config)  # type: ignore[call-arg]
 
     def on_init_end(self) -> None:
+        """verl calls it when all workers are there: each must be able to select, before anything is sampled."""
         if self.entropy_fork is not None:
             actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
             strategy = actor.strategy if self.entropy_fork.in_worker(actor.shuffle) else None

@@ -20,6 +20,7 @@ def is_installed() -> bool:
 
 
 def register() -> None:
+    """Wrap both places: the version now, the layers when vLLM is imported. Called by ``platform_cpu.py``."""
     importlib.metadata.version = _answer_for_vllm(importlib.metadata.version)
     wrapt.register_post_import_hook(_keep_weights, "vllm.model_executor.layers.utils")
 

@@ -24,6 +24,11 @@ class EntropyForkSearchPath(SearchPathPlugin):
     """Adds ``recipes/`` (groups recipe, cluster, template, entropy_fork) in applications of verl."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Hydra's hook: append the recipes, in a process of verl's.
+
+        Raises:
+            SystemExit: one of them is asked for, and the plugin is not active.
+        """
         if "verl" not in sys.modules:
             return  # another Hydra application of this environment
         problem = _why_inactive()

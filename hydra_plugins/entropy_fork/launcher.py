@@ -67,12 +67,18 @@ class FreshProcessLauncher(Launcher):
         self.before: Usage | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's hook before :meth:`launch`."""
         from entropy_fork.verl.sweep import Places
 
         self.context, self.config = hydra_context, config
         self.places = Places()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs one after the other, each in a process of its own; a sweep may call this several times.
+
+        Raises:
+            SystemExit: 130, after Ctrl-C.
+        """
         from entropy_fork.verl import sweep
 
         setup_globals()
