@@ -16,7 +16,7 @@ from typing import Any
 
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.plugins.config_source import ObjectType
+from hydra.core.object_type import ObjectType
 from packaging.requirements import Requirement
 
 from entropy_fork import probe as probe_module

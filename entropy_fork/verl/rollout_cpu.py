@@ -73,7 +73,7 @@ class TransformersServer:
         self._aborting = False
         self._rejecting = False
         self._computing = asyncio.Lock()
-        self._serving: asyncio.Task | None = None
+        self._serving: asyncio.Task[None] | None = None
 
     async def ready(self) -> bool:
         """Answered when the model is loaded."""

@@ -78,12 +78,12 @@ class TokenWeights:
             self.token_dump.start()
         super().on_init_end()  # type: ignore[misc]
 
-    def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.entropy_fork is not None:
             batch.extra_info[HEAD] = self._head(RESPONSES)
         return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
 
-    def _compute_ref_log_prob(self, batch: Any, metrics: dict) -> Any:
+    def _compute_ref_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.entropy_fork is not None:
             batch.extra_info[HEAD] = self._head(RESPONSES)
         return super()._compute_ref_log_prob(batch, metrics)  # type: ignore[misc]
@@ -98,7 +98,7 @@ class TokenWeights:
             return EVERYWHERE
         return wanted
 
-    def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
         updates_actor = self.config.trainer.critic_warmup <= self.global_steps  # type: ignore[attr-defined]
         if self.entropy_fork is not None and updates_actor:
@@ -108,7 +108,7 @@ class TokenWeights:
             self.token_dump.write(batch, self.global_steps, self.tokenizer)  # type: ignore[attr-defined]
         return batch
 
-    def _update_actor(self, batch: Any, metrics: dict) -> Any:
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.entropy_fork is None:
             return super()._update_actor(batch, metrics)  # type: ignore[misc]
         config = self.config.actor_rollout_ref  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ class TokenWeights:
             metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
         return batch
 
-    def _write_token_weights(self, batch: Any, metrics: dict) -> Any:
+    def _write_token_weights(self, batch: Any, metrics: dict[str, Any]) -> Any:
         """Select in each pool, write ``rollout_is_weights``, and report what was kept.
 
         Where the selection is made in the worker, what is written is what that needs: who each row is.
