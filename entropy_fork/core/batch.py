@@ -16,7 +16,9 @@ from entropy_fork.core.selection import Selector, select_tokens
 from entropy_fork.core.statistics import Pool
 from entropy_fork.core.weighting import TOKEN_MEAN, token_weights
 
+#: of the policy at the start of the step, or at each gradient step
 ENTROPIES = ("old", "current")
+#: over what a share is taken, from the smallest to the largest
 POOLS = ("response", "micro_batch", "mini_batch", "batch")
 
 

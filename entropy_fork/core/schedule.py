@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+#: how ρ goes from its first value to its last
 SCHEDULES = ("constant", "linear", "cosine")
 
 

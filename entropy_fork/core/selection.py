@@ -19,7 +19,9 @@ from torch import Tensor
 
 from entropy_fork.core.randomness import uniform_numbers
 
+#: which tokens of a pool; see :class:`Selector`
 SELECTS = ("top", "bottom", "random", "band")
+#: exactly ⌈ρN⌉ tokens, or every token at τ
 TIES = ("exact", "threshold")
 
 

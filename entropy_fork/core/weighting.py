@@ -21,7 +21,9 @@ TOKEN_MEAN = "token-mean"
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
 TOKEN_SUMS = ("token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
+#: what the loss is a mean over
 DENOMINATORS = ("kept", "all")
+#: 1 for a kept token, or in proportion to its entropy
 WEIGHTS = ("hard", "soft")
 
 

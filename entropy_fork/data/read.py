@@ -24,6 +24,7 @@ BATCH_ROWS = 50_000
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 """How ``datasets`` reads a file, by its suffix."""
 
+#: what every source is brought to; ``unusable`` is the reason why a row cannot be used, or null
 COLUMNS = ("question", "answer", "id", "unusable")
 
 

@@ -143,8 +143,7 @@ def pack(answer: AnswerTokens, numbers: np.ndarray, first: np.ndarray) -> str:
     """An answer's columns behind one another (as ``page.js: unpack`` reads them), compressed, in base64.
 
     uint32 little endian: number in the vocabulary; entropy and negative log-prob in :data:`UNIT`; rank + 1, 0 where it
-    is not known. uint8: index of the first ρ that keeps the token; :data:`DROPPED`, :data:`SELECTED` or
-    :data:`UNKNOWN`.
+    is not known. uint8: index of the first ρ that keeps the token; ``DROPPED``, ``SELECTED`` or ``UNKNOWN``.
 
     Args:
         answer: its columns.

@@ -1,0 +1,160 @@
+"""What 'make docs' adds to MkDocs: pages from outside docs/, links as they stand on GitHub, the reference.
+
+MkDocs wants everything below one folder. Here README.md becomes the first page, CONTRIBUTING.md and the like pages of
+their own, each public module a page of the reference, and a link to any other file of the repository a link to a copy.
+A link to what does not exist is left as it is, and the build, which is strict, fails on it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from posixpath import normpath, relpath
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = "entropy_fork"
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/*/README.md")
+LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])|(?<= src=\")([^\":]+)(?=\")")
+FENCE = re.compile(r"^ *(```|~~~)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the modules behind the pages: core first, since it is what a reader starts with."""
+    assert config.nav is not None
+    rooms: dict[str, list[Any]] = {"core": []}
+    for module in modules():
+        path = module.split(".")[1:]
+        is_room = (REPOSITORY / module.replace(".", "/")).is_dir()
+        room = path[0] if path and (is_room or len(path) > 1) else PACKAGE
+        rooms.setdefault(room, []).append(reference_page(module) if is_room else {path[-1]: reference_page(module)})
+    rooms[PACKAGE] = rooms.pop(PACKAGE)  # last
+    config.nav.append({"Reference": [{room: pages} for room, pages in rooms.items()]})
+    config.watch.append(str(REPOSITORY / PACKAGE))
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what lies outside docs/."""
+    for path in sorted(path for pattern in PAGES for path in REPOSITORY.glob(pattern)):
+        place = path.relative_to(REPOSITORY).as_posix()
+        files.append(File.generated(config, site_place(place), abs_src_path=str(path)))
+    for module in modules():
+        files.append(File.generated(config, reference_page(module), content=f"::: {module}\n"))
+    for page in list(files.documentation_pages()):
+        for target in linked_files(page):
+            if files.get_file_from_path(site_place(target)) is None:
+                files.append(File.generated(config, site_place(target), abs_src_path=str(REPOSITORY / target)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links between files of the repository into links between pages of the site."""
+    source = repository_place(page.file.src_uri)
+    here = PurePosixPath(page.file.src_uri).parent.as_posix()
+
+    def in_site(match: re.Match[str]) -> str:
+        target = normpath((PurePosixPath(source).parent / match[0]).as_posix())
+        place = site_place(target)
+        return match[0] if files.get_file_from_path(place) is None else relpath(place, here)
+
+    return outside_code(markdown, in_site)
+
+
+def modules() -> list[str]:
+    """The public modules of the package, a room before what is in it."""
+    names = []
+    for file in sorted((REPOSITORY / PACKAGE).rglob("*.py"), key=lambda file: file.parts):
+        module = file.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        if not module.rpartition(".")[2].startswith("_"):
+            names.append(module)
+    return names
+
+
+def reference_page(module: str) -> str:
+    """Where the page of a module is."""
+    return f"reference/{module}.md"
+
+
+def site_place(place: str) -> str:
+    """Where a file of the repository is in the site."""
+    if place == "README.md":
+        return "index.md"
+    if place.endswith(".py") and place.startswith(f"{PACKAGE}/"):
+        return reference_page(place.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    return place.removeprefix("docs/")
+
+
+def repository_place(place: str) -> str:
+    """The file of the repository that a page of the site is made of."""
+    if place == "index.md":
+        return "README.md"
+    return place if (REPOSITORY / place).is_file() else f"docs/{place}"
+
+
+def linked_files(page: File) -> list[str]:
+    """The files of the repository, other than pages, that a page has links to."""
+    if page.src_uri.startswith("reference/"):
+        return []
+    found: list[str] = []
+    source = PurePosixPath(repository_place(page.src_uri))
+
+    def note(match: re.Match[str]) -> str:
+        found.append(normpath((source.parent / match[0]).as_posix()))
+        return match[0]
+
+    outside_code(page.content_string, note)
+    return [target for target in found if (REPOSITORY / target).is_file()]
+
+
+def outside_code(markdown: str, replace: Any) -> str:
+    """Apply ``replace`` to the links of a text that do not stand in a block of code."""
+    lines, fenced = [], False
+    for line in markdown.split("\n"):
+        fenced ^= bool(FENCE.match(line))
+        lines.append(line if fenced else LINK.sub(replace, line))
+    return "\n".join(lines)
+
+
+class Reference(griffe.Extension):
+    """What our docstrings have and Markdown has not: roles such as ``:func:``, and ``#:`` above a constant."""
+
+    ROLE = re.compile(r":(?:func|class|data|meth|mod|attr):`(~?)([\w.]+)`")
+
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
+        """Griffe's hook when everything has been read, so that a name can be looked up where it is used."""
+        self._rewrite(pkg)
+
+    def _rewrite(self, scope: griffe.Object) -> None:
+        for member in scope.members.values():
+            if isinstance(member, griffe.Attribute) and isinstance(scope, griffe.Module):
+                self._take_comment(member, scope)
+            if isinstance(member, griffe.Object):
+                self._rewrite(member)
+        if scope.docstring is not None:
+            text = self.ROLE.sub(lambda role: self._link(scope, role), scope.docstring.value)
+            # Markdown needs no sign that what is indented is literal.
+            scope.docstring.value = re.sub(r"(?m)(\S?) *::$", lambda end: end[1] and f"{end[1]}:", text)
+
+    def _take_comment(self, constant: griffe.Attribute, module: griffe.Module) -> None:
+        first = last = (constant.lineno or 1) - 1
+        while first > 0 and module.lines_collection[module.filepath][first - 1].startswith("#:"):
+            first -= 1
+        if first < last:
+            lines = module.lines_collection[module.filepath][first:last]
+            text = "\n".join(line.removeprefix("#:").strip() for line in lines)
+            constant.docstring = griffe.Docstring(text, lineno=first + 1, endlineno=last, parent=constant)
+
+    def _link(self, scope: griffe.Object, role: re.Match[str]) -> str:
+        short, name = role[1] == "~", role[2]
+        first, _, rest = name.partition(".")
+        try:
+            target = name if first == PACKAGE else scope.resolve(first) + (f".{rest}" if rest else "")
+        except griffe.NameResolutionError:
+            target = name  # of nothing that is ours: the strict build says so
+        return f"[`{name.rpartition('.')[2] if short else name}`][{target}]"
