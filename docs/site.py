@@ -32,7 +32,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         path = module.split(".")[1:]
         is_room = (REPOSITORY / module.replace(".", "/")).is_dir()
         room = path[0] if path and (is_room or len(path) > 1) else PACKAGE
-        rooms.setdefault(room, []).append(reference_page(module) if is_room else {path[-1]: reference_page(module)})
+        rooms.setdefault(room, []).append({module if is_room else path[-1]: reference_page(module)})
     rooms[PACKAGE] = rooms.pop(PACKAGE)  # last
     config.nav.append({"Reference": [{room: pages} for room, pages in rooms.items()]})
     config.watch.append(str(REPOSITORY / PACKAGE))
@@ -142,12 +142,13 @@ class Reference(griffe.Extension):
             scope.docstring.value = re.sub(r"(?m)(\S?) *::$", lambda end: end[1] and f"{end[1]}:", text)
 
     def _take_comment(self, constant: griffe.Attribute, module: griffe.Module) -> None:
+        assert isinstance(module.filepath, Path)
+        lines = module.lines_collection[module.filepath]
         first = last = (constant.lineno or 1) - 1
-        while first > 0 and module.lines_collection[module.filepath][first - 1].startswith("#:"):
+        while first > 0 and lines[first - 1].startswith("#:"):
             first -= 1
         if first < last:
-            lines = module.lines_collection[module.filepath][first:last]
-            text = "\n".join(line.removeprefix("#:").strip() for line in lines)
+            text = "\n".join(line.removeprefix("#:").strip() for line in lines[first:last])
             constant.docstring = griffe.Docstring(text, lineno=first + 1, endlineno=last, parent=constant)
 
     def _link(self, scope: griffe.Object, role: re.Match[str]) -> str:

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from itertools import islice, permutations
 from pathlib import Path
@@ -20,13 +21,16 @@ from hypothesis import strategies as st
 pytest.importorskip("math_verify")
 pytest.importorskip("typer")
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from entropy_fork.analysis.table import AnswerTokens, write_manifest, write_part
+
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "cpu_demo"
-MODULES = ("world", "rollouts", "build", "forks")
+MODULES = ("world", "rollouts", "build", "forks", "picture")
 
 
 def load_demo() -> SimpleNamespace:
@@ -47,7 +51,7 @@ def load_demo() -> SimpleNamespace:
 
 
 demo = load_demo()
-world, build, forks, rollouts = demo.world, demo.build, demo.forks, demo.rollouts
+world, build, forks, rollouts, picture = demo.world, demo.build, demo.forks, demo.rollouts, demo.picture
 
 QUIET = Console(quiet=True)
 SHORT = build.Settings(
@@ -280,3 +284,32 @@ def test_choices_land_on_the_tokens_that_make_them(built):
     rollout = rollouts.Rollout([], tokenizer.encode(text), text)
     labelled = forks.label_tokens(tokenizer, rollout, [0.0] * len(rollout.response_ids))
     assert [token.text for token in labelled if token.kind is not None] == ["First", " +5", " Then", " *3", " Last"]
+
+
+def test_the_picture_shows_the_weights_that_training_would_give(tmp_path: Path) -> None:
+    pieces = ["First", " <b>", "<|endoftext|>"]
+    entropies = [[0.1, 0.9, 0.0], [0.2, 0.8, 0.3]]  # the top third of six tokens: one of each answer
+    answers = [
+        AnswerTokens(
+            prompt="User:\n1 < 2?\nAssistant:\n",
+            text="First <b>",
+            token_ids=np.array([1, 2, 3], dtype=np.int32),
+            pieces=pieces,
+            entropy=np.array(row, dtype=np.float32),
+            log_prob=np.zeros(3, dtype=np.float32),
+            selected=np.array([False, True, False]),
+            answer=number,
+            score=1.0 - number,
+        )
+        for number, row in enumerate(entropies)
+    ]
+    write_part(tmp_path / "tokens", 0, answers)
+    write_manifest(tmp_path / "tokens", {"top_ratio": 1 / 3, "threshold": 0.8})
+    picture.main(tmp_path / "tokens", (0, 1), tmp_path / "two.svg")
+    svg = "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in ElementTree.parse(tmp_path / "two.svg").iter(f"{svg}text")]
+    assert texts[:2] == ["question", "1 < 2?"]
+    for verdict in ("right, reward 1", "wrong, reward 0"):
+        start = texts.index(verdict) + 2
+        assert texts[start : start + 6] == ["First", "0", "<b>", "3", "end", "0"]
+    assert "= 2, whose entropy is at least τ = 0.800." in str(texts[-1])

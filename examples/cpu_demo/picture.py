@@ -55,7 +55,7 @@ def answer_of(answer: AnswerTokens, weights: np.ndarray, threshold: float, top: 
             f'<text class="{style}" x="{x + 3:.1f}" y="{base + 22}" textLength="{letters:.1f}" '
             f'lengthAdjust="spacingAndGlyphs">{escape(text)}</text>',
             f'<text class="middle {"hot bold" if weight else "faint"}" x="{middle:.1f}" y="{base + 47}">'
-            f"{weight:.0f}</text>",
+            f"{weight:.2g}</text>",
         ]
         x += width + GAP
     return [
