@@ -111,7 +111,7 @@ def select_tokens(
     row_order: Tensor | None = None,
     row_seeds: Tensor | None = None,
 ) -> Selection:
-    """Keep a share of the tokens of one pool.
+    """Keep a share of the tokens of one pool: the indicator in the paper's Eq. 6.
 
     Linear in the number of tokens and without a limit on it (``torch.quantile`` refuses more than 2^24).
 
