@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "entropy_fork"
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/*/README.md")
+PAGES = ("*.md", "examples/*/README.md")
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])|(?<= src=\")([^\":]+)(?=\")")
 FENCE = re.compile(r"^ *(```|~~~)")
 
@@ -87,6 +87,8 @@ def site_place(place: str) -> str:
         return "index.md"
     if place.endswith(".py") and place.startswith(f"{PACKAGE}/"):
         return reference_page(place.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    if place.endswith(".md") and "/" not in place:
+        return f"project/{place}"  # SECURITY.md is another page than docs/security.md
     return place.removeprefix("docs/")
 
 
@@ -94,6 +96,8 @@ def repository_place(place: str) -> str:
     """The file of the repository that a page of the site is made of."""
     if place == "index.md":
         return "README.md"
+    if place.startswith("project/"):
+        return place.removeprefix("project/")
     return place if (REPOSITORY / place).is_file() else f"docs/{place}"
 
 
