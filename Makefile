@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder test lint browser clean-demo clean
+.PHONY: demo smoke ladder experiment test lint browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
@@ -29,6 +29,10 @@ smoke: $(VENV)/.installed
 # The seven forms of the policy gradient, from REINFORCE to forking tokens, one run each.
 ladder: $(VENV)/.installed-dev
 	$(VENV)/bin/python examples/policy_gradient_ladder/ladder.py --seed $(SEED)
+
+# Six choices of tokens, three seeds each: an hour on two quiet cores. What was interrupted goes on with the next run.
+experiment: $(VENV)/.installed-dev
+	$(VENV)/bin/python examples/experiment/experiment.py
 
 # First what shares the cores well, file by file; then the real runs of main_ppo, one at a time.
 test: $(VENV)/.installed-dev lint browser

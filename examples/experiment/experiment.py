@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -175,28 +176,22 @@ def with_spread(mean: float, spread: float, digits: int, sign: str = "") -> str:
 
 
 def table(rows: list[dict[str, Any]], steps: int) -> Table:
-    shown = Table(title=f"After {steps} steps: mean ± standard deviation over the seeds")
-    shown.add_column("tokens")
-    for head in (
-        "seeds",
-        "accuracy before",
-        "after",
-        "minus 'all', same seed",
-        "entropy",
-        "length",
-        "kept",
-        "s per run",
-    ):
-        shown.add_column(head, justify="right")
+    before = statistics.fmean(row["accuracy_before"] for row in rows)
+    shown = Table(
+        title=f"Accuracy (%) after {steps} steps, from {100 * before:.1f}: mean ± standard deviation over the seeds",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    shown.add_column("tokens", no_wrap=True)
+    for head in ("seeds", "accuracy", "minus all's", "entropy", "length", "kept"):
+        shown.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
-            *(row["arm"], str(row["seeds"]), f"{row['accuracy_before']:.1%}"),
-            with_spread(100 * row["accuracy"], 100 * row["accuracy_sd"], 1),
+            *(row["arm"], str(row["seeds"]), with_spread(100 * row["accuracy"], 100 * row["accuracy_sd"], 1)),
             "" if row["arm"] == "all" else with_spread(100 * row["minus_all"], 100 * row["minus_all_sd"], 1, "+"),
             with_spread(row["entropy"], row["entropy_sd"], 3),
             with_spread(row["response_length"], row["response_length_sd"], 1),
-            f"{row['kept_ratio']:.4f}",
-            f"{row['seconds']:.0f}",
+            f"{row['kept_ratio']:.3f}",
         )
     return shown
 
