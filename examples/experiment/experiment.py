@@ -180,7 +180,7 @@ def table(rows: list[dict[str, Any]], steps: int) -> Table:
     shown = Table(
         title=f"Accuracy (%) after {steps} steps, from {100 * before:.1f}: mean ± standard deviation over the seeds",
         box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        padding=(0, 0, 0, 1),
     )
     shown.add_column("tokens", no_wrap=True)
     for head in ("seeds", "accuracy", "minus all's", "entropy", "length", "kept"):
