@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder test lint docs browser clean-demo clean
+.PHONY: demo smoke ladder experiment test lint browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
@@ -30,8 +30,12 @@ smoke: $(VENV)/.installed
 ladder: $(VENV)/.installed-dev
 	$(VENV)/bin/python examples/policy_gradient_ladder/ladder.py --seed $(SEED)
 
+# Six choices of tokens, three seeds each: an hour on two quiet cores. What was interrupted goes on with the next run.
+experiment: $(VENV)/.installed-dev
+	$(VENV)/bin/python examples/experiment/experiment.py
+
 # First what shares the cores well, file by file; then the real runs of main_ppo, one at a time.
-test: $(VENV)/.installed-dev lint docs browser
+test: $(VENV)/.installed-dev lint browser
 	$(VENV)/bin/python -m pytest -m "not e2e" --numprocesses 2 --dist loadfile
 	$(VENV)/bin/python -m pytest -m e2e
 
@@ -41,8 +45,14 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 
 # The documentation as a site, with a reference from the docstrings: build/docs/index.html. Fails at the first warning.
-docs: $(VENV)/.installed-dev
+.PHONY: docs
+test: docs
+docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs --quiet build
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --editable ".[cpu,docs]"
+	touch $@
 
 # The tests of the report open it in a real headless browser.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable

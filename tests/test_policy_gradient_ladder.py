@@ -68,7 +68,11 @@ def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
     for number, variance in ((1, 4.0), (7, 1.0)):
         output = tmp_path / str(number)
         output.mkdir()
-        metrics = {0: {ladder.ACCURACY: 0.25}, 1: {"actor/entropy": 0.5}, 2: {ladder.ACCURACY: 0.5}}
+        metrics = {
+            0: {"val-core/cpu_demo/acc/mean@1": 0.25},
+            1: {"actor/entropy": 0.5},
+            2: {"val-core/cpu_demo/acc/mean@1": 0.5},
+        }
         if number == 7:
             metrics[1]["entropy_fork/kept_ratio"] = 0.2
         ladder.Run(metrics, 30.0, 60.0).save(output / "metrics.json")
@@ -76,7 +80,7 @@ def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
         (output / "gradients.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     console = Console(width=200)
     rungs = [rung for rung in ladder.RUNGS if rung.number in (1, 7)]
-    climbed = [ladder.climb(rung, tmp_path, tmp_path, 2, 1, [], console) for rung in rungs]
+    climbed = [ladder.climb(rung, tmp_path, tmp_path, 2, 1, [], ladder.progress_bar(console)) for rung in rungs]
     with console.capture() as captured:
         console.print(ladder.table(climbed))
     rows = [line for line in captured.get().splitlines() if "50.0%" in line]

@@ -26,7 +26,7 @@ from rich.table import Table
 
 STEP = re.compile(r"step:(\d+) - (.*)")
 NUMBER = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?|nan|inf)\)?(?: - |\s*$)")
-ACCURACY = "val-core/cpu_demo/acc/mean@1"
+ACCURACY = "val-core/cpu_demo/acc/mean@"  # and the number of answers to each question
 PHASES = {
     "generation and reward": "timing_s/gen",
     "old log-probs, entropies": "timing_s/old_log_prob",
@@ -61,7 +61,9 @@ class Run:
 
     @property
     def accuracies(self) -> list[tuple[int, float]]:
-        return [(step, values[ACCURACY]) for step, values in sorted(self.metrics.items()) if ACCURACY in values]
+        """Step and accuracy of each validation."""
+        found = ((step, accuracy_of(values)) for step, values in sorted(self.metrics.items()))
+        return [(step, accuracy) for step, accuracy in found if accuracy is not None]
 
     def mean(self, metric: str, skip_first: bool = False) -> float:
         """The mean of a metric over the training steps (the first one pays for what is done once)."""
@@ -140,13 +142,10 @@ def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, 
         raise typer.Exit(process.returncode)
 
 
-def train(
-    arguments: list[str], output: Path, steps: int, console: Console, more_environment: Mapping[str, str] | None = None
-) -> Run:
-    """Train, with a line of metrics per step above a progress bar."""
-    run, began = Run(), time.monotonic()
-    progress = Progress(
-        TextColumn("training"),
+def progress_bar(console: Console) -> Progress:
+    """What :func:`train` puts its steps on."""
+    return Progress(
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
@@ -154,24 +153,39 @@ def train(
         TimeRemainingColumn(),
         console=console,
     )
-    with progress:
-        task = progress.add_task("training", total=steps, note="starting Ray and the workers")
-        for line in lines_of(arguments, output, more_environment or {}):
-            if not (found := STEP.search(line)):
-                continue
-            step = int(found[1])
-            values = {name: float(value) for name, value in NUMBER.findall(found[2])}
-            run.metrics.setdefault(step, {}).update(values)
-            if step == 1:
-                run.seconds_to_first_step = time.monotonic() - began
-            console.print(f"step {step:3d}  {one_line(values)}", highlight=False, soft_wrap=True)
-            progress.update(task, completed=step, note="")
+
+
+def train(
+    arguments: list[str],
+    output: Path,
+    steps: int,
+    progress: Progress,
+    more_environment: Mapping[str, str] | None = None,
+) -> Run:
+    """Train, with a line of metrics per step above a bar of its own, which goes when the run has ended."""
+    run, began = Run(), time.monotonic()
+    task = progress.add_task("training", total=steps, note="starting Ray and the workers")
+    for line in lines_of(arguments, output, more_environment or {}):
+        if not (found := STEP.search(line)):
+            continue
+        step = int(found[1])
+        values = {name: float(value) for name, value in NUMBER.findall(found[2])}
+        run.metrics.setdefault(step, {}).update(values)
+        if step == 1:
+            run.seconds_to_first_step = time.monotonic() - began
+        progress.console.print(f"step {step:3d}  {one_line(values)}", highlight=False, soft_wrap=True)
+        progress.update(task, completed=step, note="")
+    progress.remove_task(task)
     return run
+
+
+def accuracy_of(values: dict[str, float]) -> float | None:
+    """The held-out accuracy among a step's metrics, where the step was validated."""
+    return next((value for name, value in values.items() if name.startswith(ACCURACY)), None)
 
 
 def one_line(values: dict[str, float]) -> str:
     shown = {
-        "accuracy": ACCURACY,
         "reward": "critic/score/mean",
         "kept": "entropy_fork/kept_ratio",
         "τ": "entropy_fork/threshold",
@@ -179,7 +193,8 @@ def one_line(values: dict[str, float]) -> str:
         "tokens": "response_length/mean",
         "seconds": "timing_s/step",
     }
-    return "  ".join(f"{label} {values[name]:.3f}" for label, name in shown.items() if name in values)
+    numbers = {"accuracy": accuracy_of(values)} | {label: values.get(name) for label, name in shown.items()}
+    return "  ".join(f"{label} {number:.3f}" for label, number in numbers.items() if number is not None)
 
 
 def show(run: Run, output: Path, preset: str, console: Console) -> None:
@@ -241,7 +256,8 @@ def main(
         show(Run.load(finished), output, preset, console)
         return
     output.mkdir(parents=True, exist_ok=True)
-    run = train(arguments, output, steps, console)
+    with progress_bar(console) as progress:
+        run = train(arguments, output, steps, progress)
     run.seconds = time.monotonic() - began
     run.save(finished)
     show(run, output, preset, console)

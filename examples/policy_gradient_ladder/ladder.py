@@ -19,11 +19,12 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "cpu_demo"))
-from run import ACCURACY, Run, train  # noqa: E402
+from run import Run, accuracy_of, progress_bar, train  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class Climbed:
         return [line["variance"] for line in self.gradients]
 
 
-def climb(rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: list[str], console: Console) -> Climbed:
+def climb(
+    rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: list[str], progress: Progress
+) -> Climbed:
     """One run, or what is left of it where it was run before."""
     output = folder / f"{rung.number}"
     finished, gradients = output / "metrics.json", output / "gradients.jsonl"
@@ -93,7 +96,7 @@ def climb(rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: l
             ],
             output,
             steps,
-            console,
+            progress,
             {
                 "VERL_USE_EXTERNAL_MODULES": "gradient_variance",
                 "PYTHONPATH": str(HERE),
@@ -136,7 +139,7 @@ def write_csv(climbed: list[Climbed], file: Path) -> None:
                     "form": one.rung.number,
                     "name": one.rung.name,
                     "step": step,
-                    "accuracy": metrics.get(ACCURACY, ""),
+                    "accuracy": accuracy_of(metrics),
                     "reward": metrics.get("critic/score/mean", ""),
                     "entropy": metrics.get("actor/entropy", ""),
                     **{key: gradient.get(key, "") for key in ("variance", "signal", "square")},
@@ -176,10 +179,11 @@ def main(
     subprocess.run([sys.executable, str(HERE.parent / "cpu_demo" / "build.py"), "--output", str(world)], check=True)
     folder = directory / f"ladder-seed{seed}-{steps}steps"
     climbed = []
-    for rung in RUNGS:
-        if not form or rung.number in form:
-            console.rule(f"{rung.label}: {' '.join(rung.overrides)}")
-            climbed.append(climb(rung, world, folder, steps, seed, override or [], console))
+    with progress_bar(console) as progress:
+        for rung in RUNGS:
+            if not form or rung.number in form:
+                console.rule(f"{rung.label}: {' '.join(rung.overrides)}")
+                climbed.append(climb(rung, world, folder, steps, seed, override or [], progress))
     console.print(table(climbed))
     write_csv(climbed, folder / "ladder.csv")
     draw(climbed, folder)
