@@ -80,6 +80,10 @@ _PLAIN_NUMBER = re.compile(
 )
 
 
+#: no plain number is longer, and a cache of longer texts would grow with whatever a model writes
+_LONGEST_NUMBER = 100
+
+
 @lru_cache(maxsize=16384)
 def plain_number(text: str) -> tuple[Fraction, bool] | None:
     """The value of an integer, a decimal or a fraction of integers, and whether it is a decimal; else None."""
@@ -100,6 +104,8 @@ def _compare_plain(answer: str, truth: str) -> Verdict | None:
     math-verify compares integers and fractions exactly, and rounds to six decimals where one side is a decimal. What
     that rounding could decide is left to it, so that the verdict never depends on which of the two was asked.
     """
+    if max(len(answer), len(truth)) > _LONGEST_NUMBER:
+        return None
     left, right = plain_number(answer), plain_number(truth)
     if left is None or right is None:
         return None
@@ -109,7 +115,6 @@ def _compare_plain(answer: str, truth: str) -> Verdict | None:
     return Verdict(difference == 0, True)
 
 
-@lru_cache(maxsize=16384)
 def compare(
     answer: str,
     truth: str,
@@ -129,6 +134,11 @@ def compare(
         return verdict
     if max(len(answer), len(truth)) > max_characters:
         return Verdict(False, False)
+    return _judged(answer, truth, timeout, memory_mib, processes)
+
+
+@lru_cache(maxsize=16384)
+def _judged(answer: str, truth: str, timeout: float, memory_mib: int, processes: int) -> Verdict:
     return judges(processes, memory_mib).compare(answer, truth, timeout)
 
 

@@ -159,7 +159,7 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
         ).eval()
         self.sampling, self.end_ids, self.batch_size = sampling, end_ids, batch_size
 
