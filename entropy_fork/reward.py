@@ -8,7 +8,7 @@ Use it through verl's reward interface, with any reward manager::
 
 Two plain numbers are compared here, exactly. All else is compared by math-verify (``\\frac{\\sqrt{8}}{2}`` equals
 ``\\sqrt2``) in processes with a limit on time and memory, see :mod:`entropy_fork.judge`: no answer can hold up or end
-a reward worker. This module imports neither math-verify nor torch.
+a reward worker, or be run as code. This module imports neither math-verify nor torch.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def compute_score(
         The same keys for every answer, as verl requires, 0.0 or 1.0 each: ``score`` and ``acc``, whether it is right;
         ``format``, whether it has a complete box that is parseable: not empty, and a mathematical object to math-verify
         within the limits (or the ground truth to the letter); ``stopped``, whether a limit ended the comparison,
-        which then counts as wrong and not parseable.
+        or the answer would have been run as code: then it counts as wrong and not parseable.
 
     Raises:
         ValueError: the ground truth is not something to compare with, or a limit is not a positive number.

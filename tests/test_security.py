@@ -221,8 +221,8 @@ def test_text_cannot_become_code_in_a_process_of_the_reward(
     assert "PermissionError: text would become code" in result.stderr, result.stderr
     assert not canary.exists()
     # the attempt itself works, or the test would show nothing
-    assert python("-c", prepared + attempt + "\nprint('ran')").stdout.endswith("ran\n")
-    assert canary.exists() or "namedtuple" in attempt
+    unguarded = python("-c", prepared + attempt + "\nprint('ran')")
+    assert canary.exists() or ("namedtuple" in attempt and unguarded.stdout == "ran\n")
 
 
 def test_what_sympy_needs_to_compile_still_works(python: Callable[..., Any]) -> None:
@@ -235,14 +235,14 @@ _refuse_code_from_text()
 import sympy
 import sympy.stats, colorsys  # imports compile
 for number in ("12", "0.5", ".5", "12.", "1.5e3", "1e-7"):
-    assert sympy.Number(number) == sympy.Number(float(number)), number
+    assert float(sympy.Number(number)) == float(number), number
 x = sympy.Symbol("x")
 sympy.ring("a,b,c,d,e", sympy.QQ)[1] ** 3
 sympy.hyperexpand(sympy.hyper([1], [2], x))
 assert compare(r"\sum_{n=0}^{\infty} \frac{1}{n!} + \sqrt{2}", r"e+\sqrt{2}").equal
 assert compare(r"\sum_{n=0}^{\infty} \frac{2^n}{n!}", "e^2").equal
 assert compare(r"\sum_{n=1}^{\infty} \frac{n}{3^n}", r"\frac{3}{4}").equal
-assert compare("x^5-x-1=0", "2x^5-2x=2").equal
+assert compare("x^5-x+1=0", "x^5=x-1").equal
 print("done")
 """,
     )
