@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import os
-import pickle
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -410,7 +409,7 @@ def test_a_hostile_pickle_of_weights_is_not_unpickled(model: Path, data: Path, t
         if not file.name.endswith(".safetensors"):
             (hostile / file.name).write_bytes(file.read_bytes())
     torch.save({"model.embed_tokens.weight": Touch(canary)}, hostile / "pytorch_model.bin")
-    with pytest.raises(pickle.UnpicklingError, match=r"mkdir"):
+    with pytest.raises(EntropyForkError, match=r"holds something else than weights.*mkdir"):
         run.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)
     assert not canary.exists()
     torch.load(hostile / "pytorch_model.bin", weights_only=False)
@@ -441,8 +440,7 @@ def test_a_models_own_code_is_not_run(model: Path, data: Path, tmp_path: Path) -
     assert not canary.exists()
     from transformers import AutoConfig
 
-    with pytest.raises(AttributeError):  # no model_type
-        AutoConfig.from_pretrained(hostile, trust_remote_code=True).nothing  # noqa: B018
+    AutoConfig.from_pretrained(hostile, trust_remote_code=True)
     assert canary.exists(), "the code runs for those who say that they trust it"
 
 
@@ -494,7 +492,7 @@ def test_names_become_harmless_names_of_files(name: str) -> None:
     form = sweep.short_form([f"trainer.experiment_name={name}", f"+{name}=1"])
     assert "/" not in form
     assert "\x00" not in form
-    assert len(form.encode()) < 500
+    assert len(form.encode()) <= 100
     assert form not in ("", ".", "..")
     assert Path("/sweep", form).resolve().parent == Path("/sweep")
 
@@ -578,7 +576,7 @@ def test_an_error_carries_no_commands_for_the_terminal(tmp_path: Path) -> None:
 def test_a_spreadsheet_computes_nothing(text: str) -> None:
     cell = spreadsheet_cell(text)
     if cell == text:
-        is_number = re.fullmatch(r"\s*[-+]?[\d_.]+(e[-+]?\d+)?\s*|[-+]?(inf(inity)?|nan)", text, re.IGNORECASE)
+        is_number = re.fullmatch(r"\s*[-+]?[\d_.]+(e[-+]?\d+)?\s*|\s*[-+]?(inf(inity)?|nan)\s*", text, re.IGNORECASE)
         assert text[:1] not in "=+-@\t\r＝＋－＠" or len(text) < 2 or is_number
     else:
         assert cell == "'" + text
@@ -669,7 +667,7 @@ def test_a_hostile_report_is_a_page_of_text(hostile_tokens: Path, tmp_path: Path
             for text in (r"$\frac{$", "<script>window.hacked = 6</script>", "../../x\u2028"):
                 writer.add_scalar(f"val-core/{text}/acc/mean@8", step, step)
     page = tmp_path / "page" / "report.html"
-    names = [f"$\\frac{{$ <img onerror=x>={tmp_path / 'run'}", f"[red]\u202e={tmp_path / 'run'}"]
+    names = [f"$\\frac{{$ <img>={tmp_path / 'run'}", f"[red]\u202e={tmp_path / 'run'}"]
     arguments = ["report", str(page), "--tokens", str(hostile_tokens), "--min-count", "5", "--run", names[0]]
     arguments += ["--run", names[1], "--compare", str(hostile_tokens), "--compare", str(hostile_tokens)]
     result = CliRunner().invoke(app, [*arguments, "--figures", str(page.parent / "figures")], catch_exceptions=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from entropy_fork.core.head import log_probs_entropy_and_rank, padded_positions, response_positions
-from entropy_fork.evaluation.checkpoint import own_code_refused
+from entropy_fork.evaluation.checkpoint import code_refused
 from entropy_fork.verl.errors import EntropyForkError
 
 
@@ -56,7 +56,7 @@ class Measurer:
         from transformers import AutoModelForCausalLM
 
         chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-        with own_code_refused(folder):
+        with code_refused(folder):
             self.model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=chosen, attn_implementation="sdpa", trust_remote_code=False
             ).eval()

@@ -25,7 +25,7 @@ from entropy_fork.analysis.sources import Like, Rollouts, Source, Text
 from entropy_fork.core.selection import kept_count
 from entropy_fork.evaluation import run as evaluation
 from entropy_fork.evaluation.answers import ANSWERS
-from entropy_fork.evaluation.checkpoint import Checkpoint, own_code_refused
+from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.output_folder import lock, refuse_other
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -192,7 +192,7 @@ def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, tempera
     disable_progress_bar()
     with console.status(f"loading {escape(str(folder))}"):
         measurer = Measurer(folder, settings.dtype, temperature, settings.batch_tokens)
-        with own_code_refused(folder):
+        with code_refused(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with evaluation.progress_bar(console) as progress:
         bar = progress.add_task("answers measured", total=len(source), completed=start, note="")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 from entropy_fork.output_folder import write_whole
 from entropy_fork.verl.errors import EntropyForkError
@@ -132,23 +133,29 @@ class Checkpoint:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
         )
         if done.returncode != 0 or not _has_weights(target):
-            if found := re.search(r"Unsupported (?:global|class|operand).*?(?=Please|$)", done.stdout):
+            if "Weights only load failed" in done.stdout:
+                found = re.search(r"Unsupported .*?(?=Please|$)", done.stdout, re.MULTILINE)
                 raise EntropyForkError(
                     f"a shard of {self.path} holds something else than weights, which could run code and was not "
-                    f"loaded ({found[0].strip()}): is it a checkpoint of verl's, and from whom is it?"
+                    f"loaded: from whom is it? ({found[0].strip() if found else 'see torch.load, weights_only'})"
                 )
             end = "\n".join(done.stdout.splitlines()[-15:])
             raise EntropyForkError(f"verl's merger could not read {self.path}. It said at its end:\n{end}")
 
 
 @contextmanager
-def own_code_refused(folder: Path) -> Iterator[None]:
-    """For calls of transformers with ``trust_remote_code=False``: one clear error where a model brings its own classes.
+def code_refused(folder: Path) -> Iterator[None]:
+    """For calls of transformers with ``trust_remote_code=False``: one clear error where a model would run code.
 
-    Without that argument transformers would ask on the terminal whether to run them.
+    Without that argument transformers would ask on the terminal whether to run the classes that a model brings.
     """
     try:
         yield
+    except UnpicklingError as error:
+        raise EntropyForkError(
+            f"a *.bin of {folder} holds something else than weights, which could run code and was not loaded: from "
+            f"whom is it? ({str(error).partition('Please')[0].strip()})"
+        ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

@@ -19,7 +19,7 @@ import entropy_fork
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.data.template import chat_template as template_of_recipes
 from entropy_fork.evaluation.answers import AnswerStore, Record
-from entropy_fork.evaluation.checkpoint import Checkpoint, own_code_refused
+from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.evaluation.engines import (
     Engine,
     Generated,
@@ -200,7 +200,7 @@ def open_engine(
 
     disable_progress_bar()
     trusted = bool(settings.vllm.get("trust_remote_code", False))
-    with own_code_refused(folder):
+    with code_refused(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     end_ids = end_token_ids(tokenizer, folder)

@@ -143,10 +143,10 @@ def short_form(swept: Sequence[str]) -> str:
     last_parts = [re.split(r"[./]", key)[-1] for key, _ in pairs]
     shown = [last if last_parts.count(last) == 1 else key for last, (key, _) in zip(last_parts, pairs, strict=True)]
     exact = ",".join(f"{key}={value}" for key, (_, value) in zip(shown, pairs, strict=True))
-    clean = re.sub(r"[^\w.=,+-]", "_", exact)
+    clean = re.sub(r"[^\w.=,+-]", "_", exact, flags=re.ASCII)
     if clean == exact and len(clean) <= 100:
         return clean
-    return f"{clean[:90]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+    return f"{clean[:90]}-{hashlib.sha256(exact.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 class Places:
