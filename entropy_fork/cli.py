@@ -173,7 +173,10 @@ def evaluate(
     for table in report.tables(evaluation, compare and compare.value):
         console.print(table.rich())
     console.print(
-        f"written: {output / report.RESULTS}, {report.TABLES}, answers.jsonl", soft_wrap=True, highlight=False
+        f"written: {output / report.RESULTS}, {report.TABLES}, answers.jsonl",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
     )
 
 
@@ -260,7 +263,7 @@ def analyze(
         raise typer.Exit(130) from None
     _print_tables(console, report_files.summary_tables(summary))
     console.print(f"written: {output / report_files.SUMMARY}, *.csv, {report_files.FIGURES}/", soft_wrap=True,
-                  highlight=False)  # fmt: skip
+                  highlight=False, markup=False)  # fmt: skip
 
 
 @app.command()
@@ -424,6 +427,7 @@ def temperatures(
         f"written: {output / sweeping.CSV}, {sweeping.JSON}, {', '.join(sweeping.PLOTS)}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
 
 
@@ -505,7 +509,9 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    typer.secho(f"error: {error}", fg="red", err=True)
+    from entropy_fork.foreign_text import visible
+
+    typer.secho(f"error: {visible(str(error), kept=chr(10))}", fg="red", err=True)
     raise typer.Exit(code=1) from None
 
 

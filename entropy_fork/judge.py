@@ -8,6 +8,7 @@ thread only, and a reward worker calls from threads. So the comparison runs in a
   counts the child's own seconds, so a busy machine does not make a right answer wrong, and it works also when the
   parent is gone. The parent waits :data:`WALL_FACTOR` times as long by the clock, and kills.
 - memory: ``RLIMIT_AS``.
+- code: once a child is ready, no text becomes code in it, see :func:`_refuse_code_from_text`.
 
 A child that ended is waited for and replaced by the next comparison. Children are plain subprocesses that talk JSON
 lines over pipes (multiprocessing refuses to start children in some actors, and would import the parent's main module,
@@ -44,7 +45,7 @@ class Verdict(NamedTuple):
     equal: bool
     #: math-verify made a mathematical object of the answer
     parseable: bool
-    #: stopped at a limit; then the other two are False
+    #: stopped at a limit, or when it would have run the answer as code; then the other two are False
     stopped: bool = False
 
 
@@ -98,6 +99,54 @@ def _whole_box() -> list[Any]:
     return [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 
 
+# Where sympy makes code of text that is its own: numbers of variables, and a table of formulas. Nothing of an answer
+# is in what is compiled below these functions.
+_OWN_CODE = (("sympy/polys/monomials.py", "_build"), ("sympy/simplify/hyperexpand.py", "add_formulae"))
+
+_DIGITS = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+", re.ASCII)
+
+#: how often this process refused to make code of text
+_refused = 0
+
+
+def _refuse_code_from_text() -> None:
+    """From here on no text becomes code in this process; it cannot be undone.
+
+    math-verify takes ``\\hat{anything}`` for the name of a variable, and sympy writes names into the source of
+    functions that it compiles: an answer could run as Python, and give itself a reward or worse. No list of such places
+    in sympy would be complete, so the interpreter itself is asked (PEP 578): it announces every compilation, and all
+    are refused but those of an import, of :data:`_OWN_CODE`, and of a plain number, which sympy reads with ``eval``.
+    """
+    from sympy.core import evalf
+
+    # What an infinite sum's value was computed with before: the same numbers without a compiler.
+    evalf.lambdify = lambda variable, expression: lambda value: int(expression.subs(variable, value))
+
+    def refuse(event: str, _: object) -> None:
+        global _refused
+        if event in ("compile", "exec") and not _is_harmless():
+            _refused += 1
+            raise PermissionError("text would become code")
+
+    sys.addaudithook(refuse)
+
+
+def _is_harmless() -> bool:
+    """Whether the compilation under way is one of those that :func:`_refuse_code_from_text` lets through."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith("<frozen importlib._bootstrap"):
+            return True
+        if any(function == name and file.endswith(end) for end, name in _OWN_CODE):
+            return True
+        if function == "__new__" and file.endswith("sympy/core/numbers.py"):
+            text = frame.f_locals.get("obj")
+            return isinstance(text, str) and _DIGITS.fullmatch(text) is not None
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def serve(memory_mib: int) -> None:
     """Answer the requests on standard input, one line each, until it ends. Runs in the child."""
     import logging
@@ -114,6 +163,7 @@ def serve(memory_mib: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     logging.disable(logging.CRITICAL)  # math-verify warns at each call that its timeouts are off
     compare(r"\frac{1}{2}+x", "1")  # imports, and builds the tables of the grammar
+    _refuse_code_from_text()
 
     # Caches grow, and a process near its limit would fail the next answer for what earlier ones left behind: it is
     # replaced when half of the room that it had at the start is in use.
@@ -124,14 +174,17 @@ def serve(memory_mib: int) -> None:
     os.dup2(silence, 2)  # nobody reads this pipe any more, and a full one would block
     for line in sys.stdin:
         answer, truth, seconds = json.loads(line)
+        refused_before = _refused
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             verdict = compare(answer, truth)
         except (Exception, RecursionError, MemoryError):
             verdict = Verdict(False, False)
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if _refused > refused_before:
+            verdict = Verdict(False, False, stopped=True)
         last = _address_space() > enough
-        replies.write(json.dumps([verdict.equal, verdict.parseable, last]) + "\n")
+        replies.write(json.dumps([verdict, last]) + "\n")
         if last:
             return
 
@@ -187,8 +240,8 @@ class _Child:
         except BrokenPipeError:
             line = ""
         if line:
-            equal, parseable, last = json.loads(line)
-            return Verdict(equal, parseable), not last
+            verdict, last = json.loads(line)
+            return Verdict(*verdict), not last
         out_of_time = line is None or self._process.wait() == -signal.SIGPROF
         return Verdict(False, False, stopped=True) if out_of_time else None, False
 

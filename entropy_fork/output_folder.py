@@ -14,10 +14,13 @@ from entropy_fork.verl.errors import EntropyForkError
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name first, so that it is never seen half-written."""
+    """Write a file under another name first, so that it is never seen half-written.
+
+    What UTF-8 cannot say (half a surrogate pair, out of JSON or of a folder's name) becomes a question mark.
+    """
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as temporary:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as temporary:
             temporary.write(text)
         os.chmod(name, 0o644)
         os.replace(name, file)

@@ -8,7 +8,7 @@ Use it through verl's reward interface, with any reward manager::
 
 Two plain numbers are compared here, exactly. All else is compared by math-verify (``\\frac{\\sqrt{8}}{2}`` equals
 ``\\sqrt2``) in processes with a limit on time and memory, see :mod:`entropy_fork.judge`: no answer can hold up or end
-a reward worker. This module imports neither math-verify nor torch.
+a reward worker, or be run as code. This module imports neither math-verify nor torch.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ _PLAIN_NUMBER = re.compile(
 )
 
 
+#: no plain number is longer, and a cache of longer texts would grow with whatever a model writes
+_LONGEST_NUMBER = 100
+
+
 @lru_cache(maxsize=16384)
 def plain_number(text: str) -> tuple[Fraction, bool] | None:
     """The value of an integer, a decimal or a fraction of integers, and whether it is a decimal; else None."""
@@ -100,6 +104,8 @@ def _compare_plain(answer: str, truth: str) -> Verdict | None:
     math-verify compares integers and fractions exactly, and rounds to six decimals where one side is a decimal. What
     that rounding could decide is left to it, so that the verdict never depends on which of the two was asked.
     """
+    if max(len(answer), len(truth)) > _LONGEST_NUMBER:
+        return None
     left, right = plain_number(answer), plain_number(truth)
     if left is None or right is None:
         return None
@@ -109,7 +115,6 @@ def _compare_plain(answer: str, truth: str) -> Verdict | None:
     return Verdict(difference == 0, True)
 
 
-@lru_cache(maxsize=16384)
 def compare(
     answer: str,
     truth: str,
@@ -129,6 +134,11 @@ def compare(
         return verdict
     if max(len(answer), len(truth)) > max_characters:
         return Verdict(False, False)
+    return _judged(answer, truth, timeout, memory_mib, processes)
+
+
+@lru_cache(maxsize=16384)
+def _judged(answer: str, truth: str, timeout: float, memory_mib: int, processes: int) -> Verdict:
     return judges(processes, memory_mib).compare(answer, truth, timeout)
 
 
@@ -179,7 +189,7 @@ def compute_score(
         The same keys for every answer, as verl requires, 0.0 or 1.0 each: ``score`` and ``acc``, whether it is right;
         ``format``, whether it has a complete box that is parseable: not empty, and a mathematical object to math-verify
         within the limits (or the ground truth to the letter); ``stopped``, whether a limit ended the comparison,
-        which then counts as wrong and not parseable.
+        or the answer would have been run as code: then it counts as wrong and not parseable.
 
     Raises:
         ValueError: the ground truth is not something to compare with, or a limit is not a positive number.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from entropy_fork.core.head import log_probs_entropy_and_rank, padded_positions, response_positions
+from entropy_fork.evaluation.checkpoint import code_refused
 from entropy_fork.verl.errors import EntropyForkError
 
 
@@ -54,9 +55,11 @@ class Measurer:
     def __init__(self, folder: Path, dtype: str = "auto", temperature: float = 1.0, batch_tokens: int = 32768):
         from transformers import AutoModelForCausalLM
 
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), attn_implementation="sdpa"
-        ).eval()
+        chosen: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+        with code_refused(folder):
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=chosen, attn_implementation="sdpa", trust_remote_code=False
+            ).eval()
         if torch.accelerator.is_available():
             self.model.to(torch.accelerator.current_accelerator())
         self.temperature, self.batch_tokens = temperature, batch_tokens

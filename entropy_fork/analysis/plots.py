@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entropy_fork.foreign_text import figure_label, visible
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -180,11 +182,7 @@ def shown(piece: str) -> str:
     before = len(piece) - len(piece.lstrip(" "))
     after = len(piece) - len(inner) - before
     signs = {"\n": "⏎", "\t": "⇥"}
-    visible = "".join(
-        character if character.isprintable() else signs.get(character) or character.encode("unicode_escape").decode()
-        for character in inner
-    )
-    return "␣" * before + visible + "␣" * after
+    return "␣" * before + visible("".join(signs.get(character, character) for character in inner)) + "␣" * after
 
 
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:
@@ -218,8 +216,7 @@ def _checkpoints(axes: Axes, comparison: Mapping[str, Any]) -> None:
 
 
 def _names(comparison: Mapping[str, Any]) -> list[str]:
-    """Between two dollars matplotlib would read a formula."""
-    return [shown(checkpoint["name"]).replace("$", r"\$") for checkpoint in comparison["checkpoints"]]
+    return [figure_label(shown(checkpoint["name"])) for checkpoint in comparison["checkpoints"]]
 
 
 def _colors(count: int) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from entropy_fork.analysis import plots
 from entropy_fork.analysis.summary import PAPER
 from entropy_fork.evaluation.report import TextTable
+from entropy_fork.foreign_text import spreadsheet_cell
 from entropy_fork.output_folder import write_whole
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -142,7 +143,7 @@ def _write_csv(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         file.unlink(missing_ok=True)
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(spreadsheet_cell, rows[0]))
+    writer.writerows([spreadsheet_cell(row[key]) for key in rows[0]] for row in rows)
     write_whole(file, text.getvalue())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from entropy_fork.analysis import table
 from entropy_fork.analysis.measure import Measurer
@@ -24,7 +25,7 @@ from entropy_fork.analysis.sources import Like, Rollouts, Source, Text
 from entropy_fork.core.selection import kept_count
 from entropy_fork.evaluation import run as evaluation
 from entropy_fork.evaluation.answers import ANSWERS
-from entropy_fork.evaluation.checkpoint import Checkpoint
+from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.output_folder import lock, refuse_other
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -184,7 +185,7 @@ def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, tempera
     first, start = _whole_parts(output)
     if start == len(source):
         return
-    with console.status(f"looking at {checkpoint.path}; shards are merged by verl's model merger"):
+    with console.status(f"looking at {escape(str(checkpoint.path))}; shards are merged by verl's model merger"):
         folder = checkpoint.merge(settings.merged or output / MERGED)
     if isinstance(source, Prompts):
         source.draw(folder, console)
@@ -192,9 +193,10 @@ def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, tempera
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with console.status(f"loading {folder}"):
+    with console.status(f"loading {escape(str(folder))}"):
         measurer = Measurer(folder, settings.dtype, temperature, settings.batch_tokens)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with code_refused(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with evaluation.progress_bar(console) as progress:
         bar = progress.add_task("answers measured", total=len(source), completed=start, note="")
         began, tokens = time.monotonic(), 0

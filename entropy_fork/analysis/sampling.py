@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from entropy_fork.analysis.measure import TokenIds
 from entropy_fork.analysis.sources import Text
@@ -144,7 +145,7 @@ def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
     """Runs in this process or in a child."""
     settings, console = prompts.settings, Console(stderr=True, quiet=quiet)
     with prompts._store() as store:
-        with console.status(f"loading {folder} into {prompts.engine}"):
+        with console.status(f"loading {escape(str(folder))} into {prompts.engine}"):
             engine, jobs, _ = evaluation.open_engine(
                 settings, prompts.engine, folder, prompts.template, prompts.questions
             )

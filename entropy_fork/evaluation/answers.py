@@ -102,6 +102,8 @@ class AnswerStore(Generic[R]):
         manifest = folder / MANIFEST
         if folder.is_dir() and any(folder.iterdir()) and not manifest.is_file():
             raise EntropyForkError(f"{folder} holds no evaluation but other files: choose another folder with --output")
+        if manifest.is_file() and not _is_ours(manifest):
+            raise EntropyForkError(f"{manifest} is of something else: choose another folder with --output")
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / ANSWERS).open("a+b")
         try:
@@ -165,3 +167,12 @@ class AnswerStore(Generic[R]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a manifest is one that a store wrote: data, tokens and much else have a file of that name, too."""
+    try:
+        there = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(there, dict) and isinstance(there.get("identity"), dict) and "format" not in there

@@ -2,7 +2,8 @@
 
 verl saves a checkpoint as ``global_step_N/actor`` with one file per rank. Its own merger (``verl.model_merger``) makes
 a Hugging Face folder of it, rounding every weight to bfloat16, as verl's rollouts do by default. It runs in a process
-of its own, which gives its memory back before an engine starts.
+of its own, which gives its memory back before an engine starts, and which takes nothing but weights out of FSDP's
+shards: they are pickles, and a pickle may run code.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 from entropy_fork.output_folder import write_whole
 from entropy_fork.verl.errors import EntropyForkError
@@ -122,12 +125,44 @@ class Checkpoint:
         if self.backend == "megatron":
             config = json.loads((self.path / "model" / "huggingface" / "config.json").read_text())
             command += ["--tie-word-embedding"] if config.get("tie_word_embeddings") else []
+        environment = dict(os.environ)
+        if self.backend == "fsdp":  # the merger asks torch.load for weights_only=False; Megatron's own loader needs it
+            environment.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+            environment["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=os.environ
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
         )
         if done.returncode != 0 or not _has_weights(target):
+            if "Weights only load failed" in done.stdout:
+                found = re.search(r"Unsupported .*?(?=Please|$)", done.stdout, re.MULTILINE)
+                raise EntropyForkError(
+                    f"a shard of {self.path} holds something else than weights, which could run code and was not "
+                    f"loaded: from whom is it? ({found[0].strip() if found else 'see torch.load, weights_only'})"
+                )
             end = "\n".join(done.stdout.splitlines()[-15:])
             raise EntropyForkError(f"verl's merger could not read {self.path}. It said at its end:\n{end}")
+
+
+@contextmanager
+def code_refused(folder: Path) -> Iterator[None]:
+    """For calls of transformers with ``trust_remote_code=False``: one clear error where a model would run code.
+
+    Without that argument transformers would ask on the terminal whether to run the classes that a model brings.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise EntropyForkError(
+            f"a *.bin of {folder} holds something else than weights, which could run code and was not loaded: from "
+            f"whom is it? ({str(error).partition('Please')[0].strip()})"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise EntropyForkError(
+            f"{folder} brings Python code of its own (auto_map in one of its JSON files), which is not run: name a "
+            f"model whose classes are in transformers. vLLM may be told to run it, by --vllm trust_remote_code=true"
+        ) from error
 
 
 def fold_adapter(folder: Path) -> None:
@@ -149,7 +184,7 @@ def fold_adapter(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     # In fp32, so that the sum is rounded once.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     for kind in WEIGHTS:
         for file in folder.glob(kind):
@@ -168,7 +203,10 @@ def _step_of(folder: Path) -> int:
 
 
 def _check_shards(path: Path) -> None:
-    size = json.loads((path / "fsdp_config.json").read_text())["world_size"]
+    config = json.loads((path / "fsdp_config.json").read_text())
+    size = config.get("world_size") if isinstance(config, dict) else None
+    if not isinstance(size, int) or not 0 < size < 1 << 20:
+        raise EntropyForkError(f"{path / 'fsdp_config.json'} names no number of ranks: world_size is {size!r}")
     missing = [rank for rank in range(size) if not (path / f"model_world_size_{size}_rank_{rank}.pt").is_file()]
     if missing:
         raise EntropyForkError(

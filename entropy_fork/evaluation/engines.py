@@ -20,6 +20,7 @@ import torch
 
 from entropy_fork import vllm_temperatures
 from entropy_fork.core.temperature import TwoTemperatures
+from entropy_fork.evaluation.checkpoint import code_refused
 from entropy_fork.verl import vllm_cpu
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -167,9 +168,10 @@ class TransformersEngine:
     def __init__(self, folder: Path, sampling: Sampling, dtype: str, end_ids: Sequence[int], batch_size: int):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        ).eval()
+        with code_refused(folder):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
+            ).eval()
         self.sampling, self.end_ids, self.batch_size = sampling, end_ids, batch_size
 
     def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:

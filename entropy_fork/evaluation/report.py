@@ -16,6 +16,7 @@ from rich.text import Text
 
 from entropy_fork.evaluation.run import Evaluation
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
+from entropy_fork.foreign_text import markdown_cell, visible
 from entropy_fork.output_folder import write_whole
 
 RESULTS, TABLES = "results.json", "results.md"
@@ -32,14 +33,15 @@ class TextTable:
         """For a terminal."""
         table = Table()
         for number, name in enumerate(self.header):
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
+            table.add_column(Text(visible(name)), justify="right" if number else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*map(Text, row))  # as text: a model may have written what looks like markup
+            table.add_row(*(Text(visible(cell)) for cell in row))  # a model may have written what looks like markup
         return table
 
     def markdown(self) -> str:
         """For a file."""
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        header, *rows = ([markdown_cell(cell) for cell in line] for line in [self.header, *self.rows])
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

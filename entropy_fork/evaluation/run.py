@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import entropy_fork
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.data.template import chat_template as template_of_recipes
 from entropy_fork.evaluation.answers import AnswerStore, Record
-from entropy_fork.evaluation.checkpoint import Checkpoint
+from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.evaluation.engines import (
     Engine,
     Generated,
@@ -112,9 +113,9 @@ def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened
     with AnswerStore(settings.output, identity, notes, Record) as store:
         wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
         if missing := wanted - store.records.keys():
-            with console.status(f"looking at {checkpoint.path}; shards are merged by verl's model merger"):
+            with console.status(f"looking at {escape(str(checkpoint.path))}; shards are merged by verl's model merger"):
                 folder = checkpoint.merge(settings.merged or settings.output / "merged")
-            with console.status(f"loading {folder} into {engine_name}"):
+            with console.status(f"loading {escape(str(folder))} into {engine_name}"):
                 opened = (opening or open_engine)(settings, engine_name, folder, template, questions)
             _answer(opened, questions, store, missing, console)
         if settings.merged is None:
@@ -159,17 +160,22 @@ def prompts(tokenizer: Any, questions: Sequence[Question], template: str | None)
     """Token ids of each prompt, through the chat template as verl applies it in training.
 
     Raises:
-        EntropyForkError: the tokenizer has no chat template and none is given.
+        EntropyForkError: the tokenizer has no chat template and none is given, or it does what it may not.
     """
+    from jinja2 import TemplateError  # which transformers needs for chat templates
+
     if template is not None:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         raise EntropyForkError("the model's tokenizer has no chat template: name the one of the training with "
                                "--chat-template FILE")  # fmt: skip
-    texts = [
-        tokenizer.apply_chat_template(list(question.prompt), add_generation_prompt=True, tokenize=False)
-        for question in questions
-    ]
+    try:
+        texts = [
+            tokenizer.apply_chat_template(list(question.prompt), add_generation_prompt=True, tokenize=False)
+            for question in questions
+        ]
+    except TemplateError as error:  # also of what transformers' sandbox forbids
+        raise EntropyForkError(f"the chat template cannot be applied: {type(error).__name__}: {error}") from error
     return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
@@ -206,8 +212,10 @@ def open_engine(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = AutoConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trusted = bool(settings.vllm.get("trust_remote_code", False))
+    with code_refused(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     end_ids = end_token_ids(tokenizer, folder)
     prompt_ids = prompts(tokenizer, questions, template)
     longest = max(map(len, prompt_ids))

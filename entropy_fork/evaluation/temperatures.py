@@ -26,6 +26,7 @@ from entropy_fork.core.temperature import PAPER_THRESHOLD, TwoTemperatures
 from entropy_fork.evaluation import report
 from entropy_fork.evaluation.run import Evaluation, Opened, Settings, evaluate, open_engine
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
+from entropy_fork.foreign_text import spreadsheet_cell
 from entropy_fork.output_folder import write_whole
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -182,7 +183,7 @@ def _csv(points: Sequence[Point]) -> str:
         benchmarks = point.evaluation.benchmarks
         for name, summary in [*benchmarks.items(), *([("average", point.average)] if len(benchmarks) > 1 else [])]:
             pair = point.pair
-            row = [point.varied, pair.high, pair.low, pair.threshold, name, summary.questions]
+            row = [point.varied, pair.high, pair.low, pair.threshold, spreadsheet_cell(name), summary.questions]
             row += [summary.answers_per_question, summary.accuracy, *summary.interval, summary.standard_error]
             writer.writerow([*row, summary.mean_tokens, summary.truncated, summary.above])
     return text.getvalue()

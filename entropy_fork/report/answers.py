@@ -8,6 +8,7 @@ stops at which it is kept. A larger ρ keeps what a smaller one keeps, so one by
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -189,7 +190,9 @@ def packed_folders(folders: Sequence[tuple[str, Sequence[AnswerTokens]]]) -> dic
                         "prompt": prompts.setdefault(answer.prompt, len(prompts)),
                         "source": answer.data_source,
                         "truth": answer.ground_truth,
-                        "score": None if answer.score is None else round(answer.score, 4),
+                        "score": None
+                        if answer.score is None or not math.isfinite(answer.score)
+                        else round(answer.score, 4),
                         "truncated": answer.truncated,
                         "tokens": len(answer.entropy),
                         "entropy": round(float(answer.entropy.mean()), 4) if len(answer.entropy) else 0.0,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from entropy_fork.foreign_text import figure_label, visible
 from entropy_fork.report.figures import Drawing, axes, file_name
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -85,7 +86,7 @@ def read_run(folder: Path) -> Run:
 def title(tag: str) -> str | None:
     """What a tag is, for people; None where it is not drawn."""
     if found := _ACCURACY.fullmatch(tag):
-        return f"accuracy on {found[1]} ({found[2]})"
+        return f"accuracy on {visible(found[1])} ({found[2]})"
     return METRICS.get(tag)
 
 
@@ -106,23 +107,20 @@ def drawings(runs: Mapping[str, Run]) -> list[Drawing]:
 def _draw(runs: Mapping[str, Run], tag: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    figure, plot = axes(title(tag) or tag)
+    figure, plot = axes(figure_label(title(tag) or tag))
     for name, run in runs.items():
         # An empty line where a run has no such metric keeps each run's colour the same in all figures.
         curve = run.get(tag, Curve(np.array([]), np.array([])))
         marker = "o" if curve.steps.size < 40 else ""
-        plot.plot(curve.steps, curve.values, marker=marker, markersize=3.5, label=_plain(name) if tag in run else None)
+        plot.plot(
+            curve.steps, curve.values, marker=marker, markersize=3.5, label=figure_label(name) if tag in run else None
+        )
     plot.set_xlabel("step")
     plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     plot.ticklabel_format(axis="y", useOffset=False)
     if len(runs) > 1:
         plot.legend(fontsize=9)
     return figure
-
-
-def _plain(name: str) -> str:
-    """matplotlib reads formulas between dollar signs, and hides labels that begin with an underscore."""
-    return "\u200b" * name.startswith("_") + name.replace("$", r"\$")
 
 
 def last_values(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]]:

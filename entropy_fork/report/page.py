@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +23,7 @@ from entropy_fork.analysis import plots
 from entropy_fork.analysis.compare import compare
 from entropy_fork.analysis.report_files import check_installed, comparison_tables, summary_tables
 from entropy_fork.analysis.summary import MIN_COUNT, NUM_TOKENS, summarise
+from entropy_fork.output_folder import write_whole
 from entropy_fork.report import answers as packing
 from entropy_fork.report import curves, steps
 from entropy_fork.report.figures import Drawing, data_uri, file_name, write_files
@@ -132,7 +132,11 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
     page = render(settings.title, data, sections)
     if settings.figures is not None:
         write_files([drawing for section in sections for drawing in section.drawings], settings.figures)
-    _write_whole(settings.output, page)
+    try:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(settings.output, page)
+    except OSError as error:
+        raise EntropyForkError(f"{settings.output} cannot be written: {error}") from error
     return settings.output
 
 
@@ -240,18 +244,6 @@ def _safe_json(data: dict[str, Any]) -> str:
     """JSON that can stand in a ``<script>`` block: nothing in it can end the block or begin a comment."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _write_whole(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        raise EntropyForkError(f"{file} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

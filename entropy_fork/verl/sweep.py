@@ -39,6 +39,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from entropy_fork.foreign_text import spreadsheet_cell, visible
+
 NAME = "trainer.experiment_name"
 
 #: folders that verl and the plugin write to under names that do not tell one job from another
@@ -141,10 +143,10 @@ def short_form(swept: Sequence[str]) -> str:
     last_parts = [re.split(r"[./]", key)[-1] for key, _ in pairs]
     shown = [last if last_parts.count(last) == 1 else key for last, (key, _) in zip(last_parts, pairs, strict=True)]
     exact = ",".join(f"{key}={value}" for key, (_, value) in zip(shown, pairs, strict=True))
-    clean = re.sub(r"[^\w.=,+-]", "_", exact)
+    clean = re.sub(r"[^\w.=,+-]", "_", exact, flags=re.ASCII)
     if clean == exact and len(clean) <= 100:
         return clean
-    return f"{clean[:90]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+    return f"{clean[:90]}-{hashlib.sha256(exact.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 class Places:
@@ -436,7 +438,7 @@ def as_table(outcomes: Sequence[Outcome]) -> Any:
         kept = outcome.metrics.get("entropy_fork/kept_ratio")
         table.add_row(
             str(outcome.job.number),
-            Text("\n".join(outcome.job.swept)),
+            Text("\n".join(map(visible, outcome.job.swept))),
             Text(outcome.status, colours[outcome.status]),
             _duration(outcome.seconds) if outcome.seconds else "",
             "" if outcome.step is None else str(outcome.step),
@@ -462,7 +464,9 @@ def report(outcomes: Sequence[Outcome], results: Path) -> None:
     console.print(as_table(outcomes))
     for outcome in outcomes:
         if outcome.error:
-            console.print(f"job {outcome.job.number} {outcome.status}: {escape(outcome.error)}", soft_wrap=True)
+            console.print(
+                f"job {outcome.job.number} {outcome.status}: {escape(visible(outcome.error))}", soft_wrap=True
+            )
             if outcome.job.log.exists():
                 console.print(f"  its output: {escape(str(outcome.job.log))}", soft_wrap=True)
     console.print(f"all of it, with the metrics of each benchmark: {escape(str(results))}", soft_wrap=True)
@@ -474,7 +478,7 @@ def write_results(outcomes: Sequence[Outcome], file: Path) -> None:
     head = ["job", "overrides", "status", "seconds", "step", "accuracy", "accuracy_step", "kept_ratio", *metrics]
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".csv", delete=False, newline="") as temporary:
         writer = csv.writer(temporary)
-        writer.writerow([*head, "experiment_name", "directory", "error"])
+        writer.writerow(map(spreadsheet_cell, [*head, "experiment_name", "directory", "error"]))
         for outcome in outcomes:
             accuracy, accuracy_step = outcome.accuracy or ("", "")
             kept, _ = outcome.metrics.get("entropy_fork/kept_ratio", ("", 0))
@@ -482,6 +486,6 @@ def write_results(outcomes: Sequence[Outcome], file: Path) -> None:
             job = outcome.job
             how = [job.number, " ".join(job.swept), outcome.status, round(outcome.seconds, 1), outcome.step]
             what = [accuracy, accuracy_step, kept, *measured]
-            writer.writerow([*how, *what, job.name, job.directory, outcome.error])
+            writer.writerow(map(spreadsheet_cell, [*how, *what, job.name, str(job.directory), outcome.error]))
     os.chmod(temporary.name, 0o644)
     os.replace(temporary.name, file)

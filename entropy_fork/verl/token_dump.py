@@ -17,7 +17,16 @@ import numpy as np
 import torch
 import transfer_queue as tq
 
-from entropy_fork.analysis.table import AnswerTokens, delete_part, parts, token_pieces, write_manifest, write_part
+from entropy_fork.analysis.table import (
+    MANIFEST,
+    AnswerTokens,
+    delete_part,
+    parts,
+    read_manifest,
+    token_pieces,
+    write_manifest,
+    write_part,
+)
 from entropy_fork.verl.config import ANSWERS_PER_STEP, EntropyForkConfig, read_node
 from entropy_fork.verl.errors import EntropyForkError, process_name
 from entropy_fork.verl.gradient_step import KEPT
@@ -41,8 +50,13 @@ class TokenDump:
         """Make the folder, so that one that cannot be written to stops the run before its first step.
 
         Raises:
-            EntropyForkError: the folder cannot be written to.
+            EntropyForkError: the folder cannot be written to, or holds something else.
         """
+        if (self.folder / MANIFEST).exists() and read_manifest(self.folder).get("source") != "training":
+            raise EntropyForkError(
+                f"{self.folder} holds other tokens than those of a training run, which would be mixed with this run's: "
+                f"write entropy_fork.dump_dir=FOLDER with another folder."
+            )
         spec, model = self.spec, self.config.actor_rollout_ref
         manifest = {
             "source": "training",

@@ -145,8 +145,8 @@ def main(
 ) -> None:
     """Measure the entropy of each sampled token and compare the top tokens with the choices of the task."""
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
     prompts = [messages[-1]["content"] for messages in Dataset.from_parquet(str(data))["prompt"]]
     rollouts = roll_out(language_model, tokenizer, prompts)
     entropies = response_entropies(language_model, rollouts, tokenizer.pad_token_id)

@@ -58,8 +58,8 @@ def main(
 ) -> None:
     """Sample an answer to each problem and measure every position."""
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
     prompts = [messages[-1]["content"] for messages in Dataset.from_parquet(str(data))["prompt"]]
     entropy, square = measure(language_model, roll_out(language_model, tokenizer, prompts))
 

@@ -1,0 +1,51 @@
+"""Text that a model or a data set wrote, where a reader takes more than text: terminal, spreadsheet, Markdown, figure.
+
+What a page of HTML does with it is in ``report/page.py``, and what the reward does in ``judge.py``; docs/security.md.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from typing import Any
+
+#: what a spreadsheet takes for the beginning of a formula, the wide forms of Chinese and Japanese input among them
+_FORMULA = tuple("=+-@\t\r＝＋－＠")
+
+#: what would end a cell of a table, or become a link, an image, HTML or code
+_MARKDOWN = re.compile(r"[\\`|<>\[\]&!]")
+
+
+def visible(text: str, kept: str = "") -> str:
+    """Each character that does not print as itself by its number, as ``\\x1b``, which begins a terminal's commands.
+
+    Args:
+        kept: characters that are left as they are.
+    """
+    return "".join(
+        character if character.isprintable() or character in kept else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """A value for CSV: a text that a spreadsheet would compute or run gets an apostrophe before it.
+
+    Numbers, in whatever form, and single signs stay as they are.
+    """
+    if not isinstance(value, str) or len(value) < 2 or not value.startswith(_FORMULA):
+        return value
+    with suppress(ValueError):
+        float(value)
+        return value
+    return "'" + value
+
+
+def markdown_cell(text: str) -> str:
+    """A cell of a Markdown table that shows this very text."""
+    return _MARKDOWN.sub(r"\\\g<0>", visible(text))
+
+
+def figure_label(text: str) -> str:
+    """matplotlib reads formulas between dollar signs, and hides labels that begin with an underscore."""
+    return "\u200b" * text.startswith("_") + visible(text).replace("$", r"\$")
