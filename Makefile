@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder test lint browser clean-demo clean
+.PHONY: demo smoke ladder test versions lint browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
@@ -34,6 +34,10 @@ ladder: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev lint browser
 	$(VENV)/bin/python -m pytest -m "not e2e" --numprocesses 2 --dist loadfile
 	$(VENV)/bin/python -m pytest -m e2e
+
+# The built wheel on each supported verl, in a clean environment of its own; VERL=0.9.0 takes that one alone.
+versions: $(VENV)/.installed-dev
+	TORCH="$(TORCH)" $(VENV)/bin/python .ci/versions.py $(VERL)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

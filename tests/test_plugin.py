@@ -113,7 +113,7 @@ def test_a_masked_run_in_another_verl_stops_before_ray(python: Python) -> None:
 
 
 def test_a_mask_asked_for_in_a_file_stops_the_run_as_well(python: Python, tmp_path: Path) -> None:
-    """Nothing on the command line tells, so main_ppo's composed config is looked at. (verl's own checks want a model.)"""
+    """Nothing on the command line tells, so the composed config is looked at. (verl's own checks want a model.)"""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "run.yaml").write_text("# @package _global_\nentropy_fork: {top_ratio: 0.2}\n")
     script = f"""
