@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder experiment test lint browser clean-demo clean
+.PHONY: demo smoke ladder experiment test versions lint docs browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
@@ -35,9 +35,13 @@ experiment: $(VENV)/.installed-dev
 	$(VENV)/bin/python examples/experiment/experiment.py
 
 # First what shares the cores well, file by file; then the real runs of main_ppo, one at a time.
-test: $(VENV)/.installed-dev lint browser
+test: $(VENV)/.installed-dev lint docs browser
 	$(VENV)/bin/python -m pytest -m "not e2e" --numprocesses 2 --dist loadfile
 	$(VENV)/bin/python -m pytest -m e2e
+
+# The built wheel on each supported verl, in a clean environment of its own; VERL=0.9.0 takes that one alone.
+versions: $(VENV)/.installed-dev
+	TORCH="$(TORCH)" $(VENV)/bin/python .ci/versions.py $(VERL)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -45,8 +49,6 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 
 # The documentation as a site, with a reference from the docstrings: build/docs/index.html. Fails at the first warning.
-.PHONY: docs
-test: docs
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs --quiet build
 

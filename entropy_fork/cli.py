@@ -26,7 +26,13 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    """Options of the command itself."""
+    """Options of the command itself. Each command imports verl: in one that we refuse, it could only fail."""
+    import importlib.metadata
+
+    from entropy_fork.supported import why_unsupported
+
+    if problem := why_unsupported(importlib.metadata.version("verl")):
+        _fail(problem)
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Training and evaluation data as verl's parquet.")
@@ -508,7 +514,7 @@ def _print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: Exception | str) -> NoReturn:
     from entropy_fork.foreign_text import visible
 
     typer.secho(f"error: {visible(str(error), kept=chr(10))}", fg="red", err=True)

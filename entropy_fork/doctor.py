@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from entropy_fork import probe as probe_module
 from entropy_fork.plan import compose, what_the_launcher_says
 from entropy_fork.probe import PACKAGES, probe
+from entropy_fork.supported import SUPPORTED
 from entropy_fork.verl.config import EntropyForkConfig, read_config, recipes_dir
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -82,7 +83,7 @@ def _diagnose(overrides: list[str], address: str | None, config_name: str) -> Di
 
 def _needs_of_verl() -> dict[str, str]:
     """What verl, and this package, require of what :data:`PACKAGES` names."""
-    needs: dict[str, str] = {}
+    needs = {"verl": SUPPORTED}
     for owner in ("verl", "entropy-fork"):
         try:
             lines = importlib.metadata.requires(owner) or []

@@ -20,6 +20,7 @@ def visible(text: str, kept: str = "") -> str:
     """Each character that does not print as itself by its number, as ``\\x1b``, which begins a terminal's commands.
 
     Args:
+        text: from a model, a data set or a file's name.
         kept: characters that are left as they are.
     """
     return "".join(

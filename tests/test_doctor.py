@@ -23,7 +23,7 @@ def healthy() -> dict[str, Any]:
 
 
 def lines(answer: dict[str, Any], **needs: str) -> str:
-    return "\n".join(doctor._of_process(answer, {"verl": "<0.10,>=0.9", "ray": ">=2.41", **needs}))
+    return "\n".join(doctor._of_process(answer, {"verl": ">=0.9,<0.10", "ray": ">=2.41", **needs}))
 
 
 def test_this_process_is_healthy(healthy: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def test_what_is_said_of_a_process_that_is_not(healthy: dict[str, Any]) -> None:
         "loss(es) gspo have no guard",
         "the FSDP engine is not entropy_fork's",
         "ray is not installed. pip install 'ray>=2.41'",
-        "verl 0.8.1, and it must be <0.10,>=0.9. pip install 'verl<0.10,>=0.9'",
+        "verl 0.8.1, and it must be >=0.9,<0.10. pip install 'verl>=0.9,<0.10'",
         "no rollout engine",
     ):
         assert part in said
@@ -68,7 +68,7 @@ def test_processes_that_differ(healthy: dict[str, Any]) -> None:
 def test_the_needs_are_read_from_what_is_installed() -> None:
     needs = doctor._needs_of_verl()
     assert {"ray", "transformers", "tensordict", "verl", "math-verify", "TransferQueue"} <= set(needs)
-    assert needs["verl"] == "<0.10,>=0.9"
+    assert needs["verl"] == ">=0.9,<0.10"
     assert "vllm" not in needs  # an extra
 
 

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.e2e
 def spy_environment(folder: Path) -> dict[str, str]:
     folder.mkdir()
     path = f"{TESTS}{os.pathsep}{TESTS.parent}"
-    return {"VERL_USE_EXTERNAL_MODULES": "spy", "PYTHONPATH": path, "ENTROPY_FORK_SPY": str(folder)}
+    modules = ",".join(filter(None, (os.environ.get("VERL_USE_EXTERNAL_MODULES"), "spy")))
+    return {"VERL_USE_EXTERNAL_MODULES": modules, "PYTHONPATH": path, "ENTROPY_FORK_SPY": str(folder)}
 
 
 def load(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import pickle
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from typer.testing import CliRunner
 
-from entropy_fork.verl.errors import EntropyForkError
-from entropy_fork.verl.plugin import check_verl_version
+import entropy_fork
+from entropy_fork.cli import app
+from entropy_fork.supported import SUPPORTED, TESTED, why_unsupported
+from entropy_fork.verl.config import EntropyForkConfig
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
-PACKAGE = Path(__file__).resolve().parents[1] / "entropy_fork"
+TESTS = Path(__file__).parent
+PACKAGE = Path(entropy_fork.__file__).parent
 MODULES = sorted(
     "entropy_fork." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
@@ -67,15 +76,75 @@ def test_without_verl_platform_nothing_of_the_cpu_is_registered(python: Python) 
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.parametrize("version", ["0.8.0", "0.10.0", "0.10.0.dev0", "1.0"])
+@pytest.mark.parametrize("version", ["0.8.0", "0.9.0.dev0", "0.9.0rc1", "0.10.0.dev0", "0.10.0rc1", "1.0", "main"])
 def test_another_verl_is_refused(version: str) -> None:
-    with pytest.raises(EntropyForkError, match=rf"verl 0.9.x, and this is verl {version}. Install 'verl==0.9.\*'"):
-        check_verl_version(version)
+    problem = why_unsupported(version)
+    assert problem is not None
+    assert f"works with verl >=0.9,<0.10 (tested with 0.9.0 and 0.9.1), and this is verl {version}" in problem
+    assert "pip install 'verl>=0.9,<0.10'" in problem
 
 
-def test_supported_versions() -> None:
-    for version in ("0.9.0", "0.9.1", "0.9.7.post1"):
-        check_verl_version(version)
+@pytest.mark.parametrize("version", [*TESTED, "0.9.1+local", "0.9.2.dev0", "0.9.2rc1", "0.9.7.post1"])
+def test_supported_versions(version: str) -> None:
+    assert why_unsupported(version) is None
+
+
+def test_the_range_is_the_one_that_a_new_environment_gets() -> None:
+    """And an existing one is left as it is: a requirement with a range would make pip replace a verl outside it."""
+    requirements = [Requirement(line) for line in importlib.metadata.requires("entropy-fork") or []]
+    ranges = {str(r.marker): r.specifier for r in requirements if r.name == "verl"}
+    assert ranges == {"None": SpecifierSet(), 'extra == "cpu"': SpecifierSet(SUPPORTED)}
+
+
+def pretended(version: str) -> dict[str, str]:
+    """The environment in which every process takes its verl for another one."""
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return {"VERL_USE_EXTERNAL_MODULES": "pretend_verl", "PRETENDED_VERL": version, "PYTHONPATH": path}
+
+
+def test_a_masked_run_in_another_verl_stops_before_ray(python: Python) -> None:
+    """verl swallows our refusal, and would go on to train on all tokens."""
+    command = ("-m", "verl.trainer.main_ppo", "+entropy_fork=global")
+    result = python(*command, **pretended("0.10.0rc1"), VERL_PLATFORM="")
+    assert result.returncode != 0
+    assert "not active, so nothing would be masked: its import fails with EntropyForkError" in result.stderr
+    assert "works with verl >=0.9,<0.10 (tested with 0.9.0 and 0.9.1), and this is verl 0.10.0rc1" in result.stderr
+    assert "ray init kwargs" not in result.stdout
+
+
+def test_a_mask_asked_for_in_a_file_stops_the_run_as_well(python: Python, tmp_path: Path) -> None:
+    """Nothing on the command line tells, so the composed config is looked at. (verl's own checks want a model.)"""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.yaml").write_text("# @package _global_\nentropy_fork: {top_ratio: 0.2}\n")
+    script = f"""
+import runpy, sys, verl.utils.config
+verl.utils.config.validate_config = lambda **_: None
+sys.argv = ["main_ppo", "--config-dir", {str(tmp_path)!r}, "+mine=run"]
+runpy.run_module("verl.trainer.main_ppo", run_name="__main__", alter_sys=True)
+"""
+    result = python("-c", script, **pretended("0.9.0.dev0"), VERL_PLATFORM="")
+    assert result.returncode != 0
+    assert "not active, so nothing would be masked" in result.stderr, result.stderr[-3000:]
+    assert "this is verl 0.9.0.dev0" in result.stderr
+    assert "ray init kwargs" not in result.stdout
+
+
+def test_a_worker_with_another_verl_cannot_read_the_config(python: Python) -> None:
+    """A node of the cluster that was not upgraded: nothing of ours can be unpickled there."""
+    script = f"import pickle; pickle.loads({pickle.dumps(EntropyForkConfig())!r})"
+    result = python("-c", script, **pretended("0.8.0"), VERL_PLATFORM="")
+    assert result.returncode != 0
+    assert "EntropyForkError: entropy_fork works with verl >=0.9,<0.10" in result.stderr
+    on_a_cpu = python("-c", "import verl; print('went on')", **pretended("0.8.0"))
+    assert on_a_cpu.returncode != 0
+    assert on_a_cpu.stderr.strip().splitlines()[-1].startswith("entropy_fork works with verl >=0.9,<0.10")
+
+
+def test_the_commands_in_another_verl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.8.0")
+    result = CliRunner().invoke(app, ["plan"])
+    assert result.exit_code == 1
+    assert "error: entropy_fork works with verl >=0.9,<0.10" in result.output
 
 
 MAIN_PPO = ("-m", "verl.trainer.main_ppo", "--cfg", "job")

@@ -15,24 +15,26 @@ from types import ModuleType
 
 import verl
 import wrapt
-from packaging.version import Version
 
-from entropy_fork.verl import config, platform_cpu
+from entropy_fork.supported import why_unsupported
 from entropy_fork.verl.errors import EntropyForkError
-
-SUPPORTED = "0.9"
 
 #: asked for, and only then: see platform_cpu.py
 ON_CPU = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
-def check_verl_version(version: str) -> None:
-    """Raise an :class:`EntropyForkError` for a verl whose internals were not read."""
-    if Version(version).release[:2] != tuple(int(part) for part in SUPPORTED.split(".")):
-        raise EntropyForkError(
-            f"entropy_fork holds on to verl {SUPPORTED}.x, and this is verl {version}. Install 'verl=={SUPPORTED}.*', "
-            f"or an entropy-fork made for this verl."
-        )
+def _check_verl(version: str) -> None:
+    if (problem := why_unsupported(version)) is None:
+        return
+    if ON_CPU:  # verl would swallow the reason and go on to "Unknown platform 'cpu'"
+        raise SystemExit(problem)
+    raise EntropyForkError(problem)
+
+
+# Before the imports of what holds on to verl, which in another verl would fail with a reason that helps nobody.
+_check_verl(verl.__version__)
+
+from entropy_fork.verl import config, platform_cpu  # noqa: E402
 
 
 @wrapt.decorator
@@ -65,12 +67,6 @@ def register_on_import(extended: str, ours: str) -> None:
 
 
 def _register() -> None:
-    try:
-        check_verl_version(verl.__version__)
-    except EntropyForkError as error:
-        if ON_CPU:  # verl would swallow the reason and go on to "Unknown platform 'cpu'"
-            raise SystemExit(str(error)) from None
-        raise
     config.register_schema()
     wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.trainer")

@@ -10,9 +10,11 @@ groups on the search path Hydra takes ``+recipe=x`` for a plain new key and trai
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -41,8 +43,34 @@ class EntropyForkSearchPath(SearchPathPlugin):
 
                 make_default()
         elif any(ASKED_FOR.match(argument) for argument in sys.argv[1:]):
-            # SystemExit: the message alone, without a traceback through Hydra.
-            raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {problem}")
+            _refuse(problem)
+        elif _is_main_ppo():
+            _refuse_a_node_in_a_file(problem)
+
+
+def _refuse(problem: str) -> NoReturn:
+    # SystemExit: the message alone, without a traceback through Hydra.
+    raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {problem}")
+
+
+def _refuse_a_node_in_a_file(problem: str) -> None:
+    """The command line says nothing of ours, but a config file of the user's may, and Hydra reads it after this.
+
+    ``run_ppo`` is the last that main_ppo does before Ray starts (verl 0.8 to 0.9.1).
+    """
+    main = sys.modules["__main__"]
+    run_ppo = getattr(main, "run_ppo", None)
+    if run_ppo is None:  # a verl of another shape: a run that does not ask must not be stopped for that
+        print(f"entropy_fork is not active, and a node 'entropy_fork' would do nothing: {problem}", file=sys.stderr)
+        return
+
+    @functools.wraps(run_ppo)
+    def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if "entropy_fork" in config:
+            _refuse(problem)
+        return run_ppo(config, *args, **kwargs)
+
+    main.run_ppo = checking  # type: ignore[attr-defined]
 
 
 def _why_inactive() -> str | None:
