@@ -27,7 +27,7 @@ ON_CPU = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
 def check_verl_version(version: str) -> None:
-    """Raise an :class:`EntropyForkError` for a verl whose internals were not read."""
+    """Raise for a verl whose internals were not read."""
     if Version(version).release[:2] != tuple(int(part) for part in SUPPORTED.split(".")):
         raise EntropyForkError(
             f"entropy_fork holds on to verl {SUPPORTED}.x, and this is verl {version}. Install 'verl=={SUPPORTED}.*', "
