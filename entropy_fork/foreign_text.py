@@ -32,11 +32,11 @@ def spreadsheet_cell(value: Any) -> Any:
     """A value for CSV: a text that a spreadsheet would compute or run gets an apostrophe before it.
 
     Numbers, in whatever form, and single signs stay as they are. A carriage return, which csv does not quote before
-    Python 3.13 and behind which a new row would begin, is written as ``\\r``.
+    Python 3.13 and behind which a new row would begin, is written as ``\\r``; a null, which it cannot read, likewise.
     """
     if not isinstance(value, str):
         return value
-    value = value.replace("\r", r"\r")
+    value = value.replace("\r", r"\r").replace("\0", r"\x00")
     if len(value) < 2 or not value.startswith(_FORMULA):
         return value
     with suppress(ValueError):

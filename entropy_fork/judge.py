@@ -142,7 +142,7 @@ def _is_harmless() -> bool:
             return True
         if function == "__new__" and file.endswith("sympy/core/numbers.py"):
             text = frame.f_locals.get("obj")
-            return isinstance(text, str) and _DIGITS.fullmatch(text) is not None
+            return isinstance(text, str) and _DIGITS.fullmatch(text.strip()) is not None
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

@@ -233,7 +233,7 @@ compare("x", "1")
 _refuse_code_from_text()
 import sympy
 import sympy.stats, colorsys  # imports compile
-for number in ("12", "0.5", ".5", "12.", "1.5e3", "1e-7"):
+for number in ("12", "12 ", "0.5", ".5", "12.", "1.5e3", "1e-7"):
     assert float(sympy.Number(number)) == float(number), number
 x = sympy.Symbol("x")
 sympy.ring("a,b,c,d,e", sympy.QQ)[1] ** 3
@@ -566,9 +566,9 @@ def test_an_error_carries_no_commands_for_the_terminal(tmp_path: Path) -> None:
 def test_a_spreadsheet_computes_nothing(text: str) -> None:
     """In a whole file, since a line's end in a cell could begin a row of its own."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([map(spreadsheet_cell, [text, text])] * 2)
+    csv.writer(out, lineterminator="\n").writerows([[spreadsheet_cell(text)] * 2] * 2)
     rows = list(csv.reader(io.StringIO(out.getvalue(), newline="")))
-    kept = text.replace("\r", r"\r")
+    kept = text.replace("\r", r"\r").replace("\0", r"\x00")
     assert rows == [[spreadsheet_cell(text)] * 2] * 2
     for cell in rows[0]:
         is_number = re.fullmatch(r"\s*[-+]?[\d_.]+(e[-+]?\d+)?\s*|\s*[-+]?(inf(inity)?|nan)\s*", cell, re.IGNORECASE)
