@@ -117,10 +117,15 @@ def _refuse_code_from_text() -> None:
     in sympy would be complete, so the interpreter itself is asked (PEP 578): it announces every compilation, and all
     are refused but those of an import, of :data:`_OWN_CODE`, and of a plain number, which sympy reads with ``eval``.
     """
+    from sympy import Poly
     from sympy.core import evalf
 
-    # What an infinite sum's value was computed with before: the same numbers without a compiler.
-    evalf.lambdify = lambda variable, expression: lambda value: int(expression.subs(variable, value))
+    def without_a_compiler(variable: Any, polynomial: Any) -> Any:
+        """What the value of an infinite sum is computed with: the quotient of its terms is one of polynomials."""
+        made = Poly(polynomial, variable)
+        return lambda value: int(made.eval(value))
+
+    evalf.lambdify = without_a_compiler
 
     def refuse(event: str, _: object) -> None:
         global _refused
