@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 #: what a spreadsheet takes for the beginning of a formula, the wide forms of Chinese and Japanese input among them
-_FORMULA = tuple("=+-@\t\r＝＋－＠")
+_FORMULA = tuple("=+-@\t＝＋－＠")
 
 #: what would end a cell of a table, or become a link, an image, HTML or code
 _MARKDOWN = re.compile(r"[\\`|<>\[\]&!]")
@@ -32,9 +32,13 @@ def visible(text: str, kept: str = "") -> str:
 def spreadsheet_cell(value: Any) -> Any:
     """A value for CSV: a text that a spreadsheet would compute or run gets an apostrophe before it.
 
-    Numbers, in whatever form, and single signs stay as they are.
+    Numbers, in whatever form, and single signs stay as they are. A carriage return, which csv does not quote before
+    Python 3.13 and behind which a new row would begin, is written as ``\\r``; a null, which it cannot read, likewise.
     """
-    if not isinstance(value, str) or len(value) < 2 or not value.startswith(_FORMULA):
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", r"\r").replace("\0", r"\x00")
+    if len(value) < 2 or not value.startswith(_FORMULA):
         return value
     with suppress(ValueError):
         float(value)

@@ -117,10 +117,15 @@ def _refuse_code_from_text() -> None:
     in sympy would be complete, so the interpreter itself is asked (PEP 578): it announces every compilation, and all
     are refused but those of an import, of :data:`_OWN_CODE`, and of a plain number, which sympy reads with ``eval``.
     """
+    from sympy import Poly
     from sympy.core import evalf
 
-    # What an infinite sum's value was computed with before: the same numbers without a compiler.
-    evalf.lambdify = lambda variable, expression: lambda value: int(expression.subs(variable, value))
+    def without_a_compiler(variable: Any, polynomial: Any) -> Any:
+        """What the value of an infinite sum is computed with: the quotient of its terms is one of polynomials."""
+        made = Poly(polynomial, variable)
+        return lambda value: int(made.eval(value))
+
+    evalf.lambdify = without_a_compiler
 
     def refuse(event: str, _: object) -> None:
         global _refused
@@ -142,7 +147,7 @@ def _is_harmless() -> bool:
             return True
         if function == "__new__" and file.endswith("sympy/core/numbers.py"):
             text = frame.f_locals.get("obj")
-            return isinstance(text, str) and _DIGITS.fullmatch(text) is not None
+            return isinstance(text, str) and _DIGITS.fullmatch(text.strip()) is not None
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

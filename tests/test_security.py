@@ -41,7 +41,7 @@ from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.evaluation.engines import Sampling
 from entropy_fork.evaluation.report import TextTable
 from entropy_fork.foreign_text import figure_label, markdown_cell, spreadsheet_cell, visible
-from entropy_fork.judge import Judges, judges
+from entropy_fork.judge import judges
 from entropy_fork.report.figures import file_name
 from entropy_fork.reward import compute_score
 from entropy_fork.verl import sweep
@@ -233,7 +233,7 @@ compare("x", "1")
 _refuse_code_from_text()
 import sympy
 import sympy.stats, colorsys  # imports compile
-for number in ("12", "0.5", ".5", "12.", "1.5e3", "1e-7"):
+for number in ("12", "12 ", "0.5", ".5", "12.", "1.5e3", "1e-7"):
     assert float(sympy.Number(number)) == float(number), number
 x = sympy.Symbol("x")
 sympy.ring("a,b,c,d,e", sympy.QQ)[1] ** 3
@@ -327,13 +327,6 @@ def test_long_answers_are_not_kept() -> None:
     assert [cache.cache_info().currsize for cache in (reward._judged, reward.plain_number)] == before
 
 
-def test_a_process_that_dies_in_an_answer_is_no_reward() -> None:
-    pool = Judges(1, 512)
-    assert not pool.compare("(" * 900 + "1", "2.5", 5).equal
-    assert pool.compare(r"\sqrt{8}", r"2\sqrt{2}", 5).equal
-    pool.close()
-
-
 # ---- checkpoints and models: weights are weights ---------------------------------------------------------------------
 
 
@@ -375,7 +368,7 @@ def evaluating(model: Path, data: Path, output: Path, **changes: Any) -> run.Set
 def test_a_hostile_shard_is_not_unpickled(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """verl's merger, asked for as 'evaluate' and 'analyze' do; whatever the caller's environment says."""
+    """By verl's merger, as all commands ask for it; whatever the caller's environment says."""
     canary, actor = tmp_path / "canary", tmp_path / "global_step_1" / "actor"
     (actor / "huggingface").mkdir(parents=True)
     for file in model.iterdir():
@@ -385,11 +378,8 @@ def test_a_hostile_shard_is_not_unpickled(
     shard = actor / "model_world_size_1_rank_0.pt"
     torch.save({"model.embed_tokens.weight": torch.zeros(2, 2), "a": Touch(canary)}, shard)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(EntropyForkError, match=r"holds something else than weights.*mkdir"):
+    with pytest.raises(EntropyForkError, match=r"holds posix\.mkdir, which could run code and was not loaded"):
         run.evaluate(evaluating(actor, data, tmp_path / "out"), QUIET)
-    result = CliRunner().invoke(app, ["analyze", str(actor), "--prompts", str(data), "--output", str(tmp_path / "an")])
-    assert result.exit_code == 1
-    assert "holds something else than weights" in result.output
     assert not canary.exists()
     torch.load(shard, weights_only=False)  # what verl's merger does by itself
     assert canary.exists()
@@ -409,7 +399,7 @@ def test_a_hostile_pickle_of_weights_is_not_unpickled(model: Path, data: Path, t
         if not file.name.endswith(".safetensors"):
             (hostile / file.name).write_bytes(file.read_bytes())
     torch.save({"model.embed_tokens.weight": Touch(canary)}, hostile / "pytorch_model.bin")
-    with pytest.raises(EntropyForkError, match=r"holds something else than weights.*mkdir"):
+    with pytest.raises(EntropyForkError, match=r"holds posix\.mkdir, which could run code and was not loaded"):
         run.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)
     assert not canary.exists()
     torch.load(hostile / "pytorch_model.bin", weights_only=False)
@@ -574,12 +564,17 @@ def test_an_error_carries_no_commands_for_the_terminal(tmp_path: Path) -> None:
 
 @given(st.one_of(st.sampled_from(HOSTILE_TEXTS), st.text()))
 def test_a_spreadsheet_computes_nothing(text: str) -> None:
-    cell = spreadsheet_cell(text)
-    if cell == text:
-        is_number = re.fullmatch(r"\s*[-+]?[\d_.]+(e[-+]?\d+)?\s*|\s*[-+]?(inf(inity)?|nan)\s*", text, re.IGNORECASE)
-        assert text[:1] not in "=+-@\t\r＝＋－＠" or len(text) < 2 or is_number
-    else:
-        assert cell == "'" + text
+    """In a whole file, since a line's end in a cell could begin a row of its own."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([[spreadsheet_cell(text)] * 2] * 2)
+    rows = list(csv.reader(io.StringIO(out.getvalue(), newline="")))
+    kept = text.replace("\r", r"\r").replace("\0", r"\x00")
+    assert rows == [[spreadsheet_cell(text)] * 2] * 2
+    for cell in rows[0]:
+        is_number = re.fullmatch(r"\s*[-+]?[\d_.]+(e[-+]?\d+)?\s*|\s*[-+]?(inf(inity)?|nan)\s*", cell, re.IGNORECASE)
+        is_harmless = not cell.startswith(tuple("=+-@\t\r＝＋－＠")) or len(cell) < 2 or is_number
+        assert is_harmless
+        assert cell in (kept, "'" + kept)
     assert spreadsheet_cell(-1.5) == -1.5
     assert (spreadsheet_cell("-1.5"), spreadsheet_cell("="), spreadsheet_cell(None)) == ("-1.5", "=", None)
 

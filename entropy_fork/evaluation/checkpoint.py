@@ -134,10 +134,9 @@ class Checkpoint:
         )
         if done.returncode != 0 or not _has_weights(target):
             if "Weights only load failed" in done.stdout:
-                found = re.search(r"Unsupported .*?(?=Please|$)", done.stdout, re.MULTILINE)
                 raise EntropyForkError(
-                    f"a shard of {self.path} holds something else than weights, which could run code and was not "
-                    f"loaded: from whom is it? ({found[0].strip() if found else 'see torch.load, weights_only'})"
+                    f"a shard of {self.path} holds {_refused(done.stdout)}, which could run code and was not loaded: "
+                    f"from whom is it?"
                 )
             end = "\n".join(done.stdout.splitlines()[-15:])
             raise EntropyForkError(f"verl's merger could not read {self.path}. It said at its end:\n{end}")
@@ -153,8 +152,8 @@ def code_refused(folder: Path) -> Iterator[None]:
         yield
     except UnpicklingError as error:
         raise EntropyForkError(
-            f"a *.bin of {folder} holds something else than weights, which could run code and was not loaded: from "
-            f"whom is it? ({str(error).partition('Please')[0].strip()})"
+            f"a *.bin of {folder} holds {_refused(str(error))}, which could run code and was not loaded: from whom is "
+            f"it?"
         ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
@@ -163,6 +162,12 @@ def code_refused(folder: Path) -> Iterator[None]:
             f"{folder} brings Python code of its own (auto_map in one of its JSON files), which is not run: name a "
             f"model whose classes are in transformers. vLLM may be told to run it, by --vllm trust_remote_code=true"
         ) from error
+
+
+def _refused(said: str) -> str:
+    """What torch found in a pickle that is no weight."""
+    found = re.search(r"unsupported .*?GLOBAL (\S+)", said, re.IGNORECASE)
+    return found[1] if found else "something else than weights"
 
 
 def fold_adapter(folder: Path) -> None:
