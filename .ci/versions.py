@@ -45,15 +45,20 @@ WATCHED = ("torch", "vllm", "ray", "transformers", "verl")
 #: what is run on the installed wheel, by the step of the table; a file belongs to one of them
 TESTS = {
     "registration": (
-        "test_plugin.py::test_whichever_module_comes_first_the_plugin_is_active",
-        "test_plugin.py::test_without_verl_platform_nothing_of_the_cpu_is_registered",
+        "test_doctor.py::test_this_process_is_healthy",
+        "test_engine.py",
+        "test_platform_cpu.py",
         "test_plugin.py::test_the_range_is_the_one_that_a_new_environment_gets",
         "test_plugin.py::test_a_masked_run_in_another_verl_stops_before_ray",
-        "test_platform_cpu.py",
-        "test_trainer.py",
-        "test_engine.py",
+        "test_trainer.py::test_mini_batches_are_those_that_verls_worker_cuts",
+        "test_trainer.py::test_verls_older_trainer_refuses_a_mask",
     ),
-    "composition": ("test_config.py", "test_recipes.py"),
+    "composition": (
+        "test_config.py::test_recipes_name_only_keys_that_verl_has",
+        "test_config.py::test_which_losses_have_a_mean_of_their_own",
+        "test_recipes.py::test_a_recipe_is_the_papers_run_on_every_cluster",
+        "test_recipes.py::test_a_recipe_passes_all_checks_on_every_cluster_with_every_preset",
+    ),
     "end to end": ("test_main_ppo.py::test_the_weights_in_the_worker_are_the_ones_selected",),
 }
 STEPS = ("installed", "dry run", "beside vLLM", *TESTS)
@@ -206,6 +211,7 @@ def run_tests(row: Row, python: Path, folder: Path, pretend: str | None) -> None
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", checkout)  # pytest's options
     environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    environment["ENTROPY_FORK_TEST_WORLD"] = str(folder.parent / "world")  # built once for all versions
     if pretend is not None:
         modules = {"VERL_USE_EXTERNAL_MODULES": "pretend_verl", "PRETENDED_VERL": pretend}
         environment |= {**modules, "PYTHONPATH": str(checkout / "tests")}

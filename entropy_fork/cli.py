@@ -26,13 +26,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
-    """Options of the command itself. Each command imports verl: in one that we refuse, it could only fail."""
+    """Options of the command itself. Each command imports verl: with one that we refuse, it could only fail."""
+    import contextlib
     import importlib.metadata
 
     from entropy_fork.supported import why_unsupported
 
-    if problem := why_unsupported(importlib.metadata.version("verl")):
-        _fail(problem)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout on PYTHONPATH tells when imported
+        if problem := why_unsupported(importlib.metadata.version("verl")):
+            _fail(problem)
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Training and evaluation data as verl's parquet.")

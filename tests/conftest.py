@@ -102,8 +102,11 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's world with hardly any warm-up: random answers do for these tests."""
-    folder = tmp_path_factory.mktemp("world") / "world"
+    """The demo's world with hardly any warm-up: random answers do for these tests. Runs that follow can share one."""
+    shared = os.environ.get("ENTROPY_FORK_TEST_WORLD")
+    folder = Path(shared) if shared else tmp_path_factory.mktemp("world") / "world"
+    if folder.exists():
+        return folder
     build = REPOSITORY / "examples" / "cpu_demo" / "build.py"
     arguments = ["--steps", "30", "--train-problems", "64", "--test-problems", "8", "--warmup-problems", "500"]
     subprocess.run([sys.executable, str(build), "--output", str(folder), *arguments], check=True, timeout=300)

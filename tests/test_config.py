@@ -10,10 +10,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import verl
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 
-from entropy_fork.verl.config import EntropyForkConfig, check_before_training, preset_names, read_config, selection_name
+from entropy_fork.verl.config import (
+    MASKABLE_LOSSES,
+    EntropyForkConfig,
+    averages_by_sequence,
+    check_before_training,
+    preset_names,
+    read_config,
+    selection_name,
+)
 from entropy_fork.verl.errors import EntropyForkError
 
 Compose = Callable[..., Any]
@@ -180,6 +190,44 @@ def test_a_preset_that_arrived_as_a_plain_value(compose: Compose, data: list[str
 def test_what_cannot_be_masked_is_refused(compose: Compose, data: list[str], override: str, match: str) -> None:
     refused(compose("+entropy_fork=global", *data, override), match)
     check_before_training(compose("+entropy_fork=off", *data, override))
+
+
+@pytest.mark.parametrize(("loss", "version"), [("gspo", "0.9.0"), ("sapo", verl.__version__)])
+def test_a_loss_with_a_mean_of_its_own(
+    compose: Compose, data: list[str], monkeypatch: pytest.MonkeyPatch, loss: str, version: str
+) -> None:
+    """verl averages it by sequence whatever it was told, so weights for a token mean would be wrong."""
+    command = ["+entropy_fork=global", *data, f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}"]
+    by_sequence = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"
+    monkeypatch.setattr(verl, "__version__", version)
+    refused(compose(*command), f"verl {version} takes the mean of loss_mode={loss} as.*{by_sequence}")
+    check_before_training(compose(*command, by_sequence))
+    check_before_training(compose(*command, "entropy_fork.denominator=all"))
+
+
+@pytest.mark.parametrize("loss", MASKABLE_LOSSES)
+def test_which_losses_have_a_mean_of_their_own(loss: str) -> None:
+    """As verl's code has it today: the mean that is configured changes the loss, or it does not."""
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    advantages = torch.tensor([[1.0] * 4, [-3.0] * 4])
+    policy = PolicyLossConfig(
+        loss_mode=loss, dro_beta=0.1, clip_cov_ratio=0.5, clip_cov_lb=-1.0, clip_cov_ub=1.0, kl_cov_ratio=0.5
+    )
+    config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, policy_loss=policy)
+    config.global_batch_info.update(dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None)
+    losses = []
+    for mode in ("token-mean", "seq-mean-token-mean"):
+        torch.manual_seed(0)  # clip_cov draws which tokens it clips
+        losses.append(
+            get_policy_loss_fn(loss)(
+                old_log_prob=torch.full((2, 4), -1.0), log_prob=torch.full((2, 4), -1.1), advantages=advantages,
+                response_mask=mask, loss_agg_mode=mode, config=config,
+            )[0]
+        )  # fmt: skip
+    assert (losses[0] == losses[1]) == averages_by_sequence(loss, verl.__version__)
 
 
 def test_data_files(compose: Compose, data: list[str], tmp_path: Path) -> None:

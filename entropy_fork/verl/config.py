@@ -14,10 +14,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import verl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from packaging.version import Version
 
 from entropy_fork.core.batch import ENTROPIES, POOLS, Rule
 from entropy_fork.core.schedule import ratio_at
@@ -50,6 +52,11 @@ MASKED_TRAINERS = ("sync", "colocate_async", "separate_async")
 
 #: ids of dumped answers: the step times this, plus the answer's number in its step
 ANSWERS_PER_STEP = 100_000
+
+
+def averages_by_sequence(loss_mode: str, version: str) -> bool:
+    """Whether this verl's loss is a seq-mean-token-mean whatever ``actor.loss_agg_mode`` says (core_algos.py)."""
+    return loss_mode == "sapo" or (loss_mode == "gspo" and Version(version) < Version("0.9.1"))
 
 
 def guarded_name(loss_mode: str, in_worker: bool = False) -> str:
@@ -422,6 +429,16 @@ def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:
         raise EntropyForkError(
             f"actor.policy_loss.loss_mode={loss_mode} {reason}. Use one of {', '.join(MASKABLE_LOSSES)}, "
             f"or entropy_fork=off."
+        )
+    if (
+        masked.denominator == "kept"
+        and averages_by_sequence(loss_mode, verl.__version__)
+        and actor.loss_agg_mode != SEQ_MEAN_TOKEN_MEAN
+    ):
+        raise EntropyForkError(
+            f"verl {verl.__version__} takes the mean of loss_mode={loss_mode} as seq-mean-token-mean whatever "
+            f"actor.loss_agg_mode={actor.loss_agg_mode} says, and the weights would be made for another mean. Write "
+            f"actor_rollout_ref.actor.loss_agg_mode={SEQ_MEAN_TOKEN_MEAN}, which changes nothing else."
         )
     if actor.loss_agg_mode not in (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS):
         raise EntropyForkError(f"actor.loss_agg_mode={actor.loss_agg_mode} is not known to entropy_fork.")
