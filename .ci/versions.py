@@ -22,7 +22,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -103,15 +103,15 @@ def call(*command: str | Path, check: bool = True, **options: object) -> subproc
     """Run a program outside our sources; its output belongs to the error."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= options.pop("environment", {})  # type: ignore[operator, arg-type]
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        **{"cwd": tempfile.gettempdir(), "timeout": 900, **options},  # type: ignore[call-overload]
-    )
+    words = [str(part) for part in command]
+    # pytest ends a test that hangs, and what it has started, long before this
+    options = {"cwd": tempfile.gettempdir(), "timeout": 1500, **options}
+    try:
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    except subprocess.TimeoutExpired as error:
+        raise Failed(str(error)) from None
     if check and done.returncode != 0:
-        raise Failed(f"{' '.join(done.args)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}")
+        raise Failed(f"{' '.join(words)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}")
     return done
 
 
@@ -120,11 +120,16 @@ def pip(*arguments: str | Path) -> str:
     return call(sys.executable, "-m", "pip", *arguments).stdout
 
 
-def uv(*arguments: str | Path) -> str:
-    """What pip does, in a tenth of the time, with the folders of wheels that pip has been told of."""
+@cache
+def folders_of_wheels() -> dict[str, str]:
+    """Those that pip has been told of (a CPU build of torch may lie there), for uv."""
     told = re.findall(r"find-links='([^']*)'", pip("config", "list"))
-    links = {"UV_FIND_LINKS": ",".join(dict.fromkeys(" ".join(told).split()))} if told else {}
-    return call(find_uv_bin(), *arguments, environment=links).stdout
+    return {"UV_FIND_LINKS": ",".join(dict.fromkeys(" ".join(told).split()))} if told else {}
+
+
+def uv(*arguments: str | Path) -> str:
+    """What pip does, in a tenth of the time."""
+    return call(find_uv_bin(), *arguments, environment=folders_of_wheels()).stdout
 
 
 def installed(python: Path) -> dict[str, str]:
