@@ -1,4 +1,4 @@
-"""What a training step of the paper's size costs on the driver: seconds and memory from the log-prob pass to the update.
+"""What a training step of the paper's size costs on the driver, between verl's advantages and the update.
 
     python benchmarks/driver_load.py                            # 512 prompts × 16 answers, every one of 20,480 tokens
     python benchmarks/driver_load.py --mean 8000                # answers as they come, cut off at 20,480

@@ -1,4 +1,4 @@
-"""How much memory the driver's part of a selection takes for each token, counted exactly: docs/performance.md says it."""
+"""How much memory the driver's part takes for each token, counted exactly: docs/performance.md says so much."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from entropy_fork.verl.config import EntropyForkConfig
 
 #: bytes of a token while the TransferQueue puts verl's int64 mask together: eight as they come, eight in one tensor
 FETCHING_MASK = 16.0
-#: and in all that comes after: entropy 4, mask and selection 1 each; and the advantages, 4 as they come, 4 in one tensor
+#: and in all that comes after: entropy 4, mask and selection 1 each, the advantages 4 as they come, 4 in one tensor
 CHOOSING = 14.0
 #: but where all tokens of the batch are drawn by lot together, a float64 number for each
 DRAWING = 17.3

@@ -35,6 +35,6 @@ def row_slices(lengths: np.ndarray) -> Iterator[slice]:
 
 
 def pieces(num_tokens: int, size: int = 2**15) -> Iterator[slice]:
-    """All tokens, so many at a time: what fits into a cache, and what torch gives to one thread without asking others."""
+    """All tokens, so many at a time: what a cache holds, and what torch does in one thread without asking others."""
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
