@@ -160,7 +160,7 @@ def driver(overrides: list[str], keys: list[str], ranks: int, beside: bool) -> d
 
     meter = Meter()
     get, write = ours.tq.kv_batch_get, ours.tq.kv_batch_put
-    ours.tq.kv_batch_get = meter.timed("fetch", get)
+    ours.tq.kv_batch_get = meter.timed(lambda **call: f"fetch {', '.join(call['select_fields'])}", get)
     ours.tq.kv_batch_put = meter.timed("write", write)
     ours.select_in_pools = meter.timed("select", ours.select_in_pools)
     ours.weigh_mini_batches = meter.timed("weigh", ours.weigh_mini_batches)

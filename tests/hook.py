@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from rows import jagged, make_rows
+from tensordict import NonTensorStack, TensorDict
 
 from entropy_fork.core.batch import Rows
 from entropy_fork.verl import trainer
@@ -61,10 +62,16 @@ def run_hook(
     if importance is not None:
         data["rollout_is_weights"] = jagged(torch.full_like(rows.entropy, importance), rows.lengths)
 
-    def get(select_fields: list[str], **_: Any) -> dict[str, torch.Tensor]:
+    def get(select_fields: list[str], **_: Any) -> TensorDict:
         """As the TransferQueue does: a row as it is received, and all rows of a field put together."""
-        received = {name: [row.clone() for row in data[name].unbind()] for name in select_fields if name in data}
-        return {name: torch.nested.as_nested_tensor(part, layout=torch.jagged) for name, part in received.items()}
+        fields = {}
+        for name in select_fields:
+            if name in data:
+                received = [row.clone() for row in data[name].unbind()]
+                fields[name] = torch.nested.as_nested_tensor(received, layout=torch.jagged)
+            elif name == "index":
+                fields[name] = NonTensorStack(*[0] * NUM_ROWS)
+        return TensorDict(fields, batch_size=NUM_ROWS)
 
     monkeypatch.setattr(trainer.tq, "kv_batch_get", get)
 
@@ -72,7 +79,7 @@ def run_hook(
         def __len__(self) -> int:
             return NUM_ROWS
 
-    batch = Batch(keys=[f"u_{row}_0" for row in range(NUM_ROWS)], partition_id="train", fields=list(data))
+    batch = Batch(keys=[f"u_{row}_0" for row in range(NUM_ROWS)], partition_id="train", fields=[*data, "index"])
 
     def put(fields: Any, **_: Any) -> Batch:
         data.update({name: jagged(field.values(), field.offsets().diff()) for name, field in fields.items()})

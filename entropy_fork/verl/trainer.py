@@ -215,7 +215,8 @@ def _fetch(batch: Any, name: str) -> Any:
     """
     if name not in batch.fields:
         return None
-    return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[name])[name]
+    # get, because an item that is no tensor comes as a mere list
+    return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[name]).get(name)
 
 
 def _identities(keys: list[str], index: Any) -> list[tuple[str, int, int, str]]:
