@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,6 +117,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def main_ppo(world: Path, tmp_path: Path) -> Iterator[Callable[..., Finished]]:
     """Run main_ppo to its end in a session of its own, which is ended whatever happens."""
+    with runs_of_main_ppo(world, tmp_path) as run:
+        yield run
+
+
+@contextmanager
+def runs_of_main_ppo(world: Path, below: Path) -> Iterator[Callable[..., Finished]]:
+    """What the fixture ``main_ppo`` is, for fixtures that several tests share."""
     groups: list[int] = []
     ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
 
@@ -127,7 +135,7 @@ def main_ppo(world: Path, tmp_path: Path) -> Iterator[Callable[..., Finished]]:
         folder: str = "run",
         **environment: str,
     ) -> Finished:
-        directory = tmp_path / folder
+        directory = below / folder
         directory.mkdir(exist_ok=True)
         arguments = [
             sys.executable, "-m", "verl.trainer.main_ppo", *flags, *recipe, f"demo.dir={world}",
@@ -157,10 +165,10 @@ def main_ppo(world: Path, tmp_path: Path) -> Iterator[Callable[..., Finished]]:
         assert process.returncode == expect, output[-6000:]
         return Finished(output, directory)
 
-    yield run
-    for group in groups:
-        try:
-            os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    shutil.rmtree(ray_folder, ignore_errors=True)
+    try:
+        yield run
+    finally:
+        for group in groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        shutil.rmtree(ray_folder, ignore_errors=True)

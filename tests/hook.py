@@ -9,7 +9,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from rows import jagged, make_rows
+from tensordict import NonTensorStack, TensorDict
 
+from entropy_fork.core.batch import Rows
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig
 
@@ -31,14 +33,25 @@ def run_hook(
     importance: float | None = None,
     with_entropy: bool = True,
     trainer_class: type | None = None,
+    rows: Rows | None = None,
+    spec: EntropyForkConfig | None = None,
+    loss_agg_mode: str = "token-mean",
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Run the hook with the preset ``global`` on two mini-batches, one of whose rows is padding.
+
+    Args:
+        monkeypatch: puts a batch in memory in the place of the TransferQueue.
+        importance: the weight of every token that rollout correction has left there already; none if not given.
+        with_entropy: whether verl's log-prob pass wrote its entropies.
+        trainer_class: the masked trainer, where it is another one.
+        rows, spec, loss_agg_mode: in the place of the rows, of the preset and of verl's aggregation.
 
     Returns:
         the fields of the batch as workers would get them; and the metrics.
     """
-    rows = make_rows(seed=3, num_rows=NUM_ROWS, eligible=0.9)
-    rows.eligible.split(rows.lengths.tolist())[5].zero_()
+    if rows is None:
+        rows = make_rows(seed=3, num_rows=NUM_ROWS, eligible=0.9)
+        rows.eligible.split(rows.lengths.tolist())[5].zero_()
     sign = torch.tensor([1.0, -1.0]).repeat(NUM_ROWS // 2)
     data = {
         "response_mask": jagged(rows.eligible, rows.lengths),
@@ -48,20 +61,32 @@ def run_hook(
         data["entropy"] = jagged(rows.entropy, rows.lengths)
     if importance is not None:
         data["rollout_is_weights"] = jagged(torch.full_like(rows.entropy, importance), rows.lengths)
-    monkeypatch.setattr(trainer.tq, "kv_batch_get", lambda **_: data)
+
+    def get(select_fields: list[str], **_: Any) -> TensorDict:
+        """As the TransferQueue does: a row as it is received, and all rows of a field put together."""
+        fields = {}
+        for name in select_fields:
+            if name in data:
+                received = [row.clone() for row in data[name].unbind()]
+                fields[name] = torch.nested.as_nested_tensor(received, layout=torch.jagged)
+            elif name == "index":
+                fields[name] = NonTensorStack(*[0] * NUM_ROWS)
+        return TensorDict(fields, batch_size=NUM_ROWS)
+
+    monkeypatch.setattr(trainer.tq, "kv_batch_get", get)
 
     class Batch(SimpleNamespace):
         def __len__(self) -> int:
             return NUM_ROWS
 
-    batch = Batch(keys=[f"u_{row}_0" for row in range(NUM_ROWS)], partition_id="train")
+    batch = Batch(keys=[f"u_{row}_0" for row in range(NUM_ROWS)], partition_id="train", fields=[*data, "index"])
 
     def put(fields: Any, **_: Any) -> Batch:
         data.update({name: jagged(field.values(), field.offsets().diff()) for name, field in fields.items()})
         return batch
 
     monkeypatch.setattr(trainer.tq, "kv_batch_put", put)
-    monkeypatch.setattr(trainer, "read_config", lambda config: EntropyForkConfig())
+    monkeypatch.setattr(trainer, "read_config", lambda config: spec or EntropyForkConfig())
     monkeypatch.setattr(trainer, "check_maskable", lambda *_: None)
     config = {
         "actor_rollout_ref": {
@@ -71,7 +96,7 @@ def run_hook(
                 "entropy_coeff": 0,
                 "calculate_entropy": False,
                 "ppo_mini_batch_size": MINI_BATCH_ROWS,
-                "loss_agg_mode": "token-mean",
+                "loss_agg_mode": loss_agg_mode,
                 "shuffle": False,
                 "policy_loss": {"loss_mode": "vanilla"},
             },

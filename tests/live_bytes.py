@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -35,7 +36,9 @@ class LiveBytes(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         changed = "resize" in str(func)  # FSDP frees what it gathered so
         for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
+            if (
+                isinstance(tensor, torch.Tensor) and not tensor.is_nested
+            ):  # which is its values, and no bytes of its own
                 storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in self._known and key not in self._alive:
@@ -44,3 +47,46 @@ class LiveBytes(TorchDispatchMode):
         if changed:
             self.peak = max(self.peak, self.now())
         return made
+
+
+class LiveBytesWithNumpy(LiveBytes):
+    """The same with what numpy (and Python) allocate between one operation of torch and the next.
+
+    An operation on an array of numpy's makes nothing: its memory is counted where numpy took it. Inputs count as soon
+    as an operation has made them, so what is to count must be made while this is active.
+    """
+
+    def __enter__(self) -> LiveBytesWithNumpy:
+        tracemalloc.start()
+        self._numpy_before = tracemalloc.get_traced_memory()[0]
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._see()
+        super().__exit__(*exception)
+        tracemalloc.stop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._see()
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                tensor = tensor.values() if tensor.is_nested else tensor
+                key = tensor.untyped_storage()._cdata
+                if key not in self._alive and key not in self._known:
+                    self._known.add(key)
+                    weakref.finalize(tensor.untyped_storage(), self._known.discard, key)
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        self._see()
+        return made
+
+    def note(self) -> int:
+        """The peak since the last note."""
+        self._see()
+        peak, self.peak = self.peak, 0
+        return peak
+
+    def _see(self) -> None:
+        """Before and after each operation: its tensors, and numpy's highest since the last one."""
+        highest = tracemalloc.get_traced_memory()[1] - self._numpy_before
+        self.peak = max(self.peak, self.now() + highest)
+        tracemalloc.reset_peak()

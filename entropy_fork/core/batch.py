@@ -142,15 +142,19 @@ def weigh_mini_batches(rows: Rows, kept: Tensor, mini_batch: Tensor, rule: Rule)
     """
     weights = torch.zeros(rows.entropy.numel(), dtype=torch.float32)
     for members, tokens in _groups(mini_batch, rows.lengths):
-        part = token_weights(
-            _gather(kept, tokens),
-            _gather(rows.eligible, tokens),
-            rows.lengths[members],
-            rule.loss_agg_mode,
-            rule.denominator,
-            _gather(rows.entropy, tokens) if rule.weight == "soft" else None,
+        # without a name, which would keep the weights of one mini-batch while the next are made
+        _scatter(
+            weights,
+            tokens,
+            token_weights(
+                _gather(kept, tokens),
+                _gather(rows.eligible, tokens),
+                rows.lengths[members],
+                rule.loss_agg_mode,
+                rule.denominator,
+                _gather(rows.entropy, tokens) if rule.weight == "soft" else None,
+            ),
         )
-        _scatter(weights, tokens, part)
     return weights
 
 

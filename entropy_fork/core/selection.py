@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from entropy_fork.core.randomness import uniform_numbers
+from entropy_fork.core.rows import row_slices
 
 #: which tokens of a pool; see :class:`Selector`
 SELECTS = ("top", "bottom", "random", "band")
@@ -145,7 +146,10 @@ def select_tokens(
         return Selection(torch.zeros(mask.shape, dtype=torch.bool), math.nan, 0, 0)
     values = entropy.detach().to("cpu", torch.float32).numpy()
     everything = num_tokens == values.size
-    if not np.isfinite(values if everything else values[mask]).all():
+    finite = np.isfinite(values)
+    if not everything:
+        finite |= ~mask
+    if not finite.all():
         raise ValueError("the entropy of a response token is not finite: the policy's logits are broken at this step")
 
     scores = _scores(values, rows, selector, row_seeds)
@@ -169,10 +173,11 @@ def _scores(entropy: np.ndarray, lengths: np.ndarray, selector: Selector, row_se
     if selector.select == "random":
         if row_seeds is None:
             raise ValueError("select=random needs row_seeds, so that the same tokens are drawn again on other ranks")
-        seeds = np.repeat(row_seeds.cpu().numpy().astype(np.uint64), lengths)
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        positions = (np.arange(entropy.size) - starts).astype(np.uint64)
-        return uniform_numbers(seeds, positions)
+        scores = np.empty(entropy.size)
+        positions = np.arange(lengths.max(), dtype=np.uint64)
+        for row, seed in zip(row_slices(lengths), row_seeds.cpu().numpy().astype(np.uint64)[:, None], strict=True):
+            scores[row] = uniform_numbers(seed, positions[: row.stop - row.start])
+        return scores
     return entropy
 
 
@@ -188,10 +193,10 @@ def _highest(
         return scores >= threshold, float(threshold)
     kept = scores > threshold
     missing = count - int(np.count_nonzero(kept))
-    tied = np.flatnonzero(scores == threshold)
-    if missing < tied.size:
-        tied = _earliest(tied, missing, lengths, order)
-    kept[tied] = True
+    tied = scores == threshold
+    if missing < np.count_nonzero(tied):
+        _drop_all_but_earliest(tied, missing, lengths, order)
+    kept |= tied
     return kept, float(threshold)
 
 
@@ -218,7 +223,9 @@ def _highest_but(scores: np.ndarray, count: int) -> np.floating:
         if num_above < count <= num_high:
             return high
         if num_high < count:
-            between = scores[(scores > low) & (scores < high)]
+            inside = scores > low
+            inside &= scores < high
+            between = scores[inside]
             if count <= num_high + between.size:
                 rank = num_high + between.size - count
                 return np.partition(between, rank)[rank]
@@ -227,15 +234,23 @@ def _highest_but(scores: np.ndarray, count: int) -> np.floating:
     return np.partition(scores, scores.size - count)[scores.size - count]
 
 
-def _earliest(tied: np.ndarray, count: int, lengths: np.ndarray, row_order: np.ndarray | None) -> np.ndarray:
-    """The ``count`` of the flat indices ``tied`` that come first in their own response."""
-    ends = np.cumsum(lengths)
-    per_row = np.diff(np.searchsorted(tied, ends), prepend=0)
-    row = np.repeat(np.arange(lengths.size), per_row)
-    position = tied - np.repeat(ends - lengths, per_row)
+def _drop_all_but_earliest(tied: np.ndarray, count: int, lengths: np.ndarray, row_order: np.ndarray | None) -> None:
+    """Leave of the tokens set in ``tied`` the ``count`` that come first in their own response.
+
+    Row by row: of a policy that is sure of itself most entropies are exactly 0, and a number for each would be eight
+    times as large as the mask.
+    """
+    at_position = np.zeros(lengths.max(), dtype=np.int64)
+    for row in row_slices(lengths):
+        at_position[: row.stop - row.start] += tied[row]
     # All before the position at which there are enough; of those at it, the first rows.
-    edge = int(np.searchsorted(np.cumsum(np.bincount(position)), count))
-    before, at_edge = tied[position < edge], position == edge
-    rows_at_edge = row[at_edge] if row_order is None else row_order[row[at_edge]]
-    chosen = np.argsort(rows_at_edge)[: count - before.size]
-    return np.concatenate([before, tied[at_edge][chosen]])
+    edge = int(np.searchsorted(np.cumsum(at_position), count))
+    rows_at_edge = np.flatnonzero(lengths > edge)
+    tokens_at_edge = (np.cumsum(lengths) - lengths)[rows_at_edge] + edge
+    is_tied = tied[tokens_at_edge]
+    rows_at_edge, tokens_at_edge = rows_at_edge[is_tied], tokens_at_edge[is_tied]
+    first = np.argsort(rows_at_edge if row_order is None else row_order[rows_at_edge])
+    chosen = tokens_at_edge[first[: count - int(at_position[:edge].sum())]]
+    for row in row_slices(lengths):
+        tied[row.start + edge : row.stop] = False
+    tied[chosen] = True

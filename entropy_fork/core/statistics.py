@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_fork.core.rows import count_per_row
+from entropy_fork.core.rows import count_per_row, pieces
 
 
 @dataclass(frozen=True)
@@ -76,31 +78,34 @@ class Tally:
             advantages: float, same shape as ``kept``, where known.
             kept_by_other: bool, same shape: another selection of the same tokens, to compare with.
         """
-        eligible = eligible.bool()
-        entropy_kept = _sum(entropy, kept)
         has_token, has_kept = (count_per_row(mask, lengths) > 0 for mask in (eligible, kept))
-        by_sign = {}
-        if advantages is not None:
-            for name, side in (("positive", advantages > 0), ("negative", advantages < 0)):
-                by_sign[f"{name}_tokens"] = _count(side & eligible)
-                by_sign[f"{name}_kept"] = _count(side & kept)
+        sums: dict[str, float] = defaultdict(float)
+        for piece in pieces(kept.numel()):
+            is_token, is_kept = (mask[piece].bool().numpy() for mask in (eligible, kept))
+            nats = entropy[piece].to(torch.float64).numpy()
+            sums["num_tokens"] += _count(is_token)
+            sums["num_kept"] += _count(is_kept)
+            sums["entropy_kept"] += _sum(nats, is_kept)
+            sums["entropy_dropped"] += _sum(nats, is_token & ~is_kept)
+            if advantages is not None:
+                psi = advantages[piece].numpy()
+                for name, side in (("positive", psi > 0), ("negative", psi < 0)):
+                    sums[f"{name}_tokens"] += _count(side & is_token)
+                    sums[f"{name}_kept"] += _count(side & is_kept)
+            if kept_by_other is not None:
+                sums["known_to_both"] += _count(is_kept)
+                sums["kept_by_both"] += _count(is_kept & kept_by_other[piece].numpy())
         pools = [pool for pool in pools if pool.num_tokens > 0]
         thresholds = [pool.threshold for pool in pools if not math.isnan(pool.threshold)]
         return cls(
-            num_tokens=_count(eligible),
-            num_kept=_count(kept),
-            entropy_kept=entropy_kept,
-            entropy_dropped=_sum(entropy, eligible) - entropy_kept,
-            responses=_count(has_token),
-            responses_without_kept=_count(has_token & ~has_kept),
-            known_to_both=0.0 if kept_by_other is None else _count(kept),
-            kept_by_both=0.0 if kept_by_other is None else _count(kept & kept_by_other),
+            responses=_count(has_token.numpy()),
+            responses_without_kept=_count((has_token & ~has_kept).numpy()),
             thresholds=float(len(thresholds)),
             threshold_sum=math.fsum(thresholds),
             threshold_min=min(thresholds, default=math.inf),
             threshold_max=max(thresholds, default=-math.inf),
             pool_tokens_min=float(min((pool.num_tokens for pool in pools), default=math.inf)),
-            **by_sign,
+            **sums,
         )
 
     @classmethod
@@ -152,9 +157,9 @@ class Tally:
         return metrics
 
 
-def _count(mask: Tensor) -> float:
-    return float(torch.count_nonzero(mask))
+def _count(mask: np.ndarray) -> float:
+    return float(np.count_nonzero(mask))
 
 
-def _sum(values: Tensor, mask: Tensor) -> float:
-    return float((values if bool(mask.all()) else values[mask]).sum(dtype=torch.float64))
+def _sum(values: np.ndarray, mask: np.ndarray) -> float:
+    return float(values[mask].sum())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_fork.core.rows import count_per_row
+from entropy_fork.core.rows import count_per_row, pieces
 
 #: verl's aggregations that divide by a number of tokens, and those that only sum over them
 TOKEN_MEAN = "token-mean"
@@ -49,7 +49,10 @@ class Counts:
             eligible: bool or int, same shape: the response mask.
             entropy: float, same shape, nats; needed for soft weights only.
         """
-        entropy_kept = 0.0 if entropy is None else float(_not_negative(entropy)[kept].sum())
+        entropy_kept = 0.0
+        if entropy is not None:
+            for piece in pieces(kept.numel()):
+                entropy_kept += float(_not_negative(entropy[piece][kept[piece]]).sum())
         return cls(int(torch.count_nonzero(eligible)), int(torch.count_nonzero(kept)), entropy_kept)
 
 
@@ -91,7 +94,8 @@ def token_weights(
         return weights
     if soft_entropy is not None and counts.entropy_kept > 0.0:
         mean = counts.entropy_kept / counts.num_kept
-        weights.mul_((_not_negative(soft_entropy) / mean).to(torch.float32))
+        for piece in pieces(weights.numel()):
+            weights[piece].mul_((_not_negative(soft_entropy[piece]) / mean).to(torch.float32))
     if denominator == "all" or loss_agg_mode in TOKEN_SUMS:
         return weights
     if loss_agg_mode == TOKEN_MEAN:
@@ -100,7 +104,9 @@ def token_weights(
         # Each sequence has a mean of its own; one without a kept token keeps weight zero.
         all_of_row, kept_of_row = (count_per_row(mask, lengths) for mask in (eligible, kept))
         factor = torch.where(kept_of_row > 0, all_of_row / kept_of_row.clamp(min=1), 0.0).to(torch.float32)
-        return weights.mul_(torch.repeat_interleave(factor, lengths))
+        for row, factor_of_row in zip(weights.split(lengths.tolist()), factor.tolist(), strict=True):
+            row.mul_(factor_of_row)
+        return weights
     raise ValueError(
         f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {(TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)}"
     )

@@ -138,25 +138,8 @@ class TokenWeights:
         """
         assert self.entropy_fork is not None
         actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
-        fields = ["entropy", "response_mask", "rollout_is_weights", "advantages", "index"]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        if "entropy" not in data:
-            raise EntropyForkError(
-                f"a mask was asked for, but this step's batch has no entropies in {process_name()}: verl's log-prob "
-                f"pass did not write them. Without them the run would train on all tokens, so it stops here."
-            )
-        offsets = data["response_mask"].offsets()
-        if not torch.equal(data["entropy"].offsets(), offsets):
-            raise EntropyForkError("entropies and response masks of the batch have different lengths")
         rule = self.entropy_fork.rule_at(self.global_steps, actor.loss_agg_mode)  # type: ignore[attr-defined]
-        identities = _identities(batch.keys, data.get("index", None))
-        rows = Rows(
-            entropy=data["entropy"].values(),
-            eligible=data["response_mask"].values(),
-            lengths=offsets.diff(),
-            order=_order(identities),
-            seeds=_seeds(identities, self.entropy_fork.seed, self.global_steps),  # type: ignore[attr-defined]
-        )
+        rows, offsets = self._rows(batch)
         metrics[f"{NODE}/top_ratio"] = rule.selector.top_ratio
         in_worker = self.entropy_fork.in_worker(actor.shuffle)
         written = {}
@@ -165,21 +148,47 @@ class TokenWeights:
         if not in_worker or rule.pool == "batch":  # a worker sees no more than its mini-batch
             mini_batch = torch.zeros_like(rows.lengths) if in_worker else self._mini_batch_of_row(len(batch))
             kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
-            advantages = data["advantages"].values()
+            advantages = _fetch(batch, "advantages").values()
             tally = Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages)
             metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
+            del advantages
             if in_worker:
                 written[KEPT] = torch.nested.nested_tensor_from_jagged(kept.to(torch.uint8), offsets)
             else:
                 weights = weigh_mini_batches(rows, kept, mini_batch, rule)
-                if "rollout_is_weights" in data:
-                    weights = weights * data["rollout_is_weights"].values()
+                del rows, kept
+                importance = _fetch(batch, "rollout_is_weights")
+                if importance is not None:
+                    weights *= importance.values()
+                    del importance
                 written["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(weights, offsets)
         return tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
             fields=TensorDict(written, batch_size=len(batch)),
         )
+
+    def _rows(self, batch: Any) -> tuple[Rows, torch.Tensor]:
+        """The rows of the batch, and where each begins and ends, int64, shape (num_rows + 1,).
+
+        Raises:
+            EntropyForkError: there are no entropies, or not one for each token.
+        """
+        assert self.entropy_fork is not None
+        mask = _fetch(batch, "response_mask")
+        offsets, eligible = mask.offsets(), mask.values().bool()
+        del mask
+        entropy = _fetch(batch, "entropy")
+        if entropy is None:
+            raise EntropyForkError(
+                f"a mask was asked for, but this step's batch has no entropies in {process_name()}: verl's log-prob "
+                f"pass did not write them. Without them the run would train on all tokens, so it stops here."
+            )
+        if not torch.equal(entropy.offsets(), offsets):
+            raise EntropyForkError("entropies and response masks of the batch have different lengths")
+        identities = _identities(batch.keys, _fetch(batch, "index"))
+        seeds = _seeds(identities, self.entropy_fork.seed, self.global_steps)  # type: ignore[attr-defined]
+        return Rows(entropy.values(), eligible, offsets.diff(), _order(identities), seeds), offsets
 
     def _mini_batch_of_row(self, num_rows: int) -> torch.Tensor:
         """Which mini-batch each row of the batch is trained in, shape (num_rows,).
@@ -197,6 +206,18 @@ class TokenWeights:
                 f"{config.rollout.n} responses over {dp_size} ranks as verl does it."
             )
         return (torch.arange(num_rows) % rows_per_rank) // mini_batch_size
+
+
+def _fetch(batch: Any, name: str) -> Any:
+    """One field of the batch, None where it has none.
+
+    One at a time: while the TransferQueue puts a field together it takes twice the field's size, and verl's mask of
+    eight bytes for each token is what no other part of a selection comes near.
+    """
+    if name not in batch.fields:
+        return None
+    # get, because an item that is no tensor comes as a mere list
+    return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[name]).get(name)
 
 
 def _identities(keys: list[str], index: Any) -> list[tuple[str, int, int, str]]:
