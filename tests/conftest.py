@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
-from processes import Processes
+from processes import Processes, processes_with
 
 if TYPE_CHECKING:
     import torch
@@ -110,54 +112,113 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def main_ppo(world: Path, tmp_path: Path) -> Iterator[Callable[..., Finished]]:
-    """Run main_ppo to its end in a session of its own, which is ended whatever happens."""
-    groups: list[int] = []
-    ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
+@dataclass
+class Running:
+    """A run that has been started."""
 
-    def run(
+    process: subprocess.Popen[bytes]
+    printed: Path
+    folder: Path
+
+    @property
+    def output(self) -> str:
+        return self.printed.read_text(errors="replace")
+
+    def wait(self, expect: int = 0, timeout: float = 400) -> Finished:
+        self.process.wait(timeout)
+        assert self.process.returncode == expect, self.output[-6000:]
+        return Finished(self.output, self.folder)
+
+
+class MainPPO:
+    """The real main_ppo, each run in a session of its own."""
+
+    def __init__(self, world: Path, directory: Path):
+        self.world, self.directory = world, directory
+        self.ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
+        self.started: list[Running] = []
+
+    def __call__(self, *overrides: str, expect: int = 0, **how: Any) -> Finished:
+        """Run it to its end."""
+        return self.start(*overrides, **how).wait(expect)
+
+    def start(
+        self,
         *overrides: str,
         recipe: Sequence[str] = ("+recipe=demo_cpu",),
         flags: Sequence[str] = (),
-        expect: int = 0,
         folder: str = "run",
         **environment: str,
-    ) -> Finished:
-        directory = tmp_path / folder
+    ) -> Running:
+        """Start it, and go on."""
+        directory = self.directory / folder
         directory.mkdir(exist_ok=True)
         arguments = [
-            sys.executable, "-m", "verl.trainer.main_ppo", *flags, *recipe, f"demo.dir={world}",
+            sys.executable, "-m", "verl.trainer.main_ppo", *flags, *recipe, f"demo.dir={self.world}",
             "data.train_batch_size=8", "data.max_response_length=24", "actor_rollout_ref.rollout.n=4",
             "actor_rollout_ref.actor.ppo_mini_batch_size=4", "algorithm.filter_groups.enable=false",
             "reward.reward_kwargs.overlong_buffer_cfg.len=8", "trainer.total_training_steps=1",
             "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1", "trainer.logger=[console]",
             f"trainer.default_local_dir={directory}/checkpoints", f"hydra.run.dir={directory}/hydra", *overrides,
         ]  # fmt: skip
-        process = subprocess.Popen(
-            arguments,
-            cwd=directory,
-            env={
-                **os.environ,
-                "PYTHONWARNINGS": "ignore",
-                "VERL_PLATFORM": "cpu",
-                "RAY_TMPDIR": ray_folder,
-                **environment,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        groups.append(process.pid)
-        output, _ = process.communicate(timeout=400)
-        assert process.returncode == expect, output[-6000:]
-        return Finished(output, directory)
+        printed = directory / f"output-{len(self.started)}.txt"
+        with open(printed, "wb") as output:
+            process = subprocess.Popen(
+                arguments,
+                cwd=directory,
+                env={
+                    **os.environ,
+                    "PYTHONWARNINGS": "ignore",
+                    "VERL_PLATFORM": "cpu",
+                    "RAY_TMPDIR": self.ray_folder,
+                    **environment,
+                },
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.started.append(Running(process, printed, directory))
+        return self.started[-1]
 
-    yield run
-    for group in groups:
-        try:
-            os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    shutil.rmtree(ray_folder, ignore_errors=True)
+    def processes(self) -> list[int]:
+        """All processes of all runs, Ray's and the workers included, that are there now."""
+        return processes_with("RAY_TMPDIR", self.ray_folder)
+
+    def close(self) -> None:
+        """End what is left of the runs."""
+        for run in self.started:
+            with suppress(ProcessLookupError):
+                os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
+        while left := self.processes():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        shutil.rmtree(self.ray_folder, ignore_errors=True)
+
+
+@pytest.fixture
+def main_ppo(world: Path, tmp_path: Path) -> Iterator[MainPPO]:
+    """Runs main_ppo; whatever it started is ended with the test."""
+    runs = MainPPO(world, tmp_path)
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="session")
+def recorded(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that replay the answers of four recorded steps.
+
+    Runs that are to be compared bit for bit all replay, because verl lays out recorded answers in the order of the
+    record and new ones as they come.
+    """
+    directory = tmp_path_factory.mktemp("recorded")
+    dump = f"skip.rollout_tq.dump_dir={directory}/answers"
+    replay = ["skip.rollout_tq.enable=true", dump, "skip.rollout_tq.steps=[1,2,3,4]"]
+    runs = MainPPO(world, directory)
+    try:
+        runs(*replay, "trainer.total_training_steps=4", "trainer.save_freq=-1")
+    finally:
+        runs.close()
+    return replay

@@ -148,16 +148,10 @@ def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path:
     assert 0.5 < run.metric("entropy_fork/overlap_with_old")[0] <= 1.0
 
 
-def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, world: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The same recorded answers, without the plugin's config node and with ρ = 1.0: the same parameters bit for bit.
-
-    Both runs replay, because verl lays out recorded answers in the order of the record and new ones as they come.
-    """
-    answers = tmp_path / "answers"
-    replay = ["skip.rollout_tq.enable=true", f"skip.rollout_tq.dump_dir={answers}", "skip.rollout_tq.steps=[1]"]
-    main_ppo(*replay, folder="record")
-    stock = main_ppo("~entropy_fork", *replay, folder="stock")
-    everything = main_ppo("entropy_fork.top_ratio=1.0", *replay, folder="everything")
+def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded: list[str], world: Path) -> None:  # type: ignore[no-untyped-def]
+    """The same recorded answers, without the plugin's config node and with ρ = 1.0: the same parameters bit for bit."""
+    stock = main_ppo("~entropy_fork", *recorded, folder="stock")
+    everything = main_ppo("entropy_fork.top_ratio=1.0", *recorded, folder="everything")
     for run in (stock, everything):
         assert "Injected 32 cached trajectories" in run.output
     assert "entropy_fork" not in "".join(re.findall(r"step:1 - .*", stock.output))
