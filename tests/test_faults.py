@@ -106,29 +106,34 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(main_ppo: MainPPO, recorded:
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    ("place", "overrides", "message"),
+    ("place", "victim", "overrides", "message"),
     [
-        ("generate:2", (), r"EntropyForkError: rollout server 0 has died, and the run was waiting"),
+        ("generate:2", None, (), "EntropyForkError: rollout server 0 has died"),
         (
             "generate:2",
+            None,
             ("trainer.v1.trainer_mode=colocate_async",),
-            r"EntropyForkError: rollout server 0 has died, and the run was waiting",
+            "EntropyForkError: rollout server 0 has died",
         ),
-        ("answer:33", (), r"EntropyForkError: agent-loop worker 0 has died, and the run was waiting"),
-        ("update:3", ("trainer.n_gpus_per_node=2",), r"ActorDiedError: The actor died unexpectedly"),
+        ("answer:33", None, (), "EntropyForkError: agent-loop worker 0 has died"),
+        ("answer:33", "TransferQueueController", (), "EntropyForkError: the TransferQueue's controller has died"),
+        ("update:3", None, ("trainer.n_gpus_per_node=2",), "ActorDiedError: The actor died unexpectedly"),
     ],
-    ids=["rollout_server", "rollout_server_asynchronous", "agent_loop_worker", "training_worker"],
+    ids=["rollout_server", "rollout_server_asynchronous", "agent_loop_worker", "transfer_queue", "training_worker"],
 )
 def test_a_process_that_dies_ends_the_run(
-    main_ppo: MainPPO, tmp_path: Path, place: str, overrides: tuple[str, ...], message: str
+    main_ppo: MainPPO, tmp_path: Path, place: str, victim: str | None, overrides: tuple[str, ...], message: str
 ) -> None:
     """In step 2, with the checkpoint of step 1 whole. The two ranks are in a collective when one of them dies."""
     stopped = tmp_path / "stopped"
     run = main_ppo.start("trainer.total_training_steps=3", *overrides, **fault_environment(place, stopped))
-    os.kill(pid_of_stopped(run, stopped), signal.SIGKILL)
+    pid = pid_of_stopped(run, stopped)
+    if victim is not None:
+        (pid,) = [pid for pid in main_ppo.processes() if f"ray::{victim}" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     output = run.wait(expect=1, timeout=90).output
-    print(f"{place} {overrides}: ended {time.monotonic() - killed:.0f} s after the kill")
+    print(f"{place} {victim or ''} {overrides}: ended {time.monotonic() - killed:.0f} s after the kill")
     assert re.search(message, output), output[-6000:]
     assert (run.folder / "checkpoints" / LATEST).read_text() == "1"
     wait_until_gone(main_ppo)
@@ -373,41 +378,46 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     return clock
 
 
+def look(watch: waiting.Watch, buffer: Any) -> None:
+    watch.before_asking()
+    watch.after_asking(buffer)
+
+
 def test_a_run_waits_as_long_as_answers_come(clock: SimpleNamespace) -> None:
     watch, buffer = waiting.Watch(clock.trainer, patience_s=60), Buffer()
     for number in range(100):
         clock.now += 2
         if number % 10 == 0:
             buffer.partitions["train"] = {f"answer {number}": {}}  # those before may have been filtered out
-        watch.look(buffer)
+        look(watch, buffer)
     clock.now += 100_000  # the driver trains, and looks again
-    watch.look(buffer)
+    look(watch, buffer)
     for _ in range(19):
         clock.now += 2
-        watch.look(buffer)
+        look(watch, buffer)
     clock.now += 2
     with pytest.raises(EntropyForkError, match=r"for 60 s: 3 prompts are not finished, 2 of them begun.*patience_s"):
-        watch.look(buffer)
+        look(watch, buffer)
     assert clock.asked > 100
 
     patient = waiting.Watch(clock.trainer, patience_s=0)
     for _ in range(10_000):
         clock.now += 2
-        patient.look(buffer)
+        look(patient, buffer)
 
 
 def test_the_dead_are_noticed_and_the_unreachable_asked_again(clock: SimpleNamespace) -> None:
     watch, buffer = waiting.Watch(clock.trainer, patience_s=0), Buffer()
-    watch.look(buffer)
+    look(watch, buffer)
     clock.alive = None
     clock.now += 3
-    watch.look(buffer)
+    look(watch, buffer)
     clock.alive = False
     clock.now += 1
-    watch.look(buffer)  # it is not asked at every turn
+    look(watch, buffer)  # it is not asked at every turn
     buffer.failure_keys["train"] = {"a"}  # but here
     with pytest.raises(EntropyForkError, match=r"agent-loop worker 0 has died.*goes on from the last checkpoint in ch"):
-        watch.look(buffer)
+        look(watch, buffer)
 
 
 @pytest.mark.parametrize(("node", "watched"), [({"patience_s": 5}, True), ({"enabled": False}, True), (None, False)])
@@ -432,7 +442,7 @@ def test_verls_replay_buffers_ask_through_the_watch(
 
     lists = iter([{}, {"train": {"a": {"is_prompt": True, "status": "finished", "global_steps": 1}}}])
     monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda *_: next(lists))
-    monkeypatch.setattr(waiting.Watch, "look", look)
+    monkeypatch.setattr(waiting.Watch, "after_asking", look)
     buffer = Trainer()._build_replay_buffer()
     if watched:
         with pytest.raises(Looked):
@@ -441,6 +451,43 @@ def test_verls_replay_buffers_ask_through_the_watch(
             replay_buffer.ReplayBuffer.sample.__wrapped__(buffer, 1, "train", 1)
     else:
         assert buffer.wait_for_sampleable(1, "train", 1)[0] == {"a"}
+
+
+# --------------------------------------------------------------------------------------------------- rollout server
+
+
+def test_a_request_that_fails_or_is_given_up_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from entropy_fork.verl import rollout_cpu
+
+    def generate(model: Any, requests: list[Any], *_: Any) -> list[Any]:
+        time.sleep(0.1)
+        if requests[0].prompt_ids == [13]:
+            raise RuntimeError("no memory")
+        return [rollout_cpu.Answer(token_ids=[7]) for request in requests if request.prompt_ids != [14]]
+
+    monkeypatch.setattr(rollout_cpu, "generate", generate)
+
+    async def ask() -> None:
+        server = rollout_cpu.TransformersServer.__new__(rollout_cpu.TransformersServer)
+        server.config = SimpleNamespace(prompt_length=8, response_length=8, max_num_seqs=4)
+        server.model, server.end_ids, server.global_steps, server._waiting = None, [], 1, []
+        server._arrived, server._open, server._computing = asyncio.Event(), asyncio.Event(), asyncio.Lock()
+        server._aborting, server._rejecting, server._serving = False, False, None
+        server._open.set()
+
+        def answer(prompt: int) -> Any:
+            return asyncio.wait_for(server.generate([prompt], {"seed": 1}, "request-1"), 10)
+
+        with pytest.raises(RuntimeError, match="no memory"):
+            await answer(13)
+        with pytest.raises(ValueError, match="shorter"):  # fewer answers than requests
+            await answer(14)
+        given_up = asyncio.create_task(answer(1))
+        await asyncio.sleep(0.08)  # it is being computed
+        given_up.cancel()
+        assert (await answer(2)).token_ids == [7]
+
+    asyncio.run(ask())
 
 
 # ------------------------------------------------------------------------------------------------------------- data

@@ -3,8 +3,9 @@
 Hook: none. verl's driver asks the TransferQueue again and again whether a batch's prompts are finished
 (``replay_buffer.py``), without a limit and without looking at those who should finish them: when an agent-loop worker
 dies, or a reward never returns, it asks for ever; when a rollout server dies under an asynchronous trainer, it drops
-the failed prompts and sends new ones for ever. So the one question that all its loops ask is wrapped
-(``_sync_metadata_from_transfer_queue``, on the trainer's own buffer), in runs whose config has our node.
+the failed prompts and sends new ones for ever; and when the TransferQueue's controller dies, it waits for the answer to
+its question for ever. So the one question that all its loops ask is wrapped (``_sync_metadata_from_transfer_queue``, on
+the trainer's own buffer), in runs whose config has our node.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import transfer_queue.interface
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from entropy_fork.verl.config import NODE, read_node
@@ -35,11 +37,12 @@ class WatchedWaiting:
         if node is not None:
             ask, watch = buffer._sync_metadata_from_transfer_queue, Watch(self, node.patience_s)
 
-            def ask_and_watch() -> None:
+            def watched_ask() -> None:
+                watch.before_asking()
                 ask()
-                watch.look(buffer)
+                watch.after_asking(buffer)
 
-            buffer._sync_metadata_from_transfer_queue = ask_and_watch
+            buffer._sync_metadata_from_transfer_queue = watched_ask
         return buffer
 
 
@@ -53,32 +56,29 @@ class Watch:
 
     def __init__(self, trainer: Any, patience_s: float):
         self.trainer, self.patience_s = trainer, patience_s
-        self._asked: dict[str, Any] = {}  # by name of an actor: its answer, which comes or fails
+        self._asked: dict[str, Any] = {}  # by name of an actor: its sign of life, which comes or fails
         self._next_look = 0.0
         self._failed: set[str] = set()
         self._answers: set[str] = set()
         self._waited, self._asked_at = 0.0, time.monotonic()
 
-    def look(self, buffer: Any) -> None:
-        """After each time that the driver has asked.
+    def before_asking(self) -> None:
+        """Raise an EntropyForkError where somebody has died."""
+        if time.monotonic() >= self._next_look:
+            self._check_alive(0.0)
+            self._next_look = time.monotonic() + LOOK_SECONDS
 
-        Raises:
-            EntropyForkError: somebody has died, or no answer has come for ``patience_s``.
-        """
-        now = time.monotonic()
+    def after_asking(self, buffer: Any) -> None:
+        """Raise an EntropyForkError where no answer has come for ``patience_s``, or those have failed of the dead."""
         failed = set().union(*buffer.failure_keys.values())
         if failed - self._failed:  # the next thing that verl does may be to train on what is left of the batch
             self._asked.clear()
             self._check_alive(ANSWER_SECONDS)
-        elif now >= self._next_look:
-            self._check_alive(0.0)
-            self._next_look = now + LOOK_SECONDS
         self._failed = failed
-        self._check_progress(buffer, now)
+        self._check_progress(buffer, time.monotonic())
 
     def _check_alive(self, patience_s: float) -> None:
-        actors = dict(_actors(self.trainer))
-        for name, actor in actors.items():
+        for name, actor in _actors(self.trainer):
             if name not in self._asked:
                 self._asked[name] = actor.__ray_ready__.remote()
         names = {answer: name for name, answer in self._asked.items()}
@@ -125,3 +125,5 @@ def _actors(trainer: Any) -> Iterator[tuple[str, Any]]:
     ):
         for number, actor in enumerate(getattr(getattr(trainer, owner, None), attribute, None) or []):
             yield f"{name} {number}", actor
+    if (queue := getattr(transfer_queue.interface, "_TQ_CONTROLLER", None)) is not None:
+        yield "the TransferQueue's controller", queue
