@@ -28,6 +28,7 @@ from rows import jagged
 from test_main_ppo import load, spy_environment
 
 from entropy_fork.analysis.table import read_answers
+from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.verl import checkpoint, token_dump, waiting
 from entropy_fork.verl.config import EntropyForkConfig, check_before_training
 from entropy_fork.verl.errors import EntropyForkError
@@ -179,7 +180,7 @@ class Stock:
 
     use_critic = True
 
-    def __init__(self, config: Any, killed_in: int | None = None):
+    def __init__(self, config: Any, killed_in: float | None = None):
         self.config, self.global_steps, self.killed_in = config, 0, killed_in
         self.actor_rollout_wg = self.critic_wg = SimpleNamespace(workers=[Worker(0), Worker(1)])
         self.loaded = False
@@ -196,9 +197,11 @@ class Stock:
         for number, name in enumerate([*shards, "data.pt"]):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"of run": self.config.run}, folder / name)
-            if number == self.killed_in:
+            if self.killed_in == number:
                 content = (folder / name).read_bytes()
                 (folder / name).write_bytes(content[: len(content) // 2])
+                raise Killed
+            if self.killed_in == number + 0.5:  # between this one and the next
                 raise Killed
         with open(root / LATEST, "w") as latest:
             if self.killed_in == len(shards) + 1:
@@ -232,7 +235,7 @@ class Worker:
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     monkeypatch.setattr(checkpoint.ray, "get", lambda answers: answers)
 
-    def make(run: str = "first", killed_in: int | None = None, **of_trainer: Any) -> Trainer:
+    def make(run: str = "first", killed_in: float | None = None, **of_trainer: Any) -> Trainer:
         role = {"strategy": "fsdp2", "checkpoint": {"load_contents": ["model", "optimizer", "extra"]}}
         config = {
             "run": run,
@@ -252,12 +255,13 @@ def save(trainer: Trainer, *steps: int) -> None:
         trainer._save_checkpoint()
 
 
-PLACES = range(12 + 1 + 2)
+#: in each of the 12 files and data.pt, after each, with the name of the latest emptied, and after all
+PLACES = [place / 2 for place in range(26)] + [13, 14]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_kill_anywhere_in_a_save_leaves_the_checkpoint_before_or_an_error(
-    trainer: Callable[..., Trainer], tmp_path: Path, place: int
+    trainer: Callable[..., Trainer], tmp_path: Path, place: float
 ) -> None:
     save(trainer(), 2)
     with pytest.raises(Killed):
@@ -279,7 +283,7 @@ def test_a_kill_anywhere_in_a_save_leaves_the_checkpoint_before_or_an_error(
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_kill_while_a_checkpoint_is_written_again(
-    trainer: Callable[..., Trainer], tmp_path: Path, place: int
+    trainer: Callable[..., Trainer], tmp_path: Path, place: float
 ) -> None:
     """verl already points to step 4, all its files are there and readable, and some are those of another run."""
     save(trainer("first"), 2, 4)
@@ -331,6 +335,14 @@ def test_other_ranks_and_no_whole_checkpoint_at_all(trainer: Callable[..., Train
         EntropyForkError, match=r"actor was written by 8 ranks, and this run has 2. No other checkpoint in .* is whole"
     ):
         trainer()._load_checkpoint()
+
+
+def test_nothing_else_takes_it_either(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        save(trainer(killed_in=13), 2)
+    for folder in (tmp_path / "global_step_2", tmp_path / "global_step_2" / "actor"):
+        with pytest.raises(EntropyForkError, match=r"global_step_2 is being written, or its run ended .* name another"):
+            Checkpoint.find(folder)
 
 
 def test_what_an_asynchronous_save_writes_is_left_to_megatron(trainer: Callable[..., Trainer], tmp_path: Path) -> None:

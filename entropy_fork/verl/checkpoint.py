@@ -24,11 +24,9 @@ from typing import Any
 import ray
 import torch.distributed as dist
 
+from entropy_fork.output_folder import UNFINISHED
 from entropy_fork.verl.config import MASKED_STRATEGIES, read_node
 from entropy_fork.verl.errors import EntropyForkError
-
-#: in a checkpoint's folder while it is being written
-UNFINISHED = "unfinished"
 
 #: verl's, in ``trainer.default_local_dir``
 LATEST = "latest_checkpointed_iteration.txt"
