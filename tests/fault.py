@@ -1,13 +1,13 @@
 """Loaded into every process of a real run through VERL_USE_EXTERNAL_MODULES: something breaks at a named place.
 
-``ENTROPY_FORK_FAULT=PLACE:N`` is the N-th time (from 1) that a process comes to a place:
+``ENTROPY_FORK_FAULT=PLACE:N``:
 
-- ``save``: half of a checkpoint's first file has been written
-- ``disk``: the disk is full as a checkpoint is being written (the process may not write more than 1 MiB to a file)
-- ``update``: a training worker is about to take a gradient step
-- ``generate``: the rollout server is about to answer a batch
-- ``answer``: the agent loop is about to ask for an answer
-- ``reward``: an answer is about to be scored
+- ``save``: half of the first file of the N-th checkpoint has been written
+- ``disk``: the disk is full as the N-th checkpoint is written (the process may not write more than 1 MiB to a file)
+- ``update``: a training worker is about to take its N-th gradient step
+- ``generate``: the rollout server has got a request of step N
+- ``answer``: the agent loop is about to ask for an answer of step N
+- ``reward``: the N-th answer is about to be scored
 
 But for ``disk`` the process writes its number into the file ``ENTROPY_FORK_STOPPED`` and stays where it is: it hangs,
 until the test kills it or another process of the run.
@@ -16,9 +16,11 @@ until the test kills it or another process of the run.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,11 @@ PLACE, _, NUMBER = os.environ["ENTROPY_FORK_FAULT"].partition(":")
 STOPPED = Path(os.environ["ENTROPY_FORK_STOPPED"])
 MIB = 1 << 20
 
-visits = 0
+visits = itertools.count(1)  # by several threads, perhaps
+
+
+def _is_it_now() -> bool:
+    return next(visits) == int(NUMBER)
 
 
 def _stop_here() -> None:
@@ -39,23 +45,7 @@ def _stop_here() -> None:
     time.sleep(3600)
 
 
-def _is_it_now() -> bool:
-    global visits
-    visits += 1
-    return visits == int(NUMBER)
-
-
-@wrapt.decorator
-def _stopping(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
-    if _is_it_now():
-        _stop_here()
-    return wrapped(*args, **kwargs)
-
-
-@wrapt.decorator
-def _half_written(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
-    if not _is_it_now():
-        return wrapped(*args, **kwargs)
+def _half_a_file() -> None:
     save = torch.save
 
     def save_half(state: Any, path: str) -> None:
@@ -65,33 +55,45 @@ def _half_written(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-d
         _stop_here()
 
     torch.save = save_half  # type: ignore[assignment]
-    return wrapped(*args, **kwargs)
+
+
+def _full_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+
+
+def _at_visit(fault: Callable[[], None]) -> Any:
+    @wrapt.decorator
+    def breaking(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+        if _is_it_now():
+            fault()
+        return wrapped(*args, **kwargs)
+
+    return breaking
 
 
 @wrapt.decorator
-def _on_a_full_disk(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
-    if _is_it_now():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+def _at_step(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    # The server knows the step of its weights, which is the one before.
+    step = kwargs["global_steps"] if "global_steps" in kwargs else instance.global_steps + 1
+    if step == int(NUMBER):
+        _stop_here()
     return wrapped(*args, **kwargs)
 
 
-def _in_place_of(owner: str, name: str, fault: Any) -> Any:
-    """The hook that breaks ``name`` (a function, or ``Class.method``) when its module has been imported."""
+_SAVE = ("verl.utils.checkpoint.fsdp_checkpoint_manager", "FSDPCheckpointManager", "save_checkpoint")
+MODULE, HOLDER, NAME, FAULT = {
+    "save": (*_SAVE, _at_visit(_half_a_file)),
+    "disk": (*_SAVE, _at_visit(_full_disk)),
+    "update": ("entropy_fork.verl.engine", "ForkingTokens", "train_batch", _at_visit(_stop_here)),
+    "generate": ("entropy_fork.verl.rollout_cpu", "TransformersServer", "generate", _at_step),
+    "answer": ("entropy_fork.verl.agent_loop", "SeededSingleTurnAgentLoop", "run", _at_step),
+    "reward": ("entropy_fork.reward", None, "compute_score", _at_visit(_stop_here)),
+}[PLACE]
 
-    def extend(module: Any) -> None:
-        *classes, attribute = name.split(".")
-        holder = getattr(module, classes[0]) if classes else module
-        setattr(holder, attribute, fault(getattr(holder, attribute)))
 
-    return lambda: wrapt.register_post_import_hook(extend, owner)
+def _break(module: Any) -> None:
+    holder = getattr(module, HOLDER) if HOLDER else module
+    setattr(holder, NAME, FAULT(getattr(holder, NAME)))
 
 
-_SAVE = ("verl.utils.checkpoint.fsdp_checkpoint_manager", "FSDPCheckpointManager.save_checkpoint")
-{
-    "save": _in_place_of(*_SAVE, _half_written),
-    "disk": _in_place_of(*_SAVE, _on_a_full_disk),
-    "update": _in_place_of("entropy_fork.verl.engine", "ForkingTokens.train_batch", _stopping),
-    "generate": _in_place_of("entropy_fork.verl.rollout_cpu", "generate", _stopping),
-    "answer": _in_place_of("entropy_fork.verl.agent_loop", "SeededSingleTurnAgentLoop.run", _stopping),
-    "reward": _in_place_of("entropy_fork.reward", "compute_score", _stopping),
-}[PLACE]()
+wrapt.register_post_import_hook(_break, MODULE)
