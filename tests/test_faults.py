@@ -432,6 +432,57 @@ def test_the_dead_are_noticed_and_the_unreachable_asked_again(clock: SimpleNames
         look(watch, buffer)
 
 
+RAY = """
+import asyncio, os, signal, tempfile, time
+from types import SimpleNamespace
+import ray
+from omegaconf import OmegaConf
+from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.waiting import Watch
+
+@ray.remote(num_cpus=0, max_concurrency=10)
+class Server:
+    async def pid(self):
+        return os.getpid()
+    async def hang(self):
+        time.sleep(1000)
+
+def look(watch, buffer, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        watch.before_asking()
+        watch.after_asking(buffer)
+        time.sleep(0.1)
+
+with tempfile.TemporaryDirectory(prefix="ef", dir="/tmp") as directory:
+    ray.init(num_cpus=1, include_dashboard=False, _temp_dir=directory, logging_level="ERROR", log_to_driver=False)
+    try:
+        server = Server.remote()
+        pid = ray.get(server.pid.remote())
+        server.hang.remote()
+        trainer = SimpleNamespace(
+            config=OmegaConf.create({"trainer": {"default_local_dir": "checkpoints"}}),
+            llm_server_manager=SimpleNamespace(server_handles=[server]),
+        )
+        buffer = SimpleNamespace(partitions={}, pending_keys={}, running_keys={}, failure_keys={})
+        watch = Watch(trainer, patience_s=0)
+        look(watch, buffer, 3)
+        print("it hangs, and is alive")
+        os.kill(pid, signal.SIGKILL)
+        try:
+            look(watch, buffer, 60)
+        except EntropyForkError as error:
+            print(error)
+    finally:
+        ray.shutdown()
+"""
+
+
+def test_ray_says_who_has_died(python: Callable[..., Any]) -> None:
+    result = python("-c", RAY)
+    assert "it hangs, and is alive\nrollout server 0 has died" in result.stdout, result.stdout + result.stderr[-3000:]
+
+
 @pytest.mark.parametrize(("node", "watched"), [({"patience_s": 5}, True), ({"enabled": False}, True), (None, False)])
 def test_verls_replay_buffers_ask_through_the_watch(
     monkeypatch: pytest.MonkeyPatch, node: dict[str, Any] | None, watched: bool

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from textwrap import shorten
 from typing import Any
 
 import ray
@@ -90,11 +91,11 @@ class Watch:
             except ActorUnavailableError:  # the network, perhaps: ask again
                 continue
             except RayActorError as error:
-                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                *_, reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise EntropyForkError(
-                    f"{names[answer]} has died, and the run was waiting for its answers ({lines[-1]}). Its last words "
-                    f"are in Ray's logs. The same command goes on from the last checkpoint in "
-                    f"{self.trainer.config.trainer.default_local_dir}."
+                    f"{names[answer]} has died, and the run was waiting for its answers "
+                    f"({shorten(reason, 200, placeholder=' …')}). Its last words are in Ray's logs. The same command "
+                    f"goes on from the last checkpoint in {self.trainer.config.trainer.default_local_dir}."
                 ) from error
 
     def _check_progress(self, buffer: Any, now: float) -> None:
