@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder experiment test versions lint docs browser clean-demo clean
+.PHONY: demo smoke ladder experiment test versions faults lint docs browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
@@ -36,8 +36,12 @@ experiment: $(VENV)/.installed-dev
 
 # First what shares the cores well, file by file; then the real runs of main_ppo, one at a time.
 test: $(VENV)/.installed-dev lint docs browser
-	$(VENV)/bin/python -m pytest -m "not e2e" --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not e2e and not fault" --numprocesses 2 --dist loadfile
 	$(VENV)/bin/python -m pytest -m e2e
+
+# What breaks in a long run, each in a real run that is broken so: see docs/faults.md.
+faults: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m fault
 
 # The built wheel on each supported verl, in a clean environment of its own; VERL=0.9.0 takes that one alone.
 versions: $(VENV)/.installed-dev

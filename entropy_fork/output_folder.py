@@ -12,6 +12,9 @@ from typing import IO, Any
 
 from entropy_fork.verl.errors import EntropyForkError
 
+#: in the folder of verl's checkpoint while a run writes it (``verl/checkpoint.py``), and for good if that run is killed
+UNFINISHED = "unfinished"
+
 
 def write_whole(file: Path, text: str) -> None:
     """Write a file under another name first, so that it is never seen half-written.

@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
-from processes import Processes
+from processes import Processes, processes_with
 
 if TYPE_CHECKING:
     import torch
@@ -103,72 +104,138 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's world with hardly any warm-up: random answers do for these tests. Runs that follow can share one."""
-    shared = os.environ.get("ENTROPY_FORK_TEST_WORLD")
-    folder = Path(shared) if shared else tmp_path_factory.mktemp("world") / "world"
-    if folder.exists():
-        return folder
+    """The demo's world with hardly any warm-up: random answers do for these tests."""
+    folder = tmp_path_factory.mktemp("world") / "world"
     build = REPOSITORY / "examples" / "cpu_demo" / "build.py"
     arguments = ["--steps", "30", "--train-problems", "64", "--test-problems", "8", "--warmup-problems", "500"]
     subprocess.run([sys.executable, str(build), "--output", str(folder), *arguments], check=True, timeout=300)
     return folder
 
 
-@pytest.fixture
-def main_ppo(world: Path, tmp_path: Path) -> Iterator[Callable[..., Finished]]:
-    """Run main_ppo to its end in a session of its own, which is ended whatever happens."""
-    with runs_of_main_ppo(world, tmp_path) as run:
-        yield run
+@dataclass
+class Running:
+    """A run that has been started."""
+
+    process: subprocess.Popen[bytes]
+    printed: Path
+    folder: Path
+
+    @property
+    def output(self) -> str:
+        return self.printed.read_text(errors="replace")
+
+    def wait(self, expect: int = 0, timeout: float = 400) -> Finished:
+        self.process.wait(timeout)
+        assert self.process.returncode == expect, self.output[-6000:]
+        return Finished(self.output, self.folder)
 
 
-@contextmanager
-def runs_of_main_ppo(world: Path, below: Path) -> Iterator[Callable[..., Finished]]:
-    """What the fixture ``main_ppo`` is, for fixtures that several tests share."""
-    groups: list[int] = []
-    ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
+class MainPPO:
+    """The real main_ppo, each run in a session of its own."""
 
-    def run(
+    def __init__(self, world: Path, directory: Path):
+        self.world, self.directory = world, directory
+        self.ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
+        self.started: list[Running] = []
+
+    def __call__(self, *overrides: str, expect: int = 0, **how: Any) -> Finished:
+        """Run it to its end."""
+        return self.start(*overrides, **how).wait(expect)
+
+    def start(
+        self,
         *overrides: str,
         recipe: Sequence[str] = ("+recipe=demo_cpu",),
         flags: Sequence[str] = (),
-        expect: int = 0,
         folder: str = "run",
         **environment: str,
-    ) -> Finished:
-        directory = below / folder
+    ) -> Running:
+        """Start it, and go on."""
+        directory = self.directory / folder
         directory.mkdir(exist_ok=True)
         arguments = [
-            sys.executable, "-m", "verl.trainer.main_ppo", *flags, *recipe, f"demo.dir={world}",
+            sys.executable, "-m", "verl.trainer.main_ppo", *flags, *recipe, f"demo.dir={self.world}",
             "data.train_batch_size=8", "data.max_response_length=24", "actor_rollout_ref.rollout.n=4",
             "actor_rollout_ref.actor.ppo_mini_batch_size=4", "algorithm.filter_groups.enable=false",
             "reward.reward_kwargs.overlong_buffer_cfg.len=8", "trainer.total_training_steps=1",
             "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1", "trainer.logger=[console]",
             f"trainer.default_local_dir={directory}/checkpoints", f"hydra.run.dir={directory}/hydra", *overrides,
         ]  # fmt: skip
-        process = subprocess.Popen(
-            arguments,
-            cwd=directory,
-            env={
-                **os.environ,
-                "PYTHONWARNINGS": "ignore",
-                "VERL_PLATFORM": "cpu",
-                "RAY_TMPDIR": ray_folder,
-                **environment,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        groups.append(process.pid)
-        output, _ = process.communicate(timeout=400)
-        assert process.returncode == expect, output[-6000:]
-        return Finished(output, directory)
+        printed = directory / f"output-{len(self.started)}.txt"
+        with open(printed, "wb") as output:
+            process = subprocess.Popen(
+                arguments,
+                cwd=directory,
+                env={
+                    **os.environ,
+                    "PYTHONWARNINGS": "ignore",
+                    "VERL_PLATFORM": "cpu",
+                    "RAY_TMPDIR": self.ray_folder,
+                    **environment,
+                },
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.started.append(Running(process, printed, directory))
+        return self.started[-1]
 
-    try:
-        yield run
-    finally:
-        for group in groups:
+    def processes(self) -> list[int]:
+        """All processes of all runs, Ray's and the workers included, that are there now."""
+        return processes_with("RAY_TMPDIR", self.ray_folder)
+
+    def close(self) -> None:
+        """End what is left of the runs."""
+        for run in self.started:
             with suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-        shutil.rmtree(ray_folder, ignore_errors=True)
+                os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
+        while left := self.processes():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        shutil.rmtree(self.ray_folder, ignore_errors=True)
+
+
+@pytest.fixture
+def main_ppo(world: Path, tmp_path: Path) -> Iterator[MainPPO]:
+    """Runs main_ppo; whatever it started is ended with the test."""
+    runs = MainPPO(world, tmp_path)
+    yield runs
+    runs.close()
+
+
+#: All tokens of a step in one pool: verl deals the answers to the ranks before it cuts mini-batches, so of several
+#: mini-batches each has other members on another number of ranks. And all of them written down.
+ONE_POOL = (
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    "entropy_fork.dump_every=1",
+    "entropy_fork.dump_answers=32",
+)
+
+
+@dataclass
+class Recorded:
+    """Four steps on one rank whose answers were recorded, and the settings that replay them."""
+
+    run: Finished
+    replay: tuple[str, ...]
+
+
+@pytest.fixture(scope="session")
+def recorded(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """One run for all tests that replay.
+
+    Runs that are to be compared bit for bit all replay, because verl lays out recorded answers in the order of the
+    record and new ones as they come.
+    """
+    directory = tmp_path_factory.mktemp("recorded")
+    dump = f"skip.rollout_tq.dump_dir={directory}/answers"
+    replay = ("skip.rollout_tq.enable=true", dump, "skip.rollout_tq.steps=[1,2,3,4]")
+    runs = MainPPO(world, directory)
+    try:
+        run = runs(*replay, *ONE_POOL, "trainer.total_training_steps=4", "trainer.max_actor_ckpt_to_keep=4")
+    finally:
+        runs.close()
+    return Recorded(run, replay)

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes with a gloo group, started once and asked many times."""
+"""Real ranks for tests: processes with a gloo group, started once and asked many times. And who belongs to a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 #: for one answer. A collective that hangs is a failure here, not a test that never ends.
@@ -74,3 +75,16 @@ class Processes:
             if process.is_alive():
                 process.kill()
         self._folder.cleanup()
+
+
+def processes_with(variable: str, value: str) -> list[int]:
+    """The processes that were started with this in their environment and have not ended."""
+    wanted = f"{variable}={value}".encode()
+    pids = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                pids.append(int(folder.name))
+        except OSError:  # it has ended, or is not ours
+            continue
+    return pids

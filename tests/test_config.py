@@ -86,6 +86,7 @@ def test_a_ratio_out_of_range(compose: Compose, data: list[str], ratio: str) -> 
         ("schedule=stairs", "schedule must be one of constant, linear, cosine"),
         ("schedule=linear", "needs schedule_steps"),
         ("dump_every=-1", "dump_every must be a number of steps, or 0 to dump nothing, got -1"),
+        ("patience_s=-1", "patience_s must be a number of seconds, or 0 to wait for ever, got -1"),
         ("dump_answers=0", "dump_answers must be in .1, 100000., got 0"),
     ],
 )

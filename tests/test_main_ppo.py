@@ -6,13 +6,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import Finished, runs_of_main_ppo
+from conftest import ONE_POOL, Finished, Recorded
 from safetensors.torch import load_file
 
 from entropy_fork.analysis.table import read_answers
@@ -152,41 +151,14 @@ def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path:
     assert 0.5 < run.metric("entropy_fork/overlap_with_old")[0] <= 1.0
 
 
-@pytest.fixture(scope="module")
-def recorded(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Finished, list[str]]]:
-    """Two steps on one rank whose answers were recorded; and the overrides that replay them.
-
-    Each of its steps is one gradient step, because verl deals the answers to the ranks before it cuts mini-batches: of
-    several mini-batches each would have other members on another number of ranks.
-    """
-    folder = tmp_path_factory.mktemp("recorded")
-    replay = ["skip.rollout_tq.enable=true", f"skip.rollout_tq.dump_dir={folder}/answers"]
-    replay.append("skip.rollout_tq.steps=[1,2]")
-    with runs_of_main_ppo(world, folder) as run:
-        yield run(*replay, *TWO_STEPS), replay
-
-
 #: measured on ranks of two cores: …
 ENTROPY_ERROR, PARAMETER_ERROR = 1e-4, 1e-4
 
-#: all tokens of a step in one pool, and written down
-TWO_STEPS = [
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-    "trainer.total_training_steps=2",
-    "trainer.max_actor_ckpt_to_keep=2",
-    "entropy_fork.dump_every=1",
-    "entropy_fork.dump_answers=32",
-]
 
-
-def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded, world: Path) -> None:  # type: ignore[no-untyped-def]
-    """The same recorded answers, without the plugin's config node and with ρ = 1.0: the same parameters bit for bit.
-
-    Both runs replay, because verl lays out recorded answers in the order of the record and new ones as they come.
-    """
-    _, replay = recorded
-    stock = main_ppo("~entropy_fork", *replay, folder="stock")
-    everything = main_ppo("entropy_fork.top_ratio=1.0", *replay, folder="everything")
+def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded: Recorded, world: Path) -> None:  # type: ignore[no-untyped-def]
+    """The same recorded answers, without the plugin's config node and with ρ = 1.0: the same parameters bit for bit."""
+    stock = main_ppo("~entropy_fork", *recorded.replay, folder="stock")
+    everything = main_ppo("entropy_fork.top_ratio=1.0", *recorded.replay, folder="everything")
     for run in (stock, everything):
         assert "Injected 32 cached trajectories" in run.output
     assert "entropy_fork" not in "".join(re.findall(r"step:1 - .*", stock.output))
@@ -200,14 +172,15 @@ def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded, wo
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_number_of_ranks_changes_nothing(main_ppo, recorded, ranks: int) -> None:  # type: ignore[no-untyped-def]
+def test_the_number_of_ranks_changes_nothing(main_ppo, recorded: Recorded, ranks: int) -> None:  # type: ignore[no-untyped-def]
     """The same recorded answers on FSDP ranks: the same tokens are kept and the same parameters come out, but for sums.
 
     A rank packs other answers together, so entropies differ in their last bits, and where two of them are equal up to
     those bits (the first tokens of answers to one prompt are) either may be the last one that is kept.
     """
-    one, replay = recorded
-    several = main_ppo(f"trainer.n_gpus_per_node={ranks}", *replay, *TWO_STEPS)
+    one = recorded.run
+    settings = (*recorded.replay, *ONE_POOL, "trainer.total_training_steps=2")
+    several = main_ppo(f"trainer.n_gpus_per_node={ranks}", *settings)
     assert several.output.count("Injected 32 cached trajectories") == 2
     for step in (1, 2):
         expected, actual = tokens_of(one, step), tokens_of(several, step)

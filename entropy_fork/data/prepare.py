@@ -266,7 +266,7 @@ def write(source: Source, prepared: Prepared, origin: dict[str, Any], folder: Pa
         }
         for index, row in enumerate(prepared.kept)
     ]
-    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), parquet)
+    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), parquet, write_page_checksum=True)
     with (folder / REJECTED).open("w", encoding="utf-8") as stream:
         for row in prepared.rejected:
             line = {

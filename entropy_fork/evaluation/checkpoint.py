@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
-from entropy_fork.output_folder import write_whole
+from entropy_fork.output_folder import UNFINISHED, write_whole
 from entropy_fork.verl.errors import EntropyForkError
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -57,6 +57,11 @@ class Checkpoint:
             raise EntropyForkError(f"{path} holds {len(steps)} checkpoints: name one of them, for example {steps[-1]}")
         if path.name != "actor" and (path / "actor").is_dir():
             path = path / "actor"
+        if (path.parent / UNFINISHED).is_file():
+            raise EntropyForkError(
+                f"{path.parent} is being written, or its run ended before it was whole (the file '{UNFINISHED}' is in "
+                f"it): name another checkpoint"
+            )
         # With checkpoint.save_contents=[…,hf_model] verl has written a whole model already.
         for folder in (path, path / "huggingface", path / "model" / "huggingface"):
             if (folder / "config.json").is_file() and _has_weights(folder):

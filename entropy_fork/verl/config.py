@@ -8,7 +8,6 @@ stops with ``No module named 'entropy_fork'`` instead of training on all tokens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import verl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from packaging.version import Version
 
@@ -25,6 +24,7 @@ from entropy_fork.core.batch import ENTROPIES, POOLS, Rule
 from entropy_fork.core.schedule import ratio_at
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.weighting import DENOMINATORS, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, WEIGHTS
+from entropy_fork.verl.data_files import check_data_files
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
 NODE = "entropy_fork"
@@ -90,6 +90,8 @@ class EntropyForkConfig:
         dump_every: write the tokens of ``dump_answers`` answers of every so many steps, their entropies and what was
             selected, into ``dump_dir`` (by default ``tokens`` in ``trainer.default_local_dir``), for ``entropy-fork
             report``; 0 writes nothing. With ``enabled=False`` as well.
+        patience_s: for how many seconds no answer may come before a run that waits for answers stops with an error; 0
+            waits for ever, as verl does. With ``enabled=False`` as well.
     """
 
     enabled: bool = True
@@ -109,6 +111,7 @@ class EntropyForkConfig:
     dump_every: int = 0
     dump_answers: int = 8
     dump_dir: str | None = None
+    patience_s: float = 3600.0
 
     def selector_at(self, step: int) -> Selector:
         """What is kept of a pool at a training step (from 1).
@@ -176,6 +179,8 @@ class EntropyForkConfig:
             raise ValueError(f"dump_every must be a number of steps, or 0 to dump nothing, got {self.dump_every}")
         if not 0 < self.dump_answers < ANSWERS_PER_STEP:
             raise ValueError(f"dump_answers must be in [1, {ANSWERS_PER_STEP}), got {self.dump_answers}")
+        if not self.patience_s >= 0:
+            raise ValueError(f"patience_s must be a number of seconds, or 0 to wait for ever, got {self.patience_s}")
 
 
 def register_schema() -> None:
@@ -184,7 +189,7 @@ def register_schema() -> None:
 
 
 #: keys that do not change what a run selects, or that a run's name says in another way
-UNNAMED = ("enabled", "select", "top_ratio", "sparse_head", "dump_every", "dump_answers", "dump_dir")
+UNNAMED = ("enabled", "select", "top_ratio", "sparse_head", "dump_every", "dump_answers", "dump_dir", "patience_s")
 
 
 def selection_name(config: DictConfig) -> str:
@@ -280,7 +285,7 @@ def check_before_training(config: DictConfig) -> None:
     check_on_policy(config)
     if OmegaConf.select(config, NODE, default=None) is not None:
         _make_typed(config)
-        _check_data_files(config)
+        check_data_files(config)
     if masked is not None:
         check_maskable(config, masked)
     check_dumpable(config)
@@ -474,28 +479,3 @@ def check_dumpable(config: DictConfig) -> None:
             f"{wanted} entropies of verl's log-prob pass, which algorithm.rollout_correction.bypass_mode=True skips. "
             f"Write bypass_mode=False, or {NODE}.dump_every=0."
         )
-
-
-def _check_data_files(config: DictConfig) -> None:
-    """Local parquet files must be there and have the columns that verl's data set and reward loop read."""
-    import pyarrow.parquet as pq
-
-    needed = {config.data.get("prompt_key", "prompt"), "data_source", "reward_model"}
-    for key in ("train_files", "val_files"):
-        files: Any = config.data[key]
-        for file in files if isinstance(files, (list, ListConfig)) else [files]:
-            path = os.path.expanduser(str(file))
-            if "://" in path or not path.endswith(".parquet"):
-                continue
-            if not os.path.exists(path):
-                raise EntropyForkError(f"data.{key}: there is no file {path}")
-            try:
-                columns = set(pq.read_schema(path).names)
-            except (OSError, ValueError) as error:
-                raise EntropyForkError(f"data.{key}: {path} is not a readable parquet file: {error}") from None
-            if missing := sorted(needed - columns):
-                raise EntropyForkError(
-                    f"data.{key}: {path} lacks the column(s) {', '.join(missing)}; it has "
-                    f"{', '.join(sorted(columns))}. verl expects prompt (a list of chat messages), data_source, and "
-                    f"reward_model with its ground_truth. Another name for the prompt column: data.prompt_key=NAME."
-                )

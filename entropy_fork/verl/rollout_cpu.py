@@ -131,9 +131,9 @@ class TransformersServer:
                 self._arrived.clear()
             if not batch:
                 continue
-            # The order of arrival must not matter, down to the row that an answer is computed in.
-            batch.sort(key=lambda item: (item[0].seed, tuple(item[0].prompt_ids)))
             try:
+                # The order of arrival must not matter, down to the row that an answer is computed in.
+                batch.sort(key=lambda item: (item[0].seed, tuple(item[0].prompt_ids)))
                 async with self._computing:
                     answers = await asyncio.to_thread(
                         generate,
@@ -143,12 +143,13 @@ class TransformersServer:
                         self.config.prompt_length,
                         lambda: self._aborting,
                     )
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    if not future.done():  # somebody may have stopped waiting
+                        future.set_result(answer)
             except Exception as error:  # each waiting request gets the error, and the server lives on
                 for _, future in batch:
-                    future.set_exception(error)
-                continue
-            for (_, future), answer in zip(batch, answers, strict=True):
-                future.set_result(answer)
+                    if not future.done():
+                        future.set_exception(error)
 
     async def _until_settled(self) -> None:
         seen = -1

@@ -3,7 +3,8 @@
 Hook: verl's registry of V1 trainers (``verl/trainer/ppo/v1/trainer_base.py: TRAINER_REGISTRY``). ``+entropy_fork=…``
 must work with whatever ``trainer.v1.trainer_mode`` a command line already has, and a trainer under a new name is taken
 for an asynchronous one in six places of verl. So each registered trainer is replaced by a subclass of itself under its
-own name; the subclass does nothing unless the config asks for a mask.
+own name; the subclass does nothing unless the config asks for a mask, but for the two mixins against faults
+(``checkpoint.py``, ``waiting.py``), which look after every run whose config has our node.
 
 At the moment of the hook everything is on the driver's side: verl has computed the old policy's log-probs *and* its
 entropies over all ranks (``_compute_old_log_prob``), and has laid the rows out so that each data-parallel rank gets one
@@ -30,6 +31,7 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 from entropy_fork.core.batch import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.core.statistics import Tally
+from entropy_fork.verl.checkpoint import WholeCheckpoints
 from entropy_fork.verl.config import (
     MASKED_TRAINERS,
     NODE,
@@ -45,6 +47,7 @@ from entropy_fork.verl.policy_loss import kept_means
 from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, RESPONSES
 from entropy_fork.verl.sparse_head import KEPT as KEPT_POSITIONS
 from entropy_fork.verl.token_dump import TokenDump
+from entropy_fork.verl.waiting import WatchedWaiting
 
 
 class TokenWeights:
@@ -263,7 +266,8 @@ def install() -> None:
 
 def _masked(trainer: type[PPOTrainer]) -> type[PPOTrainer]:
     # The name is verl's own, so that logs and errors read as they did before.
-    return type(trainer.__name__, (TokenWeights, trainer), {"__module__": __name__, "__doc__": trainer.__doc__})
+    bases = (TokenWeights, WholeCheckpoints, WatchedWaiting, trainer)
+    return type(trainer.__name__, bases, {"__module__": __name__, "__doc__": trainer.__doc__})
 
 
 install()

@@ -1,0 +1,153 @@
+"""No half-written checkpoint is taken for a good one.
+
+Hook: the trainers of ``trainer.py``, around verl's ``_save_checkpoint`` and before its ``_load_checkpoint``; in runs
+whose config has our node. Nothing is saved or loaded here.
+
+verl writes the files of a checkpoint one after another, then its step into ``latest_checkpointed_iteration.txt``, and
+resumes from the step that is in there. So a run that is killed while it saves goes on from the checkpoint before. Not
+so in these cases (verl 0.9.1, ``trainer_base.py``), each of which stops here with one error before anything is loaded:
+
+- A step is saved again, after a resume from an earlier one or a start in a used folder: verl already points to it, and
+  a kill leaves old and new files side by side, all of them readable. Hence the file ``unfinished`` while one is saved.
+- A folder that lacks ``data.pt`` begins the data anew, and one that is not there the training, with no more than a
+  line in the log. A file that was cut short or written by another number of ranks ends in a traceback of a worker's.
+- ``latest_checkpointed_iteration.txt`` is emptied before it is written.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch.distributed as dist
+
+from entropy_fork.output_folder import UNFINISHED
+from entropy_fork.verl.config import MASKED_STRATEGIES, read_node
+from entropy_fork.verl.errors import EntropyForkError
+
+#: verl's, in ``trainer.default_local_dir``
+LATEST = "latest_checkpointed_iteration.txt"
+
+#: the names of a rank's files by what ``checkpoint.load_contents`` asks for (verl's ``FSDPCheckpointManager``)
+SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
+
+
+class WholeCheckpoints:
+    """Mixin in front of a V1 trainer."""
+
+    config: Any
+    global_steps: int
+
+    def _save_checkpoint(self) -> None:
+        # An asynchronous save is not over when verl returns; Megatron then points to it when it is.
+        if read_node(self.config) is None or self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
+            return super()._save_checkpoint()  # type: ignore[misc]
+        folder = Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / UNFINISHED).write_text("entropy_fork: this checkpoint is being written, or its run ended there\n")
+            super()._save_checkpoint()  # type: ignore[misc]
+            (folder / UNFINISHED).unlink()
+        except Exception as error:
+            raise EntropyForkError(
+                f"the checkpoint of step {self.global_steps} could not be written to {folder} ({_in_short(error)}). It "
+                f"is marked as unfinished. When there is room, the same command goes on from the last whole one."
+            ) from error
+
+    def _load_checkpoint(self) -> None:
+        if read_node(self.config) is not None:
+            self._check_resumable()
+        super()._load_checkpoint()  # type: ignore[misc]
+
+    def _check_resumable(self) -> None:
+        """Raise for a checkpoint that verl would resume from and that is not whole."""
+        trainer = self.config.trainer
+        latest = Path(trainer.default_local_dir).absolute() / LATEST
+        if trainer.resume_mode == "auto" and latest.exists():
+            step = latest.read_text().strip()
+            folder = latest.parent / f"global_step_{step}"
+            wrong = self._wrong_with(folder) if step.isdecimal() else [f"{latest} names no step but {step!r}"]
+        elif trainer.resume_mode == "resume_path" and trainer.resume_from_path:
+            folder = Path(trainer.resume_from_path).absolute()
+            wrong = self._wrong_with(folder)
+        else:
+            return
+        if not wrong:
+            return
+        whole = next((other for other in _newest_first(folder.parent) if not self._wrong_with(other)), None)
+        way_on = (
+            f"No other checkpoint in {folder.parent} is whole. Write"
+            if whole is None
+            else f"{whole} is whole: write trainer.resume_mode=resume_path trainer.resume_from_path={whole}, or"
+        )
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise EntropyForkError(
+            f"the checkpoint to go on from is not whole: {'; '.join(wrong[:3])}{more}. {way_on} "
+            f"trainer.resume_mode=disable to begin again."
+        )
+
+    def _wrong_with(self, folder: Path) -> list[str]:
+        """What keeps a folder from being a whole checkpoint of this run's; every rank looks for its own files."""
+        if not folder.is_dir():
+            return [f"{folder} is not there"]
+        if (folder / UNFINISHED).exists():
+            return [f"{folder} was not written to its end (the file '{UNFINISHED}' is in it)"]
+        config = self.config
+        groups = [("actor", config.actor_rollout_ref.actor, self.actor_rollout_wg)]  # type: ignore[attr-defined]
+        if self.use_critic:  # type: ignore[attr-defined]
+            groups.append(("critic", config.critic, self.critic_wg))  # type: ignore[attr-defined]
+        looks = []
+        for role, of_role, group in groups:
+            if of_role.strategy in MASKED_STRATEGIES:
+                contents = list(of_role.checkpoint.load_contents)
+                looks += [w.__ray_call__.remote(wrong_shards, str(folder / role), contents) for w in group.workers]
+        wrong = [wrong for of_rank in ray.get(looks) for wrong in of_rank]
+        return wrong + _wrong_with_file(folder / "data.pt")
+
+
+def wrong_shards(_: Any, folder: str, contents: list[str]) -> list[str]:
+    """Run in each training worker: what is wrong with its own files, on the disk that it sees.
+
+    Args:
+        folder: of one role in a checkpoint.
+        contents: verl's ``checkpoint.load_contents``.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    names = [f"{SHARDS[part]}_world_size_{size}_rank_{rank}.pt" for part in contents if part in SHARDS]
+    sizes = {
+        int(found[1]) for path in Path(folder).glob("*.pt") if (found := re.search(r"world_size_(\d+)", path.name))
+    }
+    if names and sizes and size not in sizes:
+        by = " or ".join(map(str, sorted(sizes)))
+        return [f"{folder} was written by {by} ranks, and this run has {size}"] if rank == 0 else []
+    return [wrong for name in names for wrong in _wrong_with_file(Path(folder) / name)]
+
+
+def _wrong_with_file(path: Path) -> list[str]:
+    """``torch.save`` writes a zip file, whose directory comes last: one that was cut short has none.
+
+    Only that directory is read, however large the file is.
+    """
+    try:
+        with zipfile.ZipFile(path):
+            return []
+    except FileNotFoundError:
+        return [f"{path} is missing"]
+    except (OSError, zipfile.BadZipFile) as error:
+        return [f"{path} cannot be read ({error})"]
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    steps = {
+        int(found[1]): path for path in folder.glob("global_step_*") if (found := re.search(r"_(\d+)$", path.name))
+    }
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _in_short(error: BaseException) -> str:
+    """The last line that says something: Ray puts whole tracebacks into its messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
