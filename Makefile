@@ -53,12 +53,8 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 
 # The documentation as a site, with a reference from the docstrings: build/docs/index.html. Fails at the first warning.
-docs: $(VENV)/.installed-docs
+docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs --quiet build
-
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --editable ".[cpu,docs]"
-	touch $@
 
 # The tests of the report open it in a real headless browser.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
@@ -78,7 +74,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --editable ".[cpu,dev]"
+	$(VENV)/bin/pip install --quiet --editable ".[cpu,dev,docs]"
 	touch $@
 
 # The wheels of torchvision, torchaudio and torchcodec that vLLM pulls in do not fit a CPU build of torch, and importing
