@@ -337,6 +337,26 @@ def test_other_ranks_and_no_whole_checkpoint_at_all(trainer: Callable[..., Train
         trainer()._load_checkpoint()
 
 
+def test_a_save_that_fails_says_where_and_how_much_room_there_is(
+    trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(trainer(), 2)
+
+    def full(*_: Any) -> None:
+        raise RuntimeError("Traceback of a worker\n  …\n[enforce fail] unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full)
+    message = r"step 4 could not be written to .*global_step_4 \(RuntimeError: .enforce fail.*; [\d.]+ GiB are free"
+    with pytest.raises(EntropyForkError, match=message):
+        save(trainer(), 4)
+    assert (tmp_path / "global_step_4" / "unfinished").exists()
+    trainer()._load_checkpoint()  # of step 2
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EntropyForkError, match=r"could not be written to .*file/global_step_2 \(NotADirectoryError"):
+        save(trainer(default_local_dir=str(tmp_path / "file")), 2)
+
+
 def test_nothing_else_takes_it_either(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     with pytest.raises(Killed):
         save(trainer(killed_in=13), 2)

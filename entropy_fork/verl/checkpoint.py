@@ -17,12 +17,14 @@ so in these cases (verl 0.9.1, ``trainer_base.py``), each of which stops here wi
 from __future__ import annotations
 
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray.exceptions import RayTaskError
 
 from entropy_fork.output_folder import UNFINISHED
 from entropy_fork.verl.config import MASKED_STRATEGIES, read_node
@@ -53,8 +55,8 @@ class WholeCheckpoints:
             (folder / UNFINISHED).unlink()
         except Exception as error:
             raise EntropyForkError(
-                f"the checkpoint of step {self.global_steps} could not be written to {folder} ({_in_short(error)}). It "
-                f"is marked as unfinished. When there is room, the same command goes on from the last whole one."
+                f"the checkpoint of step {self.global_steps} could not be written to {folder} ({_in_short(error)}; "
+                f"{_room_in(folder)}). It is marked as unfinished; the same command goes on from the last whole one."
             ) from error
 
     def _load_checkpoint(self) -> None:
@@ -148,6 +150,14 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _in_short(error: BaseException) -> str:
-    """The last line that says something: Ray puts whole tracebacks into its messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+    """The last line, which names the error: Ray puts whole tracebacks into its messages."""
+    line = "".join(str(error).strip().splitlines()[-1:])
+    return line if isinstance(error, RayTaskError) else f"{type(error).__name__}: {line}"
+
+
+def _room_in(folder: Path) -> str:
+    """Of a full disk torch says nothing but "unexpected pos 704 vs 598"."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free there"
+    except OSError as error:
+        return str(error)
