@@ -151,8 +151,8 @@ def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path:
     assert 0.5 < run.metric("entropy_fork/overlap_with_old")[0] <= 1.0
 
 
-#: measured on ranks of two cores: …
-ENTROPY_ERROR, PARAMETER_ERROR = 1e-4, 1e-4
+#: nats; and a tenth of the learning rate, which is about how far Adam moves a parameter in one step
+ENTROPY_ERROR, PARAMETER_ERROR = 1e-4, 2e-5
 
 
 def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded: Recorded, world: Path) -> None:  # type: ignore[no-untyped-def]
