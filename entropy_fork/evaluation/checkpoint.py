@@ -152,6 +152,9 @@ def code_refused(folder: Path) -> Iterator[None]:
     """For calls of transformers with ``trust_remote_code=False``: one clear error where a model would run code.
 
     Without that argument transformers would ask on the terminal whether to run the classes that a model brings.
+
+    Raises:
+        EntropyForkError: a model would, by its classes or by what its ``*.bin`` holds beside weights.
     """
     try:
         yield
