@@ -7,6 +7,8 @@ PRESET ?= global
 SEED ?= 1
 STEPS ?= 30
 ROLLOUT ?= transformers
+# Versions of verl for 'make versions'; without, those that are supported and the newest beyond them.
+VERL ?=
 
 VENV := .venv
 VLLM_VENV := .venv-vllm

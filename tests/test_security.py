@@ -415,7 +415,8 @@ def test_a_models_own_code_is_not_run(model: Path, data: Path, tmp_path: Path) -
     classes = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
     (hostile / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": classes}))
     (hostile / "mine.py").write_text(
-        f"import os\nos.mkdir({str(canary)!r})\nfrom transformers import Qwen3Config as Config\n"
+        f"import os\nos.mkdir({str(canary)!r})\nfrom transformers import Qwen3Config\n"
+        "class Config(Qwen3Config): model_type = 'mine'\n"  # of its own: transformers marks the class that it loads
     )
     with pytest.raises(EntropyForkError, match="brings Python code of its own"):
         run.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)

@@ -88,7 +88,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             data.update({name: jagged(field.values(), field.offsets().diff()) for name, field in fields.items()})
             return batch
 
-        batch = Batch(keys=keys, tags=tags, partition_id="train")
+        batch = Batch(keys=keys, tags=tags, partition_id="train", fields=list(data))
         monkeypatch.setattr(trainer.tq, "kv_batch_get", get)
         monkeypatch.setattr(trainer.tq, "kv_batch_put", put)
         assert token_dump.tq is trainer.tq

@@ -27,7 +27,7 @@ def count_per_row(mask: Tensor, lengths: Tensor) -> Tensor:
 
 
 def row_slices(lengths: np.ndarray) -> Iterator[slice]:
-    """Where the tokens of each row lie."""
+    """Where the tokens of each row lie, one after the other; ``lengths``: int, shape (num_rows,)."""
     end = 0
     for length in lengths.tolist():
         start, end = end, end + length
