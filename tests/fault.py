@@ -19,6 +19,7 @@ import io
 import itertools
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,20 @@ MODULE, HOLDER, NAME, FAULT = {
 
 
 def _break(module: Any) -> None:
+    """In an actor of ours, this module is imported by verl, which is imported by the module that is to be broken."""
+    if HOLDER and not hasattr(module, HOLDER):
+        threading.Thread(target=_break_when_it_is_there, args=(module,), daemon=True).start()
+    else:
+        _break_now(module)
+
+
+def _break_when_it_is_there(module: Any) -> None:
+    while not hasattr(module, HOLDER):
+        time.sleep(0.001)
+    _break_now(module)
+
+
+def _break_now(module: Any) -> None:
     holder = getattr(module, HOLDER) if HOLDER else module
     setattr(holder, NAME, FAULT(getattr(holder, NAME)))
 
