@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -503,6 +504,27 @@ def test_ray_says_who_has_died(python: Callable[..., Any]) -> None:
     said = [line for line in result.stdout.splitlines() if "(raylet)" not in line]
     assert said[0] == "it hangs, and is alive", result.stdout + result.stderr[-3000:]
     assert said[1].startswith("rollout server 0 has died, and the run was waiting"), said
+
+
+def test_a_question_that_is_never_answered_does_not_hide_who_died(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The TransferQueue's controller dies while the driver waits for what it says."""
+    monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.05)
+    watch, never = waiting.Watch(clock.trainer, patience_s=0), threading.Event()
+    asked: list[str] = []
+    watch.while_asking(lambda: asked.append("once"))
+    assert asked == ["once"]
+
+    def fail() -> None:
+        raise TimeoutError("of the question itself")
+
+    with pytest.raises(TimeoutError, match="of the question itself"):
+        watch.while_asking(fail)
+    clock.alive = False
+    with pytest.raises(EntropyForkError, match="agent-loop worker 0 has died"):
+        watch.while_asking(never.wait)  # type: ignore[arg-type]
+    never.set()
 
 
 @pytest.mark.parametrize(("node", "watched"), [({"patience_s": 5}, True), ({"enabled": False}, True), (None, False)])

@@ -11,8 +11,10 @@ the trainer's own buffer), in runs whose config has our node.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from textwrap import shorten
+from threading import Thread
 from typing import Any
 
 import ray
@@ -40,7 +42,7 @@ class WatchedWaiting:
 
             def watched_ask() -> None:
                 watch.before_asking()
-                ask()
+                watch.while_asking(ask)
                 watch.after_asking(buffer)
 
             buffer._sync_metadata_from_transfer_queue = watched_ask
@@ -68,6 +70,26 @@ class Watch:
         if time.monotonic() >= self._next_look:
             self._check_alive(0.0)
             self._next_look = time.monotonic() + LOOK_SECONDS
+
+    def while_asking(self, ask: Callable[[], None]) -> None:
+        """Ask in a thread, and go on looking: without its controller, the TransferQueue never answers.
+
+        Raises:
+            EntropyForkError: somebody has died. The thread, which waits for ever, ends with the process.
+        """
+        answer: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                ask()
+                answer.set_result(None)
+            except BaseException as error:
+                answer.set_exception(error)
+
+        Thread(target=run, daemon=True).start()
+        while not wait([answer], timeout=LOOK_SECONDS).done:
+            self._check_alive(0.0)
+        answer.result()
 
     def after_asking(self, buffer: Any) -> None:
         """Raise an EntropyForkError where no answer has come for ``patience_s``, or those have failed of the dead."""
