@@ -15,11 +15,11 @@ until the test kills it or another process of the run.
 
 from __future__ import annotations
 
+import builtins
 import io
 import itertools
 import os
 import resource
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,20 +93,22 @@ MODULE, HOLDER, NAME, FAULT = {
 
 
 def _break(module: Any) -> None:
-    """In an actor of ours, this module is imported by verl, which is imported by the module that is to be broken."""
+    """At once, or as soon as the class is there.
+
+    An actor of ours imports its module first, that imports verl, and verl this file. Ray takes the methods of an actor
+    the moment that its class is imported, so nothing that looks for the class again and again is early enough.
+    """
     if HOLDER and not hasattr(module, HOLDER):
-        threading.Thread(target=_break_when_it_is_there, args=(module,), daemon=True).start()
-    else:
-        _break_now(module)
+        build = builtins.__build_class__
 
+        def building(body: Any, name: str, *bases: Any, **options: Any) -> Any:
+            built = build(body, name, *bases, **options)
+            if name == HOLDER and built.__module__ == MODULE:
+                setattr(built, NAME, FAULT(getattr(built, NAME)))
+            return built
 
-def _break_when_it_is_there(module: Any) -> None:
-    while not hasattr(module, HOLDER):
-        time.sleep(0.001)
-    _break_now(module)
-
-
-def _break_now(module: Any) -> None:
+        builtins.__build_class__ = building
+        return
     holder = getattr(module, HOLDER) if HOLDER else module
     setattr(holder, NAME, FAULT(getattr(holder, NAME)))
 
