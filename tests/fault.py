@@ -5,7 +5,6 @@
 - ``save``: half of the first file of the N-th checkpoint has been written
 - ``disk``: the disk is full as the N-th checkpoint is written (the process may not write more than 1 MiB to a file)
 - ``update``: a training worker is about to take its N-th gradient step
-- ``generate``: the rollout server has got a request of step N
 - ``answer``: the agent loop is about to ask for an answer of step N
 - ``reward``: the N-th answer is about to be scored
 
@@ -15,7 +14,6 @@ until the test kills it or another process of the run.
 
 from __future__ import annotations
 
-import builtins
 import io
 import itertools
 import os
@@ -74,9 +72,7 @@ def _at_visit(fault: Callable[[], None]) -> Any:
 
 @wrapt.decorator
 def _at_step(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
-    # The server knows the step of its weights, which is the one before.
-    step = kwargs["global_steps"] if "global_steps" in kwargs else instance.global_steps + 1
-    if step == int(NUMBER):
+    if kwargs["global_steps"] == int(NUMBER):
         _stop_here()
     return wrapped(*args, **kwargs)
 
@@ -86,29 +82,12 @@ MODULE, HOLDER, NAME, FAULT = {
     "save": (*_SAVE, _at_visit(_half_a_file)),
     "disk": (*_SAVE, _at_visit(_full_disk)),
     "update": ("entropy_fork.verl.engine", "ForkingTokens", "train_batch", _at_visit(_stop_here)),
-    "generate": ("entropy_fork.verl.rollout_cpu", "TransformersServer", "generate", _at_step),
     "answer": ("entropy_fork.verl.agent_loop", "SeededSingleTurnAgentLoop", "run", _at_step),
     "reward": ("entropy_fork.reward", None, "compute_score", _at_visit(_stop_here)),
 }[PLACE]
 
 
 def _break(module: Any) -> None:
-    """At once, or as soon as the class is there.
-
-    An actor of ours imports its module first, that imports verl, and verl this file. Ray takes the methods of an actor
-    the moment that its class is imported, so nothing that looks for the class again and again is early enough.
-    """
-    if HOLDER and not hasattr(module, HOLDER):
-        build = builtins.__build_class__
-
-        def building(body: Any, name: str, *bases: Any, **options: Any) -> Any:
-            built = build(body, name, *bases, **options)
-            if name == HOLDER and built.__module__ == MODULE:
-                setattr(built, NAME, FAULT(getattr(built, NAME)))
-            return built
-
-        builtins.__build_class__ = building
-        return
     holder = getattr(module, HOLDER) if HOLDER else module
     setattr(holder, NAME, FAULT(getattr(holder, NAME)))
 

@@ -110,10 +110,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(main_ppo: MainPPO, recorded:
 @pytest.mark.parametrize(
     ("place", "victim", "overrides", "message"),
     [
-        ("generate:2", None, (), "EntropyForkError: rollout server 0 has died"),
+        ("answer:2", "TransformersServer", (), "EntropyForkError: rollout server 0 has died"),
         (
-            "generate:2",
-            None,
+            "answer:2",
+            "TransformersServer",
             ("trainer.v1.trainer_mode=colocate_async",),
             "EntropyForkError: rollout server 0 has died",
         ),
