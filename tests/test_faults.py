@@ -30,6 +30,7 @@ from test_main_ppo import load, spy_environment
 
 from entropy_fork.analysis.table import read_answers
 from entropy_fork.evaluation.checkpoint import Checkpoint
+from entropy_fork.output_folder import UNFINISHED
 from entropy_fork.verl import checkpoint, token_dump, waiting
 from entropy_fork.verl.config import EntropyForkConfig, check_before_training
 from entropy_fork.verl.errors import EntropyForkError
@@ -115,7 +116,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(main_ppo: MainPPO, recorded:
             "answer:2",
             "TransformersServer",
             ("trainer.v1.trainer_mode=colocate_async",),
-            "EntropyForkError: rollout server 0 has died",
+            # in this mode its weights may be on the way just then, and whoever sends them notices first
+            "EntropyForkError: rollout server 0 has died|ActorDiedError: The actor died",
         ),
         ("answer:2", None, (), "EntropyForkError: agent-loop worker 0 has died"),
         ("answer:2", "TransferQueueController", (), "EntropyForkError: the TransferQueue's controller has died"),
@@ -126,7 +128,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(main_ppo: MainPPO, recorded:
 def test_a_process_that_dies_ends_the_run(
     main_ppo: MainPPO, tmp_path: Path, place: str, victim: str | None, overrides: tuple[str, ...], message: str
 ) -> None:
-    """In step 2, with the checkpoint of step 1 whole. The two ranks are in a collective when one of them dies."""
+    """In step 2, with the checkpoint before it whole. The two ranks are in a collective when one of them dies."""
     stopped = tmp_path / "stopped"
     run = main_ppo.start("trainer.total_training_steps=3", *overrides, **fault_environment(place, stopped))
     pid = pid_of_stopped(run, stopped)
@@ -137,7 +139,11 @@ def test_a_process_that_dies_ends_the_run(
     output = run.wait(expect=1, timeout=90).output
     print(f"{place} {victim or ''} {overrides}: ended {time.monotonic() - killed:.0f} s after the kill")
     assert re.search(message, output), output[-6000:]
-    assert (run.folder / "checkpoints" / LATEST).read_text() == "1"
+    step = (run.folder / "checkpoints" / LATEST).read_text()
+    assert step == "1" or (step == "2" and "ActorDiedError: The actor" in message), (
+        "step 2 may end where it may not wait"
+    )
+    assert not (run.folder / "checkpoints" / f"global_step_{step}" / UNFINISHED).exists()
     wait_until_gone(main_ppo)
 
 
