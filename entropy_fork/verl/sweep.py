@@ -17,13 +17,13 @@ from __future__ import annotations
 import csv
 import ctypes
 import hashlib
+import io
 import os
 import re
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -40,6 +40,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from entropy_fork.foreign_text import spreadsheet_cell, visible
+from entropy_fork.output_folder import write_whole
 
 NAME = "trainer.experiment_name"
 
@@ -476,16 +477,15 @@ def write_results(outcomes: Sequence[Outcome], file: Path) -> None:
     """Write the table as CSV: a row per job, a column per validation metric. Never half-written."""
     metrics = sorted({key for outcome in outcomes for key in outcome.validation})
     head = ["job", "overrides", "status", "seconds", "step", "accuracy", "accuracy_step", "kept_ratio", *metrics]
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".csv", delete=False, newline="") as temporary:
-        writer = csv.writer(temporary)
-        writer.writerow(map(spreadsheet_cell, [*head, "experiment_name", "directory", "error"]))
-        for outcome in outcomes:
-            accuracy, accuracy_step = outcome.accuracy or ("", "")
-            kept, _ = outcome.metrics.get("entropy_fork/kept_ratio", ("", 0))
-            measured = [outcome.validation.get(key, ("", 0))[0] for key in metrics]
-            job = outcome.job
-            how = [job.number, " ".join(job.swept), outcome.status, round(outcome.seconds, 1), outcome.step]
-            what = [accuracy, accuracy_step, kept, *measured]
-            writer.writerow(map(spreadsheet_cell, [*how, *what, job.name, str(job.directory), outcome.error]))
-    os.chmod(temporary.name, 0o644)
-    os.replace(temporary.name, file)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(spreadsheet_cell, [*head, "experiment_name", "directory", "error"]))
+    for outcome in outcomes:
+        accuracy, accuracy_step = outcome.accuracy or ("", "")
+        kept, _ = outcome.metrics.get("entropy_fork/kept_ratio", ("", 0))
+        measured = [outcome.validation.get(key, ("", 0))[0] for key in metrics]
+        job = outcome.job
+        how = [job.number, " ".join(job.swept), outcome.status, round(outcome.seconds, 1), outcome.step]
+        what = [accuracy, accuracy_step, kept, *measured]
+        writer.writerow(map(spreadsheet_cell, [*how, *what, job.name, str(job.directory), outcome.error]))
+    write_whole(file, text.getvalue())
