@@ -36,9 +36,9 @@ ladder: $(VENV)/.installed-dev
 experiment: $(VENV)/.installed-dev
 	$(VENV)/bin/python examples/experiment/experiment.py
 
-# First what shares the cores well, file by file; then the real runs of main_ppo, one at a time.
+# First what shares the cores well, file by file, a thread each; then the real runs of main_ppo, one at a time.
 test: $(VENV)/.installed-dev lint docs browser
-	$(VENV)/bin/python -m pytest -m "not e2e and not fault" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not e2e and not fault" --numprocesses 2 --dist loadfile
 	$(VENV)/bin/python -m pytest -m e2e
 
 # What breaks in a long run, each in a real run that is broken so: see docs/faults.md.

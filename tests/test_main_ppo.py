@@ -179,9 +179,7 @@ def test_the_number_of_ranks_changes_nothing(main_ppo, recorded: Recorded, ranks
     those bits (the first tokens of answers to one prompt are) either may be the last one that is kept.
     """
     one = recorded.run
-    settings = (*recorded.replay, *ONE_POOL, "trainer.total_training_steps=2")
-    several = main_ppo(f"trainer.n_gpus_per_node={ranks}", *settings)
-    assert several.output.count("Injected 32 cached trajectories") == 2
+    several = on_ranks(main_ppo, recorded, ranks)
     for step in (1, 2):
         expected, actual = tokens_of(one, step), tokens_of(several, step)
         assert [(token.answer, token.position) for token in expected] == [(t.answer, t.position) for t in actual]
@@ -191,9 +189,30 @@ def test_the_number_of_ranks_changes_nothing(main_ppo, recorded: Recorded, ranks
         (threshold,) = one.metric("entropy_fork/threshold")[step - 1 : step]
         for a, b in zip(expected, actual, strict=True):
             assert a.kept == b.kept or abs(a.entropy - threshold) <= 2 * error
-        parameters = several.parameters(step)
-        for name, parameter in one.parameters(step).items():
+
+
+def test_workers_on_two_ranks_select_what_one_driver_does(main_ppo, recorded: Recorded) -> None:  # type: ignore[no-untyped-def]
+    """The paper's equation. In a step's only gradient step the current policy still is the old one.
+
+    So the ranks together must find the driver's threshold of a run on one rank, keep as many tokens, and, as one token
+    more or less moves parameters by the learning rate, keep the same ones.
+    """
+    one = recorded.run
+    several = on_ranks(main_ppo, recorded, 2, "entropy_fork.entropy=current", "entropy_fork.pool=mini_batch")
+    for name in ("entropy_fork/threshold", "entropy_fork/kept_tokens"):
+        assert several.metric(name) == pytest.approx(one.metric(name)[:2], abs=ENTROPY_ERROR)
+
+
+def on_ranks(main_ppo, recorded: Recorded, ranks: int, *overrides: str) -> Finished:  # type: ignore[no-untyped-def]
+    """Two of the recorded steps, from which the parameters must come that one rank comes to."""
+    settings = (*recorded.replay, *ONE_POOL, "trainer.total_training_steps=2")
+    run = main_ppo(f"trainer.n_gpus_per_node={ranks}", *settings, *overrides)
+    assert run.output.count("Injected 32 cached trajectories") == 2
+    for step in (1, 2):
+        parameters = run.parameters(step)
+        for name, parameter in recorded.run.parameters(step).items():
             torch.testing.assert_close(parameters[name], parameter, rtol=0, atol=PARAMETER_ERROR)
+    return run
 
 
 class Token(NamedTuple):
