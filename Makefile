@@ -32,7 +32,7 @@ smoke: $(VENV)/.installed
 ladder: $(VENV)/.installed-dev
 	$(VENV)/bin/python examples/policy_gradient_ladder/ladder.py --seed $(SEED)
 
-# Six choices of tokens, three seeds each: an hour and more on two cores. What was interrupted goes on with the next run.
+# Six choices of tokens, three seeds each: under two hours on two cores. What was interrupted goes on with the next run.
 experiment: $(VENV)/.installed-dev
 	$(VENV)/bin/python examples/experiment/experiment.py
 
