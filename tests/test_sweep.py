@@ -238,8 +238,8 @@ def test_the_same_sweep_again_goes_on_from_its_own_checkpoints(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_job_and_the_sweep(application: list[str], tmp_path: Path, number: int) -> None:
     """SIGTERM as to a sweep in the background of a shell script, which is deaf to SIGINT, and so are its children."""
-    deaf = ["env", "--ignore-signal=INT"] if number == signal.SIGTERM else []
-    command = [*deaf, sys.executable, *application, "do=train,wait,raise"]
+    hearing = "--ignore-signal=INT" if number == signal.SIGTERM else "--default-signal=INT"
+    command = ["env", hearing, sys.executable, *application, "do=train,wait,raise"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     seen = ""
