@@ -61,6 +61,9 @@ def pid_of_stopped(run: Running, stopped: Path) -> int:
     return int(stopped.read_text())
 
 
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
 def wait_until_gone(main_ppo: MainPPO) -> None:
     """Of a run that has ended nothing is left: no worker, no daemon of Ray's.
 
@@ -71,9 +74,6 @@ def wait_until_gone(main_ppo: MainPPO) -> None:
     while left := [name for name in map(name_of, main_ppo.processes()) if name and not name.startswith(RAY_AGENTS)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
-
-
-RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def name_of(pid: int) -> str:
