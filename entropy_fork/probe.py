@@ -69,16 +69,12 @@ def probe() -> dict[str, Any]:
         from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
         from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 
-        from entropy_fork.verl.config import MASKABLE_LOSSES, MASKED_TRAINERS, guarded_name
+        from entropy_fork.verl.config import MASKABLE_LOSSES, guarded_name
         from entropy_fork.verl.engine import ForkingTokens, _engine_of
         from entropy_fork.verl.trainer import TokenWeights
 
-        plugin["trainers"] = [name for name in MASKED_TRAINERS if not issubclass(TRAINER_REGISTRY[name], TokenWeights)]
-        plugin["losses"] = [
-            name
-            for name in MASKABLE_LOSSES
-            if any(guarded_name(name, in_worker) not in POLICY_LOSS_REGISTRY for in_worker in (False, True))
-        ]
+        plugin["trainers"] = [name for name, kind in TRAINER_REGISTRY.items() if not issubclass(kind, TokenWeights)]
+        plugin["losses"] = [name for name in MASKABLE_LOSSES if guarded_name(name) not in POLICY_LOSS_REGISTRY]
         engine = _engine_of("fsdp2")
         plugin["engine"] = (
             "none here" if engine is None else "masked" if issubclass(engine, ForkingTokens) else "verl's"

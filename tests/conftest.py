@@ -148,13 +148,14 @@ class MainPPO:
         recipe: Sequence[str] = ("+recipe=demo_cpu",),
         flags: Sequence[str] = (),
         folder: str = "run",
+        program: Sequence[str] = ("-m", "verl.trainer.main_ppo"),
         **environment: str,
     ) -> Running:
         """Start it, and go on."""
         directory = self.directory / folder
         directory.mkdir(exist_ok=True)
         arguments = [
-            sys.executable, "-m", "verl.trainer.main_ppo", *flags, *recipe, f"demo.dir={self.world}",
+            sys.executable, *program, *flags, *recipe, f"demo.dir={self.world}",
             "data.train_batch_size=8", "data.max_response_length=24", "actor_rollout_ref.rollout.n=4",
             "actor_rollout_ref.actor.ppo_mini_batch_size=4", "algorithm.filter_groups.enable=false",
             "reward.reward_kwargs.overlong_buffer_cfg.len=8", "trainer.total_training_steps=1",

@@ -19,13 +19,19 @@ NUM_ROWS, MINI_BATCH_ROWS = 16, 8
 
 
 class Stock:
-    """What a masked trainer needs of verl's."""
+    """What the hook needs of verl's trainer."""
 
     def __init__(self, config: Any):
         self.config = config
 
+    def _setup(self) -> None:
+        self.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: [0], workers=[])
+
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         return batch
+
+
+class Masked(trainer.TokenWeights, Stock): ...
 
 
 def run_hook(
@@ -104,10 +110,10 @@ def run_hook(
         },
         "trainer": {"critic_warmup": 0},
     }
-    this = (trainer_class or trainer._masked(Stock))(OmegaConf.create(config))
+    this = (trainer_class or Masked)(OmegaConf.create(config))
     assert this.config.actor_rollout_ref.actor.policy_loss.loss_mode == "entropy_fork/vanilla"
     this.global_steps = 1
-    this.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: [0])
+    this._setup()
     metrics: dict[str, float] = {}
     this._compute_advantage(batch, metrics)
     return data, metrics

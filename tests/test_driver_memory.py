@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hook import NUM_ROWS, Stock, run_hook
+from hook import NUM_ROWS, Masked, run_hook
 from live_bytes import LiveBytesWithNumpy
 
 from entropy_fork.core.batch import Rows
@@ -52,7 +52,7 @@ def test_the_bytes_of_a_token(
     rows = Rows(entropy, torch.ones(total, dtype=torch.int64), torch.full((NUM_ROWS,), ROW_LENGTH), order, order)
     peaks = {}
 
-    class Measured(trainer._masked(Stock)):  # type: ignore[misc]
+    class Measured(Masked):
         def _write_token_weights(self, batch: Any, metrics: dict) -> Any:
             super()._write_token_weights(batch, metrics)  # what is imported and set up is no matter of tokens
             live, fetch = LiveBytesWithNumpy(), trainer._fetch

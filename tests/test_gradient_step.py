@@ -182,7 +182,7 @@ def worlds(model: tuple[Qwen3ForCausalLM, str]) -> Iterator[dict[int, Processes]
 
 def train(
     world: Processes, answers: Answers, rule: Rule | None, cut: dict[str, Any], deal: list[int] | None = None,
-    loss_mode: str = "entropy_fork/in_worker/vanilla", **actor: Any,
+    loss_mode: str = "entropy_fork/vanilla", **actor: Any,
 ) -> list[dict[str, Any]]:  # fmt: skip
     deal = list(range(NUM_ROWS)) if deal is None else deal
     share = NUM_ROWS // world.size
@@ -356,7 +356,7 @@ def test_every_loss_of_verl(worlds: dict[int, Processes], loss_mode: str, pool: 
     """verl's own loss, given the weights that we made as importance weights, has the gradient of the masked one."""
     answers = make_answers(seed=3)
     masked = train(
-        worlds[2], answers, Rule(Selector(0.3), "current", pool), THREE, loss_mode=f"entropy_fork/in_worker/{loss_mode}"
+        worlds[2], answers, Rule(Selector(0.3), "current", pool), THREE, loss_mode=f"entropy_fork/{loss_mode}"
     )
     weights = {row: values for part in masked for row, values in part["weights"].items()}
     given = replace(answers, importance=[weights[row] for row in range(NUM_ROWS)])
@@ -389,7 +389,7 @@ def test_entropy_bonus_and_kl_loss_are_those_of_all_tokens(worlds: dict[int, Pro
     added = []
     for masked in (True, False):
         arguments = (rule, THREE) if masked else (None, THREE)
-        loss_mode = "entropy_fork/in_worker/vanilla" if masked else "vanilla"
+        loss_mode = "entropy_fork/vanilla" if masked else "vanilla"
         with_terms, without = (
             train(worlds[2], answers, *arguments, loss_mode=loss_mode, **actor) for actor in (terms, {})
         )
@@ -459,9 +459,7 @@ def cut_otherwise(state: dict[str, Any], answers: Answers, rows: list[int]) -> N
     original = gradient_step._cut
     gradient_step._cut = lambda *arguments: original(*arguments)[::-1]
     try:
-        train_step(
-            state, answers, rows, Rule(Selector(0.2), "current", "micro_batch"), THREE, "entropy_fork/in_worker/vanilla"
-        )
+        train_step(state, answers, rows, Rule(Selector(0.2), "current", "micro_batch"), THREE, "entropy_fork/vanilla")
     finally:
         gradient_step._cut = original
 

@@ -17,7 +17,7 @@ from verl.workers.config import FSDPActorConfig
 
 from entropy_fork.core.statistics import Pool, Tally
 from entropy_fork.verl.gradient_step import tally_of
-from entropy_fork.verl.policy_loss import kept_means, kept_sums
+from entropy_fork.verl.policy_loss import kept_means, kept_sums, weights_written
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
@@ -187,14 +187,15 @@ def actor_config() -> FSDPActorConfig:
 
 
 def loss_metrics(batch: MicroBatch, loss_mode: str, weights: Tensor) -> dict[str, float]:
-    _, metrics = get_policy_loss_fn(loss_mode)(
-        old_log_prob=batch.old_log_prob,
-        log_prob=batch.log_prob,
-        advantages=batch.advantages,
-        response_mask=batch.mask,
-        config=actor_config(),
-        rollout_is_weights=weights,
-    )
+    with weights_written():
+        _, metrics = get_policy_loss_fn(loss_mode)(
+            old_log_prob=batch.old_log_prob,
+            log_prob=batch.log_prob,
+            advantages=batch.advantages,
+            response_mask=batch.mask,
+            config=actor_config(),
+            rollout_is_weights=weights,
+        )
     return metrics
 
 

@@ -42,11 +42,14 @@ class Stock:
         self.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: [0], workers=[])
         self.local_trigger_step = 0
 
-    def on_init_end(self) -> None:
+    def _setup(self) -> None:
         return
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         return batch
+
+
+class Masked(trainer.TokenWeights, Stock): ...
 
 
 class Batch(SimpleNamespace):
@@ -115,9 +118,9 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             "trainer": {"critic_warmup": 0, "default_local_dir": str(tmp_path / "run")},
             "entropy_fork": {"dump_answers": 3, **node},
         }
-        masked = trainer._masked(Stock)(OmegaConf.create(config))  # type: ignore[arg-type]
+        masked = Masked(OmegaConf.create(config))
         monkeypatch.setattr(trainer.ray, "get", lambda _: None)
-        masked.on_init_end()
+        masked._setup()
         return masked
 
     return take

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hook import run_hook
+from hook import Masked, run_hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 
 from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.statistics import Pool
 from entropy_fork.verl import trainer
+from entropy_fork.verl.config import EntropyForkConfig
 from entropy_fork.verl.errors import EntropyForkError
 
 
@@ -145,6 +148,54 @@ def test_verls_older_trainer_refuses_a_mask() -> None:
     config.entropy_fork.enabled = False
     with pytest.raises(AttributeError):  # verl's own constructor, which wants more of a config than this
         RayPPOTrainer(config, None, {}, None)
+
+
+def test_every_trainer_of_verls_is_masked_whoever_derives_it() -> None:
+    """The stock classes can be imported, so it must be in them and not in a registry."""
+    from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
+
+    for stock in (PPOTrainerSync, PPOTrainerColocateAsync, PPOTrainerSeparateAsync):
+
+        class Derived(stock):  # type: ignore[misc, valid-type]
+            def on_init_end(self) -> None: ...
+
+            def _compute_advantage(self, batch: object, metrics: dict[str, float]) -> object:
+                return super()._compute_advantage(batch, metrics)
+
+        order = [kind.__name__ for kind in Derived.__mro__]
+        assert order.index("PPOTrainer") < order.index("TokenWeights") < order.index("StockPPOTrainer")
+        for name in trainer.EXTENDED:
+            owner = next(kind for kind in PPOTrainer.__mro__ if name in vars(kind))
+            assert owner.__module__.startswith("entropy_fork."), name
+
+
+def test_verls_trainer_calls_what_is_extended() -> None:
+    """Fails when verl takes a step or starts in another way: read what it does now."""
+    step = inspect.getsource(PPOTrainer._step_once)
+    calls = ("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_advantage", "_update_actor")
+    places = [step.index(f"batch = self.{name}(batch, metrics=metrics)") for name in calls]
+    assert places == sorted(places)
+    assert "self._setup()\n        self.on_init_end()" in inspect.getsource(PPOTrainer.init)
+    (stock,) = [kind for kind in PPOTrainer.__mro__ if kind.__name__ == "StockPPOTrainer"]
+    assert set(trainer.EXTENDED) <= set(vars(stock))
+    assert not set(trainer.EXTENDED) & set(vars(PPOTrainer))
+    assert "self.actor_rollout_wg.init_model()" in inspect.getsource(vars(stock)["_setup"])
+
+
+def test_a_trainer_whose_advantages_are_its_own_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves verl's out, and with it the weights; and another batch than the weighed one may reach the actor."""
+    data, _ = run_hook(monkeypatch)
+    assert "rollout_is_weights" in data
+
+    class Theirs(Masked):
+        def _compute_advantage(self, batch: object, metrics: dict[str, float]) -> object:
+            return batch
+
+    this = Theirs.__new__(Theirs)
+    this.entropy_fork, this.weighed_keys = EntropyForkConfig(), []
+    batch = SimpleNamespace(keys=["u_0_0"], extra_info={})
+    with pytest.raises(EntropyForkError, match=r"Theirs in .* pid \d+.*no token weights.*super\(\)._compute_advantage"):
+        this._update_actor(this._compute_advantage(batch, {}), {})
 
 
 def test_a_batch_without_entropies_stops_with_the_name_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
+from tensordict import TensorDict
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, get_policy_loss_fn
+from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
 from entropy_fork.core.selection import Selector, select_tokens
 from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, token_weights
 from entropy_fork.verl.config import MASKABLE_LOSSES, guarded_name
 from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.policy_loss import WEIGHED, _written, kept_means, weighed_by_driver, weights_written
 
 ROWS, WIDTH = 6, 11
 MODES = (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)
@@ -116,15 +119,45 @@ def test_every_loss_that_is_let_through_multiplies_the_weights(batch: dict[str, 
 
 
 def test_a_worker_without_weights_stops_with_its_name(batch: dict[str, torch.Tensor]) -> None:
-    """The loss that masked runs send to their workers."""
-    with pytest.raises(EntropyForkError, match=r"no token weights reached the policy loss in .* pid \d+"):
+    """The loss that masked runs send to their workers. Importance weights in the field are no token weights of ours."""
+    importance = torch.full_like(batch["log_prob"], 0.5)
+    for weights in (None, importance):
+        with pytest.raises(EntropyForkError, match=r"no token weights reached the policy loss in .* pid \d+"):
+            gradient(batch, guarded_name("vanilla"), weights)
+    with weights_written(), pytest.raises(EntropyForkError, match="no token weights"):
         gradient(batch, guarded_name("vanilla"), None)
 
 
 def test_the_guard_changes_nothing_else(batch: dict[str, torch.Tensor]) -> None:
     weights, _ = weights_of(batch, 0.2, TOKEN_MEAN)
     for name in MASKABLE_LOSSES:
-        assert torch.equal(gradient(batch, guarded_name(name), weights), gradient(batch, name, weights))
+        plain = gradient(batch, name, weights)
+        with weights_written():
+            assert torch.equal(gradient(batch, guarded_name(name), weights), plain)
+
+
+def test_each_loss_has_one_guard() -> None:
+    ours = [name for name in POLICY_LOSS_REGISTRY if name.startswith("entropy_fork/")]
+    assert ours == [guarded_name(name) for name in MASKABLE_LOSSES]
+    assert guarded_name(guarded_name("vanilla")) == guarded_name("vanilla")
+
+
+def test_the_drivers_flag_lets_the_loss_run() -> None:
+    """The loss function of a worker, on micro-batches with and without the flag."""
+
+    def loss(data: TensorDict, **_: object) -> bool:
+        return _written.get()
+
+    admitted = weighed_by_driver(loss)
+    assert not admitted(model_output={}, data=tu.get_tensordict({}, {}))
+    assert not admitted(model_output={}, data=tu.get_tensordict({}, {WEIGHED: False}))
+    assert admitted(model_output={}, data=tu.get_tensordict({}, {WEIGHED: True}))
+    assert not _written.get()
+
+
+def test_an_update_that_did_not_run_the_guarded_loss_is_noticed() -> None:
+    with pytest.raises(EntropyForkError, match=r"did not run the loss that applies it.*set_loss_fn.*entropy_fork=off"):
+        kept_means({})
 
 
 def gradient(batch: dict[str, torch.Tensor], loss_mode: str, weights: torch.Tensor | None) -> torch.Tensor:

@@ -38,7 +38,9 @@ SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 
 
 class WholeCheckpoints:
-    """Mixin in front of a V1 trainer."""
+    """Mixin below verl's V1 trainers; see ``trainer.py: install``."""
+
+    __slots__ = ()
 
     config: Any
     global_steps: int

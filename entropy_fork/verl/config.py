@@ -46,10 +46,6 @@ ESTIMATORS = ("total_return", "reward_to_go", *NEED_GROUP, *NEED_CRITIC)
 #: verl's engines that ``engine.py`` can make the selection in
 MASKED_STRATEGIES = ("fsdp", "fsdp2")
 
-#: verl's V1 trainers that ``trainer.py`` replaces by masked subclasses
-MASKED_TRAINERS = ("sync", "colocate_async", "separate_async")
-
-
 #: ids of dumped answers: the step times this, plus the answer's number in its step
 ANSWERS_PER_STEP = 100_000
 
@@ -59,9 +55,25 @@ def averages_by_sequence(loss_mode: str, version: str) -> bool:
     return loss_mode == "sapo" or (loss_mode == "gspo" and Version(version) < Version("0.9.1"))
 
 
-def guarded_name(loss_mode: str, in_worker: bool = False) -> str:
-    """The name under which ``policy_loss.py`` registers a loss of verl's with its guard."""
-    return f"{NODE}/in_worker/{loss_mode}" if in_worker else f"{NODE}/{loss_mode}"
+def guarded_name(loss_mode: str) -> str:
+    """The name under which ``policy_loss.py`` registers a loss of verl's with its guard; of a guarded one, its own."""
+    return f"{NODE}/{plain_name(loss_mode)}"
+
+
+def guard_loss(config: DictConfig) -> None:
+    """Ask for the guarded loss: a worker then trains on token weights, or stops. A second call changes nothing.
+
+    Args:
+        config: the root of a config that asks for a mask.
+    """
+    policy_loss = config.actor_rollout_ref.actor.policy_loss
+    with open_dict(policy_loss):
+        policy_loss.loss_mode = guarded_name(policy_loss.get("loss_mode", "vanilla"))
+
+
+def plain_name(loss_mode: str) -> str:
+    """verl's name of a loss, guarded or not."""
+    return loss_mode.removeprefix(f"{NODE}/")
 
 
 @dataclass
@@ -141,7 +153,8 @@ class EntropyForkConfig:
             config: the root.
         """
         actor = config.actor_rollout_ref.actor
-        loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla").rsplit("/", 1)[-1]
+        loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla")
+        loss_mode = plain_name(loss_mode)
         for reason, holds in {
             f"{NODE}.sparse_head=False": not self.sparse_head,
             f"actor.strategy={actor.strategy}": actor.strategy not in MASKED_STRATEGIES,
@@ -284,7 +297,7 @@ def check_before_training(config: DictConfig) -> None:
     check_estimator(config)
     check_on_policy(config)
     if OmegaConf.select(config, NODE, default=None) is not None:
-        _make_typed(config)
+        make_typed(config)
         check_data_files(config)
     if masked is not None:
         check_maskable(config, masked)
@@ -339,10 +352,23 @@ def _command_line() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _make_typed(config: DictConfig) -> None:
+def make_typed(config: DictConfig) -> None:
+    """Give the node of a root config its type, so that a process without this plugin cannot unpickle it.
+
+    Raises:
+        EntropyForkError: see :func:`read_node`.
+    """
+    if read_node(config) is None or is_typed(config):
+        return
     node = OmegaConf.to_container(config[NODE], resolve=True)
     with open_dict(config):
         config[NODE] = OmegaConf.merge(OmegaConf.structured(EntropyForkConfig), node)
+
+
+def is_typed(config: DictConfig) -> bool:
+    """Whether the node of a root config has its type; also True where there is no node."""
+    node = OmegaConf.select(config, NODE, default=None)
+    return node is None or (isinstance(node, DictConfig) and OmegaConf.get_type(node) is EntropyForkConfig)
 
 
 def check_estimator(config: DictConfig) -> None:
@@ -409,18 +435,12 @@ def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:
     """
     actor = config.actor_rollout_ref.actor
     correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None)
-    loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla")
-    trainer_mode = config.trainer.v1.trainer_mode
+    loss_mode = plain_name(OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla"))
 
     if not config.trainer.use_v1:
         raise EntropyForkError(
             "entropy_fork needs verl's V1 trainer, and trainer.use_v1=False chooses the legacy one, which would train "
             "on all tokens. Write trainer.use_v1=True, or entropy_fork=off."
-        )
-    if trainer_mode not in MASKED_TRAINERS:
-        raise EntropyForkError(
-            f"trainer.v1.trainer_mode={trainer_mode} is not one of {', '.join(MASKED_TRAINERS)}: a trainer of your own "
-            f"would train on all tokens. Use one of these, or entropy_fork=off."
         )
     if correction and correction.get("bypass_mode", False):
         raise EntropyForkError(
@@ -470,10 +490,8 @@ def check_dumpable(config: DictConfig) -> None:
     if node is None or node.dump_every == 0:
         return
     wanted = f"{NODE}.dump_every={node.dump_every} writes"
-    if not config.trainer.use_v1 or config.trainer.v1.trainer_mode not in MASKED_TRAINERS:
-        raise EntropyForkError(
-            f"{wanted} in verl's V1 trainers {', '.join(MASKED_TRAINERS)}. Use one of these, or {NODE}.dump_every=0."
-        )
+    if not config.trainer.use_v1:
+        raise EntropyForkError(f"{wanted} in verl's V1 trainers. Write trainer.use_v1=True, or {NODE}.dump_every=0.")
     if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode", default=False):
         raise EntropyForkError(
             f"{wanted} entropies of verl's log-prob pass, which algorithm.rollout_correction.bypass_mode=True skips. "

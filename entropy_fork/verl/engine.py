@@ -17,7 +17,7 @@ from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine.base import EngineRegistry
 
 # As a module: where importing it is what imported verl's engines, it is half-way through at this moment.
-from entropy_fork.verl import gradient_step, sparse_head
+from entropy_fork.verl import gradient_step, policy_loss, sparse_head
 from entropy_fork.verl.config import MASKED_STRATEGIES, NODE
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
@@ -52,27 +52,48 @@ def install() -> None:
             register(masked)
 
 
-def check_worker(_: Any, loss_mode: str, strategy: str | None) -> None:
-    """Run in each training worker before the first rollout; one without this plugin cannot even unpickle it.
+def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
+    """Run in each training worker before the first rollout: let its loss run on what the driver has weighed.
+
+    A worker without this plugin cannot even unpickle this function.
 
     Args:
-        loss_mode: the guarded loss that the worker will be asked for.
-        strategy: its engine, where that is what makes the selection; else None.
+        worker: verl's, as Ray holds it.
+        loss_mode: the guarded loss that it will be asked for.
+        in_worker: whether its engine makes the selection.
 
     Raises:
-        EntropyForkError: the worker's engine does not apply a rule.
+        EntropyForkError: the worker has no actor that takes a loss function, or its engine does not select.
         ValueError: verl's, for a loss that is not registered.
     """
     get_policy_loss_fn(loss_mode)
-    if strategy is None:
-        return
-    engine = _engine_of(strategy)
-    if engine is None or not issubclass(engine, ForkingTokens):
+    actor = _actor_of(worker)
+    engine = getattr(actor, "engine", None)
+    if in_worker and not isinstance(engine, ForkingTokens):
         raise EntropyForkError(
-            f"a mask was asked for that is made in the engine, but the engine of {process_name()} is another one than "
-            f"entropy_fork's. Unset VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR, or write {NODE}.entropy=old "
-            f"{NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False, which works in every engine."
+            f"a mask was asked for that is made in the engine, but the engine of {process_name()} is "
+            f"{_full_name(type(engine))}, not entropy_fork's. Unset VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR and "
+            f"build the engine by verl's EngineRegistry, or write {NODE}.entropy=old {NODE}.pool=mini_batch "
+            f"actor_rollout_ref.actor.shuffle=False, which works in every engine."
         )
+    actor.set_loss_fn(policy_loss.weighed_by_driver(actor.loss_fn))
+
+
+def _actor_of(worker: Any) -> Any:
+    """What trains the policy in a worker: a worker of verl's may hold those of several roles."""
+    for held in (worker, *getattr(worker, "worker_dict", {}).values()):
+        actor = getattr(held, "actor", None)
+        if callable(getattr(actor, "set_loss_fn", None)) and getattr(actor, "loss_fn", None) is not None:
+            return actor
+    raise EntropyForkError(
+        f"a mask was asked for, but {_full_name(type(worker))} in {process_name()} has no actor with a loss function: "
+        f"it would train on all tokens. Derive a worker of your own from verl's ActorRolloutRefWorker, or write "
+        f"entropy_fork=off."
+    )
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _engine_of(strategy: str) -> type | None:

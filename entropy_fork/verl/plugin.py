@@ -34,7 +34,7 @@ def _check_verl(version: str) -> None:
 # Before the imports of what holds on to verl, which in another verl would fail with a reason that helps nobody.
 _check_verl(verl.__version__)
 
-from entropy_fork.verl import config, platform_cpu  # noqa: E402
+from entropy_fork.verl import config, launch, platform_cpu  # noqa: E402
 
 
 @wrapt.decorator
@@ -68,7 +68,9 @@ def register_on_import(extended: str, ours: str) -> None:
 
 def _register() -> None:
     config.register_schema()
+    launch.guard_pickling()
     wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
+    wrapt.register_post_import_hook(launch.extend_run_ppo, "verl.trainer.main_ppo")
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.trainer")
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.advantages")
     register_on_import("verl.trainer.ppo.core_algos", "entropy_fork.verl.policy_loss")

@@ -1,16 +1,16 @@
-"""The guard in the worker: verl's policy losses, refusing to run where the token weights did not arrive.
+"""The guard in the worker: verl's policy losses, which refuse to run on a batch that has no token weights of ours.
 
 Hook: verl's public registry of policy losses (``verl/trainer/ppo/core_algos.py: register_policy_loss``). A masked run
-sends its workers the loss ``entropy_fork/NAME`` in the place of ``NAME`` (see ``trainer.py``). It computes what verl's
-loss computes. A worker without this plugin does not know the name and stops; a worker whose batch has no weights stops
-too, instead of training on all tokens. Either way the error comes from the process that would have got it wrong.
+sends its workers the loss ``entropy_fork/NAME`` in the place of ``NAME`` (see ``trainer.py``, ``launch.py``). It
+computes what verl's loss computes. A worker without this plugin does not know the name and stops. A worker with the
+plugin runs it only inside of :func:`weights_written`. The field ``rollout_is_weights`` proves nothing by itself, since
+rollout correction writes its importance weights there. Two callers open that context:
+
+- :func:`weighed_by_driver`, around the worker's loss function, for batches with the driver's flag :data:`WEIGHED`;
+- ``gradient_step.py``, where the worker itself makes the selection.
 
 ``reinforce`` is a loss of our own, so that each form of Ψ_t can be run as it stands in the books: -Ψ_t log π, without a
 ratio and without clipping. verl's ``gpg`` is that formula.
-
-Where the selection is made in the worker (``gradient_step.py``), weights in the batch prove nothing: they may be the
-importance weights of rollout correction alone. The loss is then ``entropy_fork/in_worker/NAME``, which runs only inside
-of :func:`weights_written`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn, register_policy_loss
+from verl.utils import tensordict_utils as tu
 
 from entropy_fork.verl.config import MASKABLE_LOSSES, NODE, guarded_name
 from entropy_fork.verl.errors import EntropyForkError, process_name
+
+#: the flag of a batch whose token weights the driver has written
+WEIGHED = "entropy_fork_weighed"
 
 _written = ContextVar("entropy_fork_weights_written", default=False)
 _sees_kept_only = ContextVar("entropy_fork_sees_kept_only", default=False)
@@ -41,8 +45,20 @@ def weights_written() -> Iterator[None]:
         _written.reset(token)
 
 
+def weighed_by_driver(loss_function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same loss function, inside of :func:`weights_written` where the batch has the flag :data:`WEIGHED`."""
+
+    def loss(**arguments: Any) -> Any:
+        if not tu.get_non_tensor_data(arguments["data"], key=WEIGHED, default=False):
+            return loss_function(**arguments)
+        with weights_written():
+            return loss_function(**arguments)
+
+    return loss
+
+
 def seeing_kept_only(loss_function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same loss function, which says in the names of its metrics that dropped tokens had no log-probability."""
+    """The same loss function, with metrics over the kept tokens: dropped ones have no log-probability of their own."""
 
     def loss(**arguments: Any) -> Any:
         token = _sees_kept_only.set(True)
@@ -54,7 +70,7 @@ def seeing_kept_only(loss_function: Callable[..., Any]) -> Callable[..., Any]:
     return loss
 
 
-def _guarded(name: str, in_worker: bool) -> Callable[..., Any]:
+def _guarded(name: str) -> Callable[..., Any]:
     def policy_loss(
         old_log_prob: Tensor,
         log_prob: Tensor,
@@ -64,10 +80,11 @@ def _guarded(name: str, in_worker: bool) -> Callable[..., Any]:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        if rollout_is_weights is None or (in_worker and not _written.get()):
+        if rollout_is_weights is None or not _written.get():
             raise EntropyForkError(
-                f"a mask was asked for, but no token weights reached the policy loss in {process_name()}: it would "
-                f"train on all tokens, so it stops here."
+                f"a mask was asked for, but no token weights reached the policy loss in {process_name()}. It would "
+                f"train on all tokens, so it stops here. Token weights come from verl's PPOTrainer: a trainer of your "
+                f"own must call its _compute_advantage and _update_actor."
             )
         # Looked up at every call, so that a loss which somebody registers anew under verl's name is the one used.
         loss, metrics = get_policy_loss_fn(name)(
@@ -89,7 +106,7 @@ def _guarded(name: str, in_worker: bool) -> Callable[..., Any]:
 
 def _of_kept(metrics: dict[str, Any], share: float) -> dict[str, Any]:
     """verl's means over all tokens, to which a dropped one has added 0, as means over the kept ones."""
-    return {f"{name}_kept": value / share if share else 0.0 for name, value in metrics.items()}
+    return {name: value / share if share else 0.0 for name, value in metrics.items()}
 
 
 def kept_sums(
@@ -126,7 +143,17 @@ def kept_sums(
 
 
 def kept_means(sums: dict[str, float]) -> dict[str, float]:
-    """``pg_clipfrac`` and ``ppo_kl`` (nats) of the kept tokens, from (averaged) :func:`kept_sums`."""
+    """``pg_clipfrac`` and ``ppo_kl`` (nats) of the kept tokens, from (averaged) :func:`kept_sums`.
+
+    Raises:
+        EntropyForkError: there are no such sums, so the update did not run the guarded loss.
+    """
+    if f"{NODE}/loss_tokens" not in sums:
+        raise EntropyForkError(
+            f"a mask was asked for, but the actor's update did not run the loss that applies it: {process_name()} got "
+            f"no metric {NODE}/loss_tokens back. A worker of your own must call the loss function that it is given "
+            f"(set_loss_fn). entropy_fork=off trains without the mask."
+        )
     tokens = sums[f"{NODE}/loss_tokens"]
     if tokens == 0:
         return {}
@@ -146,5 +173,4 @@ def reinforce(**arguments: Any) -> tuple[Tensor, dict[str, Any]]:
 
 
 for _name in MASKABLE_LOSSES:
-    for _in_worker in (False, True):
-        register_policy_loss(guarded_name(_name, _in_worker))(_guarded(_name, _in_worker))
+    register_policy_loss(guarded_name(_name))(_guarded(_name))

@@ -1,10 +1,10 @@
 """The advantage hook: token weights of a whole batch, written on the driver before the actor's update.
 
-Hook: verl's registry of V1 trainers (``verl/trainer/ppo/v1/trainer_base.py: TRAINER_REGISTRY``). ``+entropy_fork=…``
-must work with whatever ``trainer.v1.trainer_mode`` a command line already has, and a trainer under a new name is taken
-for an asynchronous one in six places of verl. So each registered trainer is replaced by a subclass of itself under its
-own name; the subclass does nothing unless the config asks for a mask, but for the two mixins against faults
-(``checkpoint.py``, ``waiting.py``), which look after every run whose config has our node.
+Hook: verl's base class of V1 trainers (``verl/trainer/ppo/v1/trainer_base.py: PPOTrainer``). verl has no hook between
+the advantages and the update, and a registry of trainers cannot serve: verl's own classes stay importable, so a task
+runner that derives its trainer from one of them would train without the mask. So :func:`install` puts our mixins
+*below* ``PPOTrainer``: its own version of each method that a mixin extends moves into a base class behind them. Whoever
+builds or derives a trainer, under whatever name, comes by here. The mixins do nothing unless the config asks for it.
 
 At the moment of the hook everything is on the driver's side: verl has computed the old policy's log-probs *and* its
 entropies over all ranks (``_compute_old_log_prob``), and has laid the rows out so that each data-parallel rank gets one
@@ -24,26 +24,24 @@ from typing import Any
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import open_dict
 from tensordict import TensorDict
-from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from entropy_fork.core.batch import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.core.statistics import Tally
 from entropy_fork.verl.checkpoint import WholeCheckpoints
 from entropy_fork.verl.config import (
-    MASKED_TRAINERS,
     NODE,
     EntropyForkConfig,
     check_maskable,
-    guarded_name,
+    guard_loss,
     read_config,
 )
-from entropy_fork.verl.engine import check_worker
+from entropy_fork.verl.engine import admit_worker
 from entropy_fork.verl.errors import EntropyForkError, process_name
 from entropy_fork.verl.gradient_step import KEPT, ROW_IDENTITY, RULE, tally_of
-from entropy_fork.verl.policy_loss import kept_means
+from entropy_fork.verl.policy_loss import WEIGHED, kept_means
 from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, RESPONSES
 from entropy_fork.verl.sparse_head import KEPT as KEPT_POSITIONS
 from entropy_fork.verl.token_dump import TokenDump
@@ -51,16 +49,20 @@ from entropy_fork.verl.waiting import WatchedWaiting
 
 
 class TokenWeights:
-    """Mixin in front of a V1 trainer: after the advantages, the token weights."""
+    """Mixin below verl's trainer: after the advantages, the token weights."""
+
+    # No attributes of its own: :func:`install` needs that of a base class. (Not (), which mypy takes for verl's, too.)
+    __slots__ = tuple[str, ...]()
+
+    entropy_fork: EntropyForkConfig | None = None
+    token_dump: TokenDump | None = None
 
     def __init__(self, config: Any):
         self.entropy_fork = read_config(config)
+        self.weighed_keys: list[str] = []  # the rows of the batch that has weights
         if self.entropy_fork is not None:
             check_maskable(config, self.entropy_fork)
-            actor = config.actor_rollout_ref.actor
-            with open_dict(config):  # what the workers will be given
-                in_worker = self.entropy_fork.in_worker(actor.shuffle)
-                actor.policy_loss.loss_mode = guarded_name(actor.policy_loss.loss_mode, in_worker)
+            guard_loss(config)  # what the workers will be given
             print(f"entropy_fork: {_in_words(self.entropy_fork)} is active in {process_name()}", flush=True)
             reason = self.entropy_fork.dense_because(config)
             where = "kept positions only" if reason is None else f"every position, because {reason}"
@@ -68,18 +70,16 @@ class TokenWeights:
         self.token_dump = TokenDump.asked_for(config)
         super().__init__(config)  # type: ignore[call-arg]
 
-    def on_init_end(self) -> None:
-        """verl calls it when all workers are there: each must be able to select, before anything is sampled."""
+    def _setup(self) -> None:
+        """verl's, which ends with all workers there: each must be able to apply the mask before anything is sampled."""
+        super()._setup()  # type: ignore[misc]
         if self.entropy_fork is not None:
             actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
-            strategy = actor.strategy if self.entropy_fork.in_worker(actor.shuffle) else None
+            needs = (actor.policy_loss.loss_mode, self.entropy_fork.in_worker(actor.shuffle))
             workers = self.actor_rollout_wg.workers  # type: ignore[attr-defined]
-            ray.get(
-                [worker.__ray_call__.remote(check_worker, actor.policy_loss.loss_mode, strategy) for worker in workers]
-            )
+            ray.get([worker.__ray_call__.remote(admit_worker, *needs) for worker in workers])
         if self.token_dump is not None:
             self.token_dump.start()
-        super().on_init_end()  # type: ignore[misc]
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.entropy_fork is not None:
@@ -114,8 +114,15 @@ class TokenWeights:
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         if self.entropy_fork is None:
             return super()._update_actor(batch, metrics)  # type: ignore[misc]
+        if batch.keys != self.weighed_keys:
+            raise EntropyForkError(
+                f"a mask was asked for, but {type(self).__name__} in {process_name()} sends the actor a batch that has "
+                f"no token weights: its _compute_advantage does not call verl's, or its _update_actor is given another "
+                f"batch. Call super()._compute_advantage(batch, metrics) there, or write entropy_fork=off."
+            )
         config = self.config.actor_rollout_ref  # type: ignore[attr-defined]
         in_worker = self.entropy_fork.in_worker(config.actor.shuffle)
+        batch.extra_info[WEIGHED] = not in_worker
         if in_worker:
             rule = self.entropy_fork.rule_at(self.global_steps, config.actor.loss_agg_mode)  # type: ignore[attr-defined]
             batch.extra_info[RULE] = rule
@@ -165,6 +172,7 @@ class TokenWeights:
                     weights *= importance.values()
                     del importance
                 written["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(weights, offsets)
+        self.weighed_keys = list(batch.keys)
         return tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
@@ -257,17 +265,33 @@ def _in_words(spec: EntropyForkConfig) -> str:
 
 
 def install() -> None:
-    """Put the masked subclasses in the place of verl's trainers; a second call changes nothing."""
-    for name in MASKED_TRAINERS:
-        trainer = TRAINER_REGISTRY[name]
-        if not issubclass(trainer, TokenWeights):
-            TRAINER_REGISTRY[name] = _masked(trainer)
+    """Put the mixins below verl's ``PPOTrainer``; a second call changes nothing.
+
+    A trainer's method then calls the mixins', and theirs verl's, by ``super()``, also in classes that were derived from
+    it before.
+
+    Raises:
+        EntropyForkError: this verl's trainer has not the methods that the mixins extend.
+    """
+    if issubclass(PPOTrainer, TokenWeights):
+        return
+    mixins = (TokenWeights, WholeCheckpoints, WatchedWaiting)
+    stock = vars(PPOTrainer)
+    extended = {name for name in EXTENDED if name in stock}
+    # A method that itself calls super() would come back to the mixins from below.
+    if extended != set(EXTENDED) or any("__class__" in stock[name].__code__.co_freevars for name in extended):
+        raise EntropyForkError(f"verl's PPOTrainer is not as entropy_fork knows it: {', '.join(EXTENDED)} in one class")
+    moved = {"__slots__": (), "__module__": PPOTrainer.__module__} | {name: stock[name] for name in EXTENDED}
+    behind = type(PPOTrainer)("StockPPOTrainer", PPOTrainer.__bases__, moved)
+    for name in extended:
+        delattr(PPOTrainer, name)
+    PPOTrainer.__bases__ = (*mixins, behind)
 
 
-def _masked(trainer: type[PPOTrainer]) -> type[PPOTrainer]:
-    # The name is verl's own, so that logs and errors read as they did before.
-    bases = (TokenWeights, WholeCheckpoints, WatchedWaiting, trainer)
-    return type(trainer.__name__, bases, {"__module__": __name__, "__doc__": trainer.__doc__})
-
+#: what the mixins extend of verl's PPOTrainer
+EXTENDED = (
+    "__init__", "_setup", "_build_replay_buffer", "_load_checkpoint", "_save_checkpoint",
+    "_compute_old_log_prob", "_compute_ref_log_prob", "_compute_advantage", "_update_actor",
+)  # fmt: skip
 
 install()

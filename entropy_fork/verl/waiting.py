@@ -32,7 +32,9 @@ ANSWER_SECONDS = 10.0
 
 
 class WatchedWaiting:
-    """Mixin in front of a V1 trainer."""
+    """Mixin below verl's V1 trainers; see ``trainer.py: install``."""
+
+    __slots__ = ()
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()  # type: ignore[misc]

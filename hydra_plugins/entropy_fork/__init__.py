@@ -10,6 +10,7 @@ groups on the search path Hydra takes ``+recipe=x`` for a plain new key and trai
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
@@ -32,7 +33,8 @@ class EntropyForkSearchPath(SearchPathPlugin):
             SystemExit: one of them is asked for, and the plugin is not active.
         """
         if "verl" not in sys.modules:
-            return  # another Hydra application of this environment
+            _refuse_a_node_in_a_file()  # another Hydra application of this environment, or one that imports verl later
+            return
         problem = _why_inactive()
         if problem is None:
             from entropy_fork.verl.config import recipes_dir
@@ -44,8 +46,8 @@ class EntropyForkSearchPath(SearchPathPlugin):
                 make_default()
         elif any(ASKED_FOR.match(argument) for argument in sys.argv[1:]):
             _refuse(problem)
-        elif _is_main_ppo():
-            _refuse_a_node_in_a_file(problem)
+        else:
+            _refuse_a_node_in_a_file()
 
 
 def _refuse(problem: str) -> NoReturn:
@@ -53,26 +55,39 @@ def _refuse(problem: str) -> NoReturn:
     raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {problem}")
 
 
-def _refuse_a_node_in_a_file(problem: str) -> None:
+def _refuse_a_node_in_a_file() -> None:
     """The command line says nothing of ours, but a config file of the user's may, and Hydra reads it after this.
 
-    ``run_ppo`` is the last that main_ppo does before Ray starts (verl 0.8 to 0.9.1).
+    ``run_ppo`` is the last that main_ppo, and a program with a task runner of its own, does before Ray starts (verl 0.8
+    to 0.9.1). The program that is run is main_ppo itself, or has imported ``run_ppo`` from it by now, or will.
     """
     main = sys.modules["__main__"]
-    run_ppo = getattr(main, "run_ppo", None)
-    if run_ppo is None:  # a verl of another shape: a run that does not ask must not be stopped for that
-        print(f"entropy_fork is not active, and a node 'entropy_fork' would do nothing: {problem}", file=sys.stderr)
-        return
+    if hasattr(main, "run_ppo"):
+        _refuse_in_run_ppo(main)
+    elif "verl" in sys.modules and _is_main_ppo():  # another shape of verl: who does not ask must not be stopped for it
+        print(
+            f"entropy_fork is not active, and a node 'entropy_fork' would do nothing: {_why_inactive()}",
+            file=sys.stderr,
+        )
+    with contextlib.suppress(Exception):  # a broken wrapt may be why we are not active
+        import wrapt
+
+        wrapt.register_post_import_hook(_refuse_in_run_ppo, "verl.trainer.main_ppo")
+
+
+def _refuse_in_run_ppo(module: Any) -> None:
+    run_ppo = module.run_ppo
 
     @functools.wraps(run_ppo)
     def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if "entropy_fork" in config:
+        if "entropy_fork" in config and (problem := _why_inactive()):
             _refuse(problem)
         return run_ppo(config, *args, **kwargs)
 
-    main.run_ppo = checking  # type: ignore[attr-defined]
+    module.run_ppo = checking
 
 
+@functools.cache  # asking imports the plugin, and a second look would find it there
 def _why_inactive() -> str | None:
     if application := _unmasked_application():
         return (
