@@ -20,6 +20,8 @@ from entropy_fork.core.rows import count_per_row, pieces
 TOKEN_MEAN = "token-mean"
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
 TOKEN_SUMS = ("token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+#: all of them
+LOSS_AGG_MODES = (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)
 
 #: what the loss is a mean over
 DENOMINATORS = ("kept", "all")
@@ -107,9 +109,7 @@ def token_weights(
         for row, factor_of_row in zip(weights.split(lengths.tolist()), factor.tolist(), strict=True):
             row.mul_(factor_of_row)
         return weights
-    raise ValueError(
-        f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {(TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)}"
-    )
+    raise ValueError(f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {LOSS_AGG_MODES}")
 
 
 def _not_negative(entropy: Tensor) -> Tensor:
