@@ -69,8 +69,13 @@ def token_weights(
 ) -> Tensor:
     """The weight of each token of one mini-batch, or of a part of one.
 
-    With everything kept and hard weights all are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit, also where
-    verl divides by more tokens than are eligible (tokens that rollout correction rejected stay in its denominator).
+    With everything kept and hard weights all are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit.
+
+    Where rollout correction rejects tokens, verl's token-mean still divides by the rejected ones: it takes the divisor
+    from ``loss_mask``, which rejection does not change (``verl/workers/engine/fsdp/transformer_impl.py:
+    forward_backward_batch``). The weights leave that as it is. With ``denominator="kept"`` the loss is then the mean
+    over the kept tokens times the share of the response tokens that was not rejected, and the plain loss of ρ = 1.0 is
+    its own mean times the same share. So ρ changes nothing but the choice of tokens.
 
     Args:
         kept: bool, shape (num_tokens,): the selection, flat.
