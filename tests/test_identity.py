@@ -59,11 +59,9 @@ def batch_of(some: list[tuple[tuple[int, ...], Any, list[Answer]]], run: str) ->
 
 
 def padding_rows(number: int, of: Row) -> list[Row]:
-    """As verl makes them: a template's index, prompt and response of one token each, a uid of their own."""
-    return [
-        replace(of, uid="pad0f", session=i, output=0, prompt=(9,), response=(9,), is_padding=True)
-        for i in range(number)
-    ]
+    """As verl makes them: a real row's index and a uid of their own; here even with tokens that a real row may have."""
+    row = replace(of, uid="pad0f", output=0, prompt=(0,), response=(0,), is_padding=True)
+    return [replace(row, session=session) for session in range(number)]
 
 
 def identities_of(
