@@ -49,6 +49,9 @@ CONFIGS = {
 #: prompts whose answers are put, and so made up, at a time
 AT_ONCE = 32
 
+#: tokens of each prompt, the most that the paper's runs take
+PROMPT = 2048
+
 
 def compose(overrides: list[str]) -> Any:
     """verl's config as main_ppo composes it."""
@@ -90,6 +93,8 @@ def put(prompts: int, n: int, lengths: torch.Tensor, random: torch.Generator, wi
         batch: dict[str, Any] = {
             name: torch.nested.nested_tensor_from_jagged(values, offsets) for name, values in fields.items()
         }
+        asked = torch.randint(0, 150_000, (len(uids), PROMPT), generator=random).repeat_interleave(n, dim=0)
+        batch["prompts"] = torch.nested.as_nested_tensor(list(asked), layout=torch.jagged)
         batch["index"] = NonTensorStack(*(first + row // n for row in range(len(part))))
         batch["uid"] = NonTensorStack(*(uid for uid in uids for _ in range(n)))
         tq.kv_batch_put(keys=part, partition_id="train", fields=TensorDict(batch, batch_size=len(part)))
@@ -149,7 +154,7 @@ def driver(overrides: list[str], keys: list[str], ranks: int, beside: bool) -> d
     this.token_dump = None
     this.global_steps = 1
     this.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda _: range(ranks))
-    fields = ["advantages", "entropy", "index", "old_log_probs", "response_mask", "rm_scores", "uid"]
+    fields = ["advantages", "entropy", "index", "old_log_probs", "prompts", "response_mask", "rm_scores", "uid"]
     batch = tq.KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id="train", fields=fields)
     metrics: dict[str, float] = {}
     if beside:
@@ -162,6 +167,7 @@ def driver(overrides: list[str], keys: list[str], ranks: int, beside: bool) -> d
     get, write = ours.tq.kv_batch_get, ours.tq.kv_batch_put
     ours.tq.kv_batch_get = meter.timed(lambda **call: f"fetch {', '.join(call['select_fields'])}", get)
     ours.tq.kv_batch_put = meter.timed("write", write)
+    ours.identify = meter.timed("identify", ours.identify)
     ours.select_in_pools = meter.timed("select", ours.select_in_pools)
     ours.weigh_mini_batches = meter.timed("weigh", ours.weigh_mini_batches)
     ours.Tally.of = meter.timed("count", ours.Tally.of)

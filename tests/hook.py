@@ -42,6 +42,8 @@ def run_hook(
     rows: Rows | None = None,
     spec: EntropyForkConfig | None = None,
     loss_agg_mode: str = "token-mean",
+    keys: list[str] | None = None,
+    fields: dict[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Run the hook with the preset ``global`` on two mini-batches, one of whose rows is padding.
 
@@ -51,6 +53,8 @@ def run_hook(
         with_entropy: whether verl's log-prob pass wrote its entropies.
         trainer_class: the masked trainer, where it is another one.
         rows, spec, loss_agg_mode: in the place of the rows, of the preset and of verl's aggregation.
+        keys, fields: in the place of the rows' keys, which make them answers to one prompt; and further fields, or
+            others in the place of those that are there. The data set's index is 0 for every row.
 
     Returns:
         the fields of the batch as workers would get them; and the metrics.
@@ -60,24 +64,29 @@ def run_hook(
         rows.eligible.split(rows.lengths.tolist())[5].zero_()
     sign = torch.tensor([1.0, -1.0]).repeat(NUM_ROWS // 2)
     data = {
+        "prompts": jagged(torch.arange(2 * NUM_ROWS), torch.full((NUM_ROWS,), 2)),
         "response_mask": jagged(rows.eligible, rows.lengths),
         "advantages": jagged(sign.repeat_interleave(rows.lengths), rows.lengths),
     }
+    data.update(fields or {})
     if with_entropy:
         data["entropy"] = jagged(rows.entropy, rows.lengths)
     if importance is not None:
         data["rollout_is_weights"] = jagged(torch.full_like(rows.entropy, importance), rows.lengths)
 
-    def get(select_fields: list[str], **_: Any) -> TensorDict:
+    def get(keys: list[str], select_fields: list[str], **_: Any) -> TensorDict:
         """As the TransferQueue does: a row as it is received, and all rows of a field put together."""
         fields = {}
+        asked = [batch.keys.index(key) for key in keys]
         for name in select_fields:
             if name in data:
-                received = [row.clone() for row in data[name].unbind()]
-                fields[name] = torch.nested.as_nested_tensor(received, layout=torch.jagged)
+                stored = data[name].unbind()
+                fields[name] = torch.nested.as_nested_tensor(
+                    [stored[row].clone() for row in asked], layout=torch.jagged
+                )
             elif name == "index":
-                fields[name] = NonTensorStack(*[0] * NUM_ROWS)
-        return TensorDict(fields, batch_size=NUM_ROWS)
+                fields[name] = NonTensorStack(*[0] * len(asked))
+        return TensorDict(fields, batch_size=len(asked))
 
     monkeypatch.setattr(trainer.tq, "kv_batch_get", get)
 
@@ -85,7 +94,12 @@ def run_hook(
         def __len__(self) -> int:
             return NUM_ROWS
 
-    batch = Batch(keys=[f"u_{row}_0" for row in range(NUM_ROWS)], partition_id="train", fields=[*data, "index"])
+    batch = Batch(
+        keys=keys or [f"u_{row}_0" for row in range(NUM_ROWS)],
+        tags=[{"is_padding": not bool(mask.any())} for mask in rows.eligible.split(rows.lengths.tolist())],
+        partition_id="train",
+        fields=[*data, "index"],
+    )
 
     def put(fields: Any, **_: Any) -> Batch:
         data.update({name: jagged(field.values(), field.offsets().diff()) for name, field in fields.items()})

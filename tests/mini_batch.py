@@ -23,6 +23,8 @@ class Answers:
     old_entropy: list[Tensor]
     advantages: list[Tensor]
     importance: list[Tensor] | None = None
+    #: the response masks as they were before rollout correction rejected tokens, where it did; verl's ``loss_mask``
+    masks_before: list[Tensor] | None = None
 
 
 def make_answers(seed: int, importance: bool = False) -> Answers:
@@ -65,7 +67,7 @@ def make_batch(answers: Answers, rows: list[int], settings: dict[str, Any]) -> A
         "prompts": nested(answers.prompts),
         "responses": nested(answers.responses),
         "response_mask": nested(answers.masks),
-        "loss_mask": nested(answers.masks),
+        "loss_mask": nested(answers.masks if answers.masks_before is None else answers.masks_before),
         "old_log_probs": nested(answers.old_log_probs),
         "ref_log_prob": nested(answers.old_log_probs),
         "entropy": nested(answers.old_entropy),

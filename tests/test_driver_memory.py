@@ -8,6 +8,7 @@ import pytest
 import torch
 from hook import NUM_ROWS, Masked, run_hook
 from live_bytes import LiveBytesWithNumpy
+from rows import jagged
 
 from entropy_fork.core.batch import Rows
 from entropy_fork.core.selection import MANY
@@ -44,6 +45,25 @@ def test_the_bytes_of_a_token(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], importance: float | None, bound: float
 ) -> None:
     """The real method on a batch in memory that is fetched as from the TransferQueue: its highest bytes at any time."""
+    loss_agg_mode = settings.get("loss_agg_mode", "token-mean")
+    spec = EntropyForkConfig(**{name: value for name, value in settings.items() if name != "loss_agg_mode"})
+    peaks = peaks_of(monkeypatch, importance=importance, spec=spec, loss_agg_mode=loss_agg_mode)
+    assert peaks.pop("response_mask") == pytest.approx(FETCHING_MASK, abs=0.1)
+    assert max(peaks.values()) == pytest.approx(bound, abs=0.1), peaks
+
+
+def test_the_bytes_of_a_token_where_every_prompt_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All answers are fetched then, to tell the groups apart: before everything else, so the peak is the mask's."""
+    lengths = torch.full((NUM_ROWS,), ROW_LENGTH)
+    same_prompt = jagged(torch.ones(NUM_ROWS, dtype=torch.int64), torch.ones(NUM_ROWS, dtype=torch.int64))
+    fields = {"prompts": same_prompt, "responses": jagged(torch.arange(NUM_ROWS * ROW_LENGTH), lengths)}
+    peaks = peaks_of(monkeypatch, keys=[f"u{row}_0_0" for row in range(NUM_ROWS)], fields=fields)
+    assert peaks["before response_mask"] == pytest.approx(FETCHING_MASK, abs=0.1)
+    assert max(peaks.values()) == pytest.approx(FETCHING_MASK, abs=0.1), peaks
+
+
+def peaks_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, float]:
+    """The highest bytes of a token up to each fetch, in it, and after the last; ``settings`` as of :func:`run_hook`."""
     random = torch.Generator().manual_seed(0)
     total = NUM_ROWS * ROW_LENGTH
     # Most are exactly 0, as a policy that is sure of itself has them, and τ is among them.
@@ -69,8 +89,5 @@ def test_the_bytes_of_a_token(
             peaks["write"] = live.note() / total
             return result
 
-    loss_agg_mode = settings.get("loss_agg_mode", "token-mean")
-    spec = EntropyForkConfig(**{name: value for name, value in settings.items() if name != "loss_agg_mode"})
-    run_hook(monkeypatch, importance, True, Measured, rows, spec, loss_agg_mode)
-    assert peaks.pop("response_mask") == pytest.approx(FETCHING_MASK, abs=0.1)
-    assert max(peaks.values()) == pytest.approx(bound, abs=0.1), peaks
+    run_hook(monkeypatch, trainer_class=Measured, rows=rows, **settings)
+    return peaks

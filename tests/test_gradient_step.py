@@ -380,6 +380,30 @@ def test_everything_kept_is_the_plain_update_bit_for_bit(
             assert torch.equal(masked[0]["gradients"][name], gradient), name
 
 
+@pytest.mark.parametrize(("entropy", "pool"), [("old", "mini_batch"), ("current", "micro_batch")])
+def test_rejected_tokens_stay_in_verls_divisor(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], entropy: str, pool: str
+) -> None:
+    """The loss is the mean over the kept tokens times the share not rejected; with ρ = 1.0 it is the plain one."""
+    answers = make_answers(seed=9)
+    before = answers.masks
+    masks = [mask.clone() for mask in before]
+    for row in (0, 4, 7):
+        masks[row][1:] = 0
+    answers = replace(answers, masks=masks, masks_before=before)
+    share = sum(int(mask.sum()) for mask in masks) / sum(int(mask.sum()) for mask in before)
+    assert share < 0.9
+
+    answer = train(worlds[2], answers, Rule(Selector(0.3), entropy, pool), PACKED)
+    expected = restated_gradient(model[0], answers, kept_of(answer), "kept", "token-mean")
+    close(answer[0]["gradients"], {name: gradient * share for name, gradient in expected.items()})
+
+    everything = train(worlds[2], answers, Rule(Selector(1.0), entropy, pool), PACKED)
+    plain = train(worlds[2], answers, None, PACKED, loss_mode="vanilla")
+    for name, gradient in plain[0]["gradients"].items():
+        assert torch.equal(everything[0]["gradients"][name], gradient), name
+
+
 @pytest.mark.parametrize("pool", ["micro_batch", "mini_batch"])
 def test_entropy_bonus_and_kl_loss_are_those_of_all_tokens(worlds: dict[int, Processes], pool: str) -> None:
     """What the two terms add to the gradient is the same with and without the mask."""

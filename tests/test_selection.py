@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entropy_fork.core import selection
-from entropy_fork.core.selection import Selector, kept_count, select_tokens
+from entropy_fork.core.selection import Selector, exact_count, kept_count, ranks_kept, select_tokens
 
 TOP20 = Selector(0.2)
 RATIOS = st.one_of(st.sampled_from([0.01, 0.07, 0.1, 0.2, 0.3, 0.5, 0.9, 1.0]), st.floats(0.001, 1.0))
@@ -29,16 +29,22 @@ def pools(draw: st.DrawFn) -> tuple[list[list[float]], list[list[int]]]:
     return rows, masks
 
 
-def restated(rows: list[list[float]], masks: list[list[int]], ratio: float, sign: int = -1) -> set[tuple[int, int]]:
-    """Sort every eligible token by (entropy down, position up, row up) and take the first ceil(ρN)."""
+def in_order(rows: list[list[float]], masks: list[list[int]], sign: int = -1) -> list[tuple[int, int]]:
+    """Every eligible token as (row, position), sorted by (entropy down, position up, row up)."""
     tokens = [
         (sign * entropy, position, row)
         for row, (entropies, mask) in enumerate(zip(rows, masks, strict=True))
         for position, (entropy, eligible) in enumerate(zip(entropies, mask, strict=True))
         if eligible
     ]
+    return [(row, position) for _, position, row in sorted(tokens)]
+
+
+def restated(rows: list[list[float]], masks: list[list[int]], ratio: float, sign: int = -1) -> set[tuple[int, int]]:
+    """The first ceil(ρN) of the sorted tokens."""
+    tokens = in_order(rows, masks, sign)
     count = int((Decimal(repr(ratio)) * len(tokens)).to_integral_value(ROUND_CEILING))
-    return {(row, position) for _, position, row in sorted(tokens)[: max(1, count)]} if tokens else set()
+    return set(tokens[: max(1, count)])
 
 
 def flat(rows: list[list[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -85,12 +91,54 @@ def test_bottom_is_the_sorted_restatement_from_below(pool: tuple, ratio: float) 
     assert select(rows, masks, ratio, select="bottom")[0] == restated(rows, masks, ratio, sign=1)
 
 
-@given(pools(), st.sampled_from([0.1, 0.25, 0.5]), st.sampled_from([0.6, 0.8, 1.0]))
-@settings(max_examples=200)
-def test_a_band_is_one_top_without_the_other(pool: tuple, band_from: float, ratio: float) -> None:
+BANDS = st.sampled_from([(0.1, 0.2), (0.1, 0.6), (0.25, 0.8), (0.5, 0.6), (0.5, 1.0), (0.9, 1.0)])
+
+
+def restated_band(rows: list[list[float]], masks: list[list[int]], band_from: float, ratio: float) -> tuple[set, set]:
+    """One top without the other, and that other; where nothing would be left, one token is, right below the other."""
+    tokens = in_order(rows, masks)
+    above = restated(rows, masks, band_from)
+    if len(above) == len(tokens):
+        above -= set(tokens[-1:])
+    band = restated(rows, masks, ratio) - above
+    return band or set([token for token in tokens if token not in above][:1]), above
+
+
+@given(pools(), BANDS)
+@settings(max_examples=300)
+def test_a_band_is_one_top_without_the_other_but_never_empty(pool: tuple, band: tuple[float, float]) -> None:
     rows, masks = pool
-    kept, _ = select(rows, masks, ratio, select="band", band_from=band_from)
-    assert kept == restated(rows, masks, ratio) - restated(rows, masks, band_from)
+    band_from, ratio = band
+    kept, threshold = select(rows, masks, ratio, select="band", band_from=band_from)
+    assert kept == restated_band(rows, masks, band_from, ratio)[0]
+    num_tokens = sum(map(sum, masks))
+    assert len(kept) == exact_count(num_tokens, Selector(ratio, "band", band_from=band_from)) >= min(1, num_tokens)
+    if kept:
+        assert threshold == min(torch.tensor(rows[row][position]).item() for row, position in kept)
+
+
+@given(pools(), BANDS)
+@settings(max_examples=300)
+def test_a_band_by_threshold_is_never_empty(pool: tuple, band: tuple[float, float]) -> None:
+    """Every token between the two edges; where these are equal, what ``ties=exact`` keeps."""
+    rows, masks = pool
+    band_from, ratio = band
+    kept, _ = select(rows, masks, ratio, select="band", band_from=band_from, ties="threshold")
+    exact, above = restated_band(rows, masks, band_from, ratio)
+    lower = min((rows[row][position] for row, position in exact), default=math.inf)
+    upper = min((rows[row][position] for row, position in above), default=math.inf)
+    between = {(row, position) for row, position in in_order(rows, masks) if lower <= rows[row][position] < upper}
+    assert kept == (between or exact)
+    assert kept or not any(map(any, masks))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "ranks"),
+    [(0, (0, 0)), (1, (0, 1)), (2, (1, 2)), (5, (1, 2)), (6, (1, 2)), (10, (1, 2)), (11, (2, 3)), (20, (2, 4))],
+)
+def test_the_band_between_the_top_10_and_the_top_20_percent(num_tokens: int, ranks: tuple[int, int]) -> None:
+    """Of 2 to 5 tokens both tops are one token; the band is then the one below it."""
+    assert ranks_kept(num_tokens, Selector(0.2, "band", band_from=0.1)) == ranks
 
 
 @given(pools(), RATIOS)

@@ -129,17 +129,6 @@ def test_rows_that_cannot_be_cut_are_refused() -> None:
         trainer.TokenWeights._mini_batch_of_row(this, 50)  # type: ignore[arg-type]
 
 
-def test_ties_between_rows_follow_the_data_not_the_run() -> None:
-    index = np.array([7, 3, 7, 3], dtype=object)
-    one_run = ["f0_0_0", "a1_1_0", "f0_1_0", "a1_0_0"]
-    another = ["00_0_0", "zz_1_0", "00_1_0", "zz_0_0"]
-    expected = [2, 1, 3, 0]
-    for keys in (one_run, another):
-        assert trainer._order(trainer._identities(keys, index)).tolist() == expected
-        assert len(set(trainer._seeds(trainer._identities(keys, index), 0, 1).tolist())) == 4
-    assert torch.equal(*(trainer._seeds(trainer._identities(keys, index), 0, 1) for keys in (one_run, another)))
-
-
 def test_verls_older_trainer_refuses_a_mask() -> None:
     """A program that derives its trainer from it never comes past main_ppo's checks."""
     config = OmegaConf.create({"entropy_fork": {"top_ratio": 0.2}})

@@ -68,6 +68,25 @@ def test_verls_aggregation_becomes_the_mean_over_kept_tokens(batch: dict[str, to
     torch.testing.assert_close(actual, expected)
 
 
+def test_rejected_tokens_stay_in_verls_divisor_with_and_without_a_mask() -> None:
+    """verl divides by ``loss_mask``, which rejection does not change: 2 of 5 tokens are left, so 0.4 of each mean."""
+    loss_mask = torch.ones(1, 5)
+    response_mask = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0]])
+    loss = torch.tensor([[2.0, 6.0, 9.0, 9.0, 9.0]])
+    eligible, lengths = response_mask[0].bool(), torch.tensor([5])
+
+    def masked(kept: list[int], denominator: str) -> float:
+        chosen = torch.tensor(kept, dtype=torch.bool)
+        weights = token_weights(chosen, eligible, lengths, TOKEN_MEAN, denominator)
+        return float(agg_loss(loss * weights, response_mask, TOKEN_MEAN, batch_num_tokens=int(loss_mask.sum())))
+
+    assert masked([1, 0, 0, 0, 0], "kept") == pytest.approx(0.4 * 2.0)  # as a mean over the kept token it were 2
+    assert masked([1, 0, 0, 0, 0], "all") == pytest.approx(2.0 / 5)
+    plain = float(agg_loss(loss, response_mask, TOKEN_MEAN, batch_num_tokens=5))
+    assert plain == pytest.approx(0.4 * 4.0)  # verl's own: 0.4 of the mean over the tokens that are left
+    assert masked([1, 1, 0, 0, 0], "kept") == plain
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_denominator_all_leaves_verls_mean(batch: dict[str, torch.Tensor], mode: str) -> None:
     """The paper's v1, TRL and ms-swift: the same mask, a smaller loss."""

@@ -3,8 +3,8 @@
 Read in this order: ``selection`` (which tokens of a pool), ``weighting`` (the factor on each), ``batch`` (both, for the
 pools and mini-batches of a batch), ``schedule`` (ρ over time), ``statistics`` (what was kept), ``ranks`` (the same on
 any number of them). Beside them: ``returns``, the forms of Ψ_t, which the weight is multiplied with; ``head``, where
-entropies come from, and the LM head at chosen positions; ``temperature`` and ``sampler``, for decoding. ``randomness``
-and ``rows`` are small tools of these.
+entropies come from, and the LM head at chosen positions; ``temperature`` and ``sampler``, for decoding. ``identity``
+says who a row is, for ties and draws; ``randomness`` and ``rows`` are small tools of these.
 
 Tensors of this package are *flat*: the response tokens of all rows behind one another, as in the ``values()`` of a
 jagged nested tensor, with ``lengths`` saying how many belong to each row. Nothing is padded, so a batch costs what its

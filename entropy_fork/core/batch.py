@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entropy_fork.core.selection import Selector, select_tokens
 from entropy_fork.core.statistics import Pool
-from entropy_fork.core.weighting import TOKEN_MEAN, token_weights
+from entropy_fork.core.weighting import DENOMINATORS, LOSS_AGG_MODES, TOKEN_MEAN, WEIGHTS, token_weights
 
 #: of the policy at the start of the step, or at each gradient step
 ENTROPIES = ("old", "current")
@@ -33,6 +33,9 @@ class Rule:
         loss_agg_mode: verl's ``actor.loss_agg_mode``.
         denominator: ``kept`` or ``all``, see :func:`entropy_fork.core.weighting.token_weights`.
         weight: ``hard`` or ``soft``, see there.
+
+    Raises:
+        ValueError: a value that has no meaning, or two that do not go together, with what to write instead.
     """
 
     selector: Selector
@@ -41,6 +44,24 @@ class Rule:
     loss_agg_mode: str = TOKEN_MEAN
     denominator: str = "kept"
     weight: str = "hard"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("entropy", ENTROPIES),
+            ("pool", POOLS),
+            ("loss_agg_mode", LOSS_AGG_MODES),
+            ("denominator", DENOMINATORS),
+            ("weight", WEIGHTS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.entropy == "current" and self.pool == "batch":
+            raise ValueError(
+                "entropy=current has no pool=batch: the policy changes with each mini-batch of the batch. Write "
+                "pool=mini_batch, or entropy=old"
+            )
+        if self.entropy == "current" and self.selector.select == "random":
+            raise ValueError("select=random looks at no entropy; write entropy=old, which costs nothing")
 
     @property
     def selected_in_loss(self) -> bool:

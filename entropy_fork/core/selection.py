@@ -33,7 +33,8 @@ class Selector:
     Attributes:
         top_ratio: ρ in (0, 1], the share that is kept.
         select: ``top`` (highest entropy), ``bottom`` (lowest), ``random`` (uniformly, by identity), or ``band`` (the
-            tokens that ``top_ratio`` keeps without those that ``band_from`` would keep).
+            tokens that ``top_ratio`` keeps without those that ``band_from`` would keep, but at least one; see
+            :func:`ranks_kept`).
         ties: ``exact`` or ``threshold``; see above.
         band_from: for ``band``, the upper end in [0, ρ): 0.1 with ρ = 0.2 keeps the tokens between the top 10% and the
             top 20%.
@@ -73,7 +74,7 @@ class Selection:
         threshold: τ in nats, the entropy at the edge: of the last token that was kept (the lowest for top and band,
             the highest for bottom); NaN for random and for a pool without tokens.
         num_tokens: N, the tokens of the pool that could be kept (those with ``eligible``).
-        num_kept: how many were; ceil(ρN) with ``ties="exact"`` and without a band.
+        num_kept: how many were; :func:`exact_count` with ``ties="exact"``, so ceil(ρN) without a band.
     """
 
     kept: Tensor
@@ -98,10 +99,24 @@ def kept_count(num_tokens: int, top_ratio: float) -> int:
     return max(1, math.ceil(Fraction(repr(float(top_ratio))) * num_tokens))
 
 
+def ranks_kept(num_tokens: int, selector: Selector) -> tuple[int, int]:
+    """Which ranks of a pool's scores ``ties="exact"`` keeps: (first, end), counted from 0 for the highest score.
+
+    Without a band the ranks are 0 to ceil(ρN). A band leaves out the ceil(band_from·N) highest. In a small pool these
+    may be all that ρ keeps: of 5 tokens, both the top 10% and the top 20% are one. A pool that has a token keeps at
+    least one, so the band then is the one token right below those left out, and in a pool of one token that token.
+    """
+    end = kept_count(num_tokens, selector.top_ratio)
+    if selector.select != "band" or num_tokens == 0:
+        return 0, end
+    first = min(kept_count(num_tokens, selector.band_from), num_tokens - 1)
+    return first, max(end, first + 1)
+
+
 def exact_count(num_tokens: int, selector: Selector) -> int:
-    """How many tokens of a pool ``ties="exact"`` keeps: known before any entropy is."""
-    count = kept_count(num_tokens, selector.top_ratio)
-    return count - kept_count(num_tokens, selector.band_from) if selector.select == "band" else count
+    """How many tokens of a pool ``ties="exact"`` keeps: known before any entropy is; 0 only for a pool without any."""
+    first, end = ranks_kept(num_tokens, selector)
+    return end - first
 
 
 def select_tokens(
@@ -156,14 +171,16 @@ def select_tokens(
     # What must not be kept is put below all others: no more than N are ever kept, so it never comes in.
     ranked = scores if everything else np.where(mask, scores, -np.inf)
     order = None if row_order is None else row_order.cpu().numpy()
-    kept, last = _highest(ranked, kept_count(num_tokens, selector.top_ratio), selector.ties, rows, order)
+    first, end = ranks_kept(num_tokens, selector)
+    kept, last = _highest(ranked, end, selector.ties, rows, order)
+    if first > 0:
+        above, upper = _highest(ranked, first, selector.ties, rows, order)
+        if selector.ties == "threshold" and upper == last:  # no entropy lies between the edges, so positions decide
+            kept, above = (_highest(ranked, count, "exact", rows, order)[0] for count in (end, first))
+        kept &= ~above
     if not everything:
         kept &= mask  # with ties="threshold" and everything kept, -inf itself would pass
-    threshold = {"top": last, "bottom": -last}.get(selector.select, math.nan)
-    if selector.select == "band":
-        kept &= ~_highest(ranked, kept_count(num_tokens, selector.band_from), selector.ties, rows, order)[0]
-        if kept.any():
-            threshold = float(values[kept].min())
+    threshold = {"top": last, "bottom": -last, "band": last}.get(selector.select, math.nan)
     return Selection(torch.from_numpy(kept), threshold, num_tokens, int(np.count_nonzero(kept)))
 
 

@@ -157,6 +157,22 @@ class Tally:
         return metrics
 
 
+def draws(seeds: Tensor, eligible: Tensor, lengths: Tensor) -> dict[str, float]:
+    """Whether ``select=random`` draws for each response by itself; two with one seed keep the same positions.
+
+    Args:
+        seeds: int64, shape (num_rows,): what each row's draws are derived from.
+        eligible: bool or int, shape (num_tokens,), flat: the response mask.
+        lengths: int, shape (num_rows,): tokens per row.
+
+    Returns:
+        The metrics ``responses``, how many have an eligible token, and ``distinct_draws``, how many different seeds
+        these have. Equal, if all is well.
+    """
+    has_token = count_per_row(eligible, lengths) > 0
+    return {"responses": float(has_token.sum()), "distinct_draws": float(seeds[has_token].unique().numel())}
+
+
 def _count(mask: np.ndarray) -> float:
     return float(np.count_nonzero(mask))
 

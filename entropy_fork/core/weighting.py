@@ -20,6 +20,8 @@ from entropy_fork.core.rows import count_per_row, pieces
 TOKEN_MEAN = "token-mean"
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
 TOKEN_SUMS = ("token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+#: all of them
+LOSS_AGG_MODES = (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)
 
 #: what the loss is a mean over
 DENOMINATORS = ("kept", "all")
@@ -67,8 +69,13 @@ def token_weights(
 ) -> Tensor:
     """The weight of each token of one mini-batch, or of a part of one.
 
-    With everything kept and hard weights all are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit, also where
-    verl divides by more tokens than are eligible (tokens that rollout correction rejected stay in its denominator).
+    With everything kept and hard weights all are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit.
+
+    Where rollout correction rejects tokens, verl's token-mean still divides by the rejected ones: it takes the divisor
+    from ``loss_mask``, which rejection does not change (``verl/workers/engine/fsdp/transformer_impl.py:
+    forward_backward_batch``). The weights leave that as it is. With ``denominator="kept"`` the loss is then the mean
+    over the kept tokens times the share of the response tokens that was not rejected, and the plain loss of ρ = 1.0 is
+    its own mean times the same share. So ρ changes nothing but the choice of tokens.
 
     Args:
         kept: bool, shape (num_tokens,): the selection, flat.
@@ -107,9 +114,7 @@ def token_weights(
         for row, factor_of_row in zip(weights.split(lengths.tolist()), factor.tolist(), strict=True):
             row.mul_(factor_of_row)
         return weights
-    raise ValueError(
-        f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {(TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)}"
-    )
+    raise ValueError(f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {LOSS_AGG_MODES}")
 
 
 def _not_negative(entropy: Tensor) -> Tensor:

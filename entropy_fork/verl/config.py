@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from packaging.version import Version
 
-from entropy_fork.core.batch import ENTROPIES, POOLS, Rule
+from entropy_fork.core.batch import Rule
 from entropy_fork.core.schedule import ratio_at
 from entropy_fork.core.selection import Selector
-from entropy_fork.core.weighting import DENOMINATORS, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, WEIGHTS
+from entropy_fork.core.weighting import LOSS_AGG_MODES, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN
 from entropy_fork.verl.data_files import check_data_files
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
@@ -135,7 +135,11 @@ class EntropyForkConfig:
         return Selector(ratio, self.select, self.ties, self.band_from)
 
     def rule_at(self, step: int, loss_agg_mode: str) -> Rule:
-        """All of it at a training step, for a given ``actor.loss_agg_mode``."""
+        """All of it at a training step, for a given ``actor.loss_agg_mode``.
+
+        Raises:
+            ValueError: a value that has no meaning, or two that do not go together.
+        """
         return Rule(self.selector_at(step), self.entropy, self.pool, loss_agg_mode, self.denominator, self.weight)
 
     def in_worker(self, shuffle: bool) -> bool:
@@ -172,22 +176,7 @@ class EntropyForkConfig:
     def check(self) -> None:
         """Raise a ValueError for what any step of a run would stumble over."""
         for step in (1, max(1, self.schedule_steps)):
-            self.selector_at(step)
-        for name, value, known in (
-            ("entropy", self.entropy, ENTROPIES),
-            ("pool", self.pool, POOLS),
-            ("denominator", self.denominator, DENOMINATORS),
-            ("weight", self.weight, WEIGHTS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if self.entropy == "current" and self.pool == "batch":
-            raise ValueError(
-                "entropy=current has no pool=batch: the policy changes with each mini-batch of the batch. Write "
-                "pool=mini_batch, or entropy=old"
-            )
-        if self.entropy == "current" and self.select == "random":
-            raise ValueError("select=random looks at no entropy; write entropy=old, which costs nothing")
+            self.rule_at(step, TOKEN_MEAN)
         if self.dump_every < 0:
             raise ValueError(f"dump_every must be a number of steps, or 0 to dump nothing, got {self.dump_every}")
         if not 0 < self.dump_answers < ANSWERS_PER_STEP:
@@ -465,7 +454,7 @@ def check_maskable(config: DictConfig, masked: EntropyForkConfig) -> None:
             f"actor.loss_agg_mode={actor.loss_agg_mode} says, and the weights would be made for another mean. Write "
             f"actor_rollout_ref.actor.loss_agg_mode={SEQ_MEAN_TOKEN_MEAN}, which changes nothing else."
         )
-    if actor.loss_agg_mode not in (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS):
+    if actor.loss_agg_mode not in LOSS_AGG_MODES:
         raise EntropyForkError(f"actor.loss_agg_mode={actor.loss_agg_mode} is not known to entropy_fork.")
     if masked.in_worker(actor.shuffle) and actor.strategy not in MASKED_STRATEGIES:
         raise EntropyForkError(

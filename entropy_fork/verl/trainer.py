@@ -19,6 +19,7 @@ worker: see ``gradient_step.py``. The driver then sends the rule, and who each r
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import ray
@@ -28,8 +29,8 @@ from tensordict import TensorDict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from entropy_fork.core.batch import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
-from entropy_fork.core.randomness import seed_of
-from entropy_fork.core.statistics import Tally
+from entropy_fork.core.identity import Identity, RowKey, identify, row_order, row_seeds
+from entropy_fork.core.statistics import Tally, draws
 from entropy_fork.verl.checkpoint import WholeCheckpoints
 from entropy_fork.verl.config import (
     NODE,
@@ -149,7 +150,7 @@ class TokenWeights:
         assert self.entropy_fork is not None
         actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
         rule = self.entropy_fork.rule_at(self.global_steps, actor.loss_agg_mode)  # type: ignore[attr-defined]
-        rows, offsets = self._rows(batch)
+        rows, offsets = self._rows(batch, metrics)
         metrics[f"{NODE}/top_ratio"] = rule.selector.top_ratio
         in_worker = self.entropy_fork.in_worker(actor.shuffle)
         written = {}
@@ -179,13 +180,16 @@ class TokenWeights:
             fields=TensorDict(written, batch_size=len(batch)),
         )
 
-    def _rows(self, batch: Any) -> tuple[Rows, torch.Tensor]:
+    def _rows(self, batch: Any, metrics: dict[str, Any]) -> tuple[Rows, torch.Tensor]:
         """The rows of the batch, and where each begins and ends, int64, shape (num_rows + 1,).
 
+        With ``select=random`` the number of distinct draws is added to the metrics.
+
         Raises:
-            EntropyForkError: there are no entropies, or not one for each token.
+            EntropyForkError: there are no entropies, or not one for each token; or no prompts.
         """
         assert self.entropy_fork is not None
+        identities = _identities(batch)  # first: it may fetch answers, which are as large as all of the rest
         mask = _fetch(batch, "response_mask")
         offsets, eligible = mask.offsets(), mask.values().bool()
         del mask
@@ -197,9 +201,14 @@ class TokenWeights:
             )
         if not torch.equal(entropy.offsets(), offsets):
             raise EntropyForkError("entropies and response masks of the batch have different lengths")
-        identities = _identities(batch.keys, _fetch(batch, "index"))
-        seeds = _seeds(identities, self.entropy_fork.seed, self.global_steps)  # type: ignore[attr-defined]
-        return Rows(entropy.values(), eligible, offsets.diff(), _order(identities), seeds), offsets
+        # separate_async takes several batches in one step
+        update = getattr(self, "local_trigger_step", 0)
+        seeds = row_seeds(identities, self.entropy_fork.seed, self.global_steps, update)  # type: ignore[attr-defined]
+        rows = Rows(entropy.values(), eligible, offsets.diff(), row_order(identities), seeds)
+        if self.entropy_fork.select == "random":
+            counts = draws(seeds, eligible, rows.lengths)
+            metrics.update({f"{NODE}/{name}": value for name, value in counts.items()})
+        return rows, offsets
 
     def _mini_batch_of_row(self, num_rows: int) -> torch.Tensor:
         """Which mini-batch each row of the batch is trained in, shape (num_rows,).
@@ -231,28 +240,29 @@ def _fetch(batch: Any, name: str) -> Any:
     return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[name]).get(name)
 
 
-def _identities(keys: list[str], index: Any) -> list[tuple[str, int, int, str]]:
-    """What a row is, wherever it lies: its data set index, its number in the group, and which output of it.
+def _identities(batch: Any) -> list[Identity]:
+    """Who each row is; see ``core/identity.py``. Fetches one prompt per group, and answers only where groups collide.
 
-    verl's keys are ``{uid}_{session}_{output}`` with a uid that is random in every run, so it comes last.
+    Raises:
+        EntropyForkError: the batch has no prompts.
     """
-    indices = [""] * len(keys) if index is None else [str(value) for value in index.tolist()]
-    identities = []
-    for key, data_index in zip(keys, indices, strict=True):
+    if "prompts" not in batch.fields:
+        raise EntropyForkError(
+            f"the batch has no field 'prompts' in {process_name()}, so draws and ties cannot follow the data. verl's "
+            f"agent loops write it; one of your own must write it too."
+        )
+    index = _fetch(batch, "index")
+    indices = [""] * len(batch.keys) if index is None else [str(value) for value in index.tolist()]
+    keys = []
+    for key, data_index, tag in zip(batch.keys, indices, batch.tags, strict=True):
         uid, session, output = key.rsplit("_", 2)
-        identities.append((data_index, int(session), int(output), uid))
-    return identities
+        keys.append(RowKey(uid, int(session), int(output), data_index, tag.get("is_padding", False)))
 
+    def tokens(name: str, rows: list[int]) -> Any:
+        some = [batch.keys[row] for row in rows]
+        return tq.kv_batch_get(keys=some, partition_id=batch.partition_id, select_fields=[name])[name].unbind()
 
-def _order(identities: list[tuple[str, int, int, str]]) -> torch.Tensor:
-    order = torch.empty(len(identities), dtype=torch.int64)
-    order[sorted(range(len(identities)), key=identities.__getitem__)] = torch.arange(len(identities))
-    return order
-
-
-def _seeds(identities: list[tuple[str, int, int, str]], seed: int, step: int) -> torch.Tensor:
-    """A seed per row for ``select=random``: the same on other ranks, in other orders and after a resume."""
-    return torch.tensor([seed_of(seed, step, *identity[:3]) for identity in identities], dtype=torch.int64)
+    return identify(keys, partial(tokens, "prompts"), partial(tokens, "responses"))
 
 
 def _nested(values: torch.Tensor, per_row: int) -> torch.Tensor:
