@@ -11,7 +11,6 @@ groups on the search path Hydra takes ``+recipe=x`` for a plain new key and trai
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,41 +18,58 @@ from typing import Any, NoReturn
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-ASKED_FOR = re.compile(r"^\+{0,2}(recipe|cluster|template|entropy_fork)([=@.]|$)")
+from entropy_fork.asked_for import GUARDS, NODE, on_command_line, recipes_dir
 
 
 class EntropyForkSearchPath(SearchPathPlugin):
-    """Adds ``recipes/`` (groups recipe, cluster, template, entropy_fork) in applications of verl."""
+    """Adds ``recipes/`` (groups recipe, cluster, template, and the presets of our nodes) in applications of verl."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Hydra's hook: append the recipes, in a process of verl's.
 
         Raises:
-            SystemExit: one of them is asked for, and the plugin is not active.
+            SystemExit: one of them is asked for, and the plugin is not active; or a key has another place now.
         """
         if "verl" not in sys.modules:
             return  # another Hydra application of this environment
-        problem = _why_inactive()
-        if problem is None:
-            from entropy_fork.verl.config import recipes_dir
+        if _is_active():
+            from entropy_fork.verl.config import MOVED, moved
 
+            for argument in sys.argv[1:]:
+                if (key := argument.lstrip("+").split("=")[0]) in MOVED:
+                    raise SystemExit(moved(key))
+            if folder := _users_folder():  # Hydra appends it later, and what lies there comes before ours
+                search_path.append(provider="command-line", path=f"file://{folder}")
             search_path.append(provider="entropy-fork", path=f"file://{recipes_dir()}")
             if _is_main_ppo():
                 from hydra_plugins.entropy_fork.launcher import make_default
 
                 make_default()
-        elif any(ASKED_FOR.match(argument) for argument in sys.argv[1:]):
-            _refuse(problem)
+        elif on_command_line(sys.argv[1:]):
+            _refuse()
         elif _is_main_ppo():
-            _refuse_a_node_in_a_file(problem)
+            _refuse_a_node_in_a_file()
 
 
-def _refuse(problem: str) -> NoReturn:
+def _is_active() -> bool:
+    return "entropy_fork.verl.plugin" in sys.modules and _unmasked_application() is None
+
+
+def _users_folder() -> Path | None:
+    """The folder of ``--config-dir``."""
+    from hydra._internal.utils import get_args_parser
+
+    folder = get_args_parser().parse_known_args(sys.argv[1:])[0].config_dir
+    return Path(folder).absolute() if folder else None
+
+
+def _refuse() -> NoReturn:
     # SystemExit: the message alone, without a traceback through Hydra.
-    raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {problem}")
+    reason = _why_inactive()
+    raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {reason}")
 
 
-def _refuse_a_node_in_a_file(problem: str) -> None:
+def _refuse_a_node_in_a_file() -> None:
     """The command line says nothing of ours, but a config file of the user's may, and Hydra reads it after this.
 
     ``run_ppo`` is the last that main_ppo does before Ray starts (verl 0.8 to 0.9.1).
@@ -61,26 +77,24 @@ def _refuse_a_node_in_a_file(problem: str) -> None:
     main = sys.modules["__main__"]
     run_ppo = getattr(main, "run_ppo", None)
     if run_ppo is None:  # a verl of another shape: a run that does not ask must not be stopped for that
-        print(f"entropy_fork is not active, and a node 'entropy_fork' would do nothing: {problem}", file=sys.stderr)
+        print("entropy_fork is not active, and a node 'entropy_fork' would do nothing", file=sys.stderr)
         return
 
     @functools.wraps(run_ppo)
     def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if "entropy_fork" in config:
-            _refuse(problem)
+        if NODE in config or GUARDS in config:
+            _refuse()
         return run_ppo(config, *args, **kwargs)
 
     main.run_ppo = checking  # type: ignore[attr-defined]
 
 
-def _why_inactive() -> str | None:
+def _why_inactive() -> str:
     if application := _unmasked_application():
         return (
             f"{application} has a trainer of its own, which would train on all tokens. Use verl.trainer.main_ppo; for "
             f"asynchronous training with trainer.v1.trainer_mode=colocate_async or separate_async."
         )
-    if "entropy_fork.verl.plugin" in sys.modules:
-        return None
     try:
         # Not loaded, or it raised and verl swallowed that: import it to learn the reason.
         import entropy_fork.verl.plugin  # noqa: F401
