@@ -33,9 +33,21 @@ GROUPS = ("recipe", "cluster", "template")
 WORD = re.compile(rf"^\+{{0,2}}(({'|'.join(GROUPS)})([=@]|$)|({NODE}|{GUARDS})([=@.]|$))")
 
 
-def on_command_line(arguments: list[str]) -> bool:
-    """Whether a program's arguments ask for anything of ours."""
-    return any(WORD.match(argument) for argument in arguments)
+def on_command_line(arguments: list[str], users_folder: Path | None) -> bool:
+    """Whether a program's arguments ask for anything of ours.
+
+    Args:
+        arguments: ``sys.argv[1:]``.
+        users_folder: of ``--config-dir``. What an option names there is the user's own.
+    """
+    return any(
+        WORD.match(argument) and not (users_folder and _lies_in(users_folder, *argument.lstrip("+").split("=")[:2]))
+        for argument in arguments
+    )
+
+
+def _lies_in(folder: Path, group: str, option: str = "") -> bool:
+    return (folder / group / f"{option}.yaml").is_file()
 
 
 def overrides() -> list[str] | None:
@@ -46,12 +58,17 @@ def overrides() -> list[str] | None:
 def chosen(group: str) -> str | None:
     """The option of ours that was chosen in a Hydra group, also by a defaults list in a file; None where there is none.
 
-    A user may have a group of that name, too: an option that this install does not ship is not ours.
+    A user may have a group of that name, too: an option that this install does not ship, or that lies in a folder of
+    the user's as well, which comes first, is not ours.
     """
     if not HydraConfig.initialized():
         return None
-    option = HydraConfig.get().runtime.choices.get(group)
-    return option if option in preset_names(group) else None
+    runtime = HydraConfig.get().runtime
+    option = runtime.choices.get(group)
+    if option not in preset_names(group):
+        return None
+    folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+    return option if next(f for f in folders if _lies_in(f, group, option)) == recipes_dir() else None
 
 
 def came_as_a_plain_value(group: str, value: Any) -> bool:

@@ -419,7 +419,7 @@ _DEFAULTS = {key: value for key, value in asdict(EntropyForkConfig()).items() if
 
 
 def check_groups(config: DictConfig) -> None:
-    """Refuse a recipe, a cluster or a template that was asked for and did not arrive, or arrived in the wrong order.
+    """Refuse a recipe, a cluster or a template that was asked for and did not arrive.
 
     Raises:
         EntropyForkError: with what is wrong and what to write instead.
@@ -431,13 +431,6 @@ def check_groups(config: DictConfig) -> None:
                 f"'{group}: {value}' arrived as a plain key, so the {group} was not applied and verl's defaults would "
                 f"be trained. Check the name ({group}s of this install: {', '.join(preset_names(group))})."
             )
-    words = [word.lstrip("+").partition("=") for word in overrides() or []]
-    ours = [group for group, _, name in words if group in ("recipe", "cluster") and name in preset_names(group)]
-    if ours == ["cluster", "recipe"]:
-        raise EntropyForkError(
-            "+cluster=… stands before +recipe=…, and Hydra applies them in their order, so the recipe would undo what "
-            "the cluster says. Write +recipe=… +cluster=…"
-        )
 
 
 #: keys that a recipe leaves open (null: '???' over a value of verl's keeps that value), and what to write for them
@@ -456,7 +449,13 @@ def check_complete(config: DictConfig) -> None:
         EntropyForkError: with groups in an order in which the recipe would undo the cluster, or with the keys that are
             missing and what to write for each.
     """
-    check_groups(config)
+    words = [word.lstrip("+").partition("=") for word in overrides() or []]
+    ours = [group for group, _, name in words if group in ("recipe", "cluster") and name in preset_names(group)]
+    if ours == ["cluster", "recipe"]:
+        raise EntropyForkError(
+            "+cluster=… stands before +recipe=…, and Hydra applies them in their order, so the recipe would undo what "
+            "the cluster says. Write +recipe=… +cluster=…"
+        )
     missing = [
         remedy.format(clusters=", ".join(preset_names("cluster")))
         for key, remedy in OPEN_KEYS.items()

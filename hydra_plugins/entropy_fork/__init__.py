@@ -45,7 +45,7 @@ class EntropyForkSearchPath(SearchPathPlugin):
                 from hydra_plugins.entropy_fork.launcher import make_default
 
                 make_default()
-        elif on_command_line(sys.argv[1:]):
+        elif on_command_line(sys.argv[1:], _users_folder()):
             _refuse()
         elif _is_main_ppo():
             _refuse_a_node_in_a_file()
