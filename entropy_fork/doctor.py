@@ -20,10 +20,11 @@ from hydra.core.object_type import ObjectType
 from packaging.requirements import Requirement
 
 from entropy_fork import probe as probe_module
+from entropy_fork.asked_for import recipes_dir
 from entropy_fork.plan import compose, what_the_launcher_says
 from entropy_fork.probe import PACKAGES, probe
 from entropy_fork.supported import SUPPORTED
-from entropy_fork.verl.config import EntropyForkConfig, read_config, recipes_dir
+from entropy_fork.verl.config import EntropyForkConfig, read_config
 from entropy_fork.verl.errors import EntropyForkError
 
 #: for the first worker of a Ray that has just been started: it imports verl

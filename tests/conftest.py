@@ -56,8 +56,10 @@ def compose() -> Iterator[Callable[..., object]]:
     import verl.trainer.main_ppo as main_ppo
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
 
     config_dir = str(Path(main_ppo.__file__).parent / "config")
+    HydraConfig.instance().cfg = None  # what 'plan' left there: here no application of Hydra's runs
     with initialize_config_dir(config_dir, version_base=None):
         yield lambda *overrides: hydra_compose("ppo_trainer", overrides=list(overrides))
 

@@ -17,6 +17,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_
 from verl.trainer.ppo.v1 import utils
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
+from entropy_fork.asked_for import preset_names
 from entropy_fork.core import returns
 from entropy_fork.verl.config import (
     ESTIMATORS,
@@ -24,7 +25,6 @@ from entropy_fork.verl.config import (
     check_estimator,
     check_maskable,
     check_on_policy,
-    preset_names,
     read_config,
 )
 from entropy_fork.verl.errors import EntropyForkError

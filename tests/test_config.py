@@ -15,13 +15,15 @@ import verl
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 
+from entropy_fork.asked_for import preset_names
 from entropy_fork.verl.config import (
     MASKABLE_LOSSES,
     EntropyForkConfig,
+    GuardsConfig,
     averages_by_sequence,
     check_before_training,
-    preset_names,
     read_config,
+    read_guards,
     selection_name,
 )
 from entropy_fork.verl.errors import EntropyForkError
@@ -86,7 +88,6 @@ def test_a_ratio_out_of_range(compose: Compose, data: list[str], ratio: str) -> 
         ("schedule=stairs", "schedule must be one of constant, linear, cosine"),
         ("schedule=linear", "needs schedule_steps"),
         ("dump_every=-1", "dump_every must be a number of steps, or 0 to dump nothing, got -1"),
-        ("patience_s=-1", "patience_s must be a number of seconds, or 0 to wait for ever, got -1"),
         ("dump_answers=0", "dump_answers must be in .1, 100000., got 0"),
     ],
 )
@@ -232,18 +233,92 @@ def test_which_losses_have_a_mean_of_their_own(loss: str) -> None:
 
 def test_data_files(compose: Compose, data: list[str], tmp_path: Path) -> None:
     missing = f"data.train_files={tmp_path / 'none.parquet'}"
-    refused(compose("+entropy_fork=global", data[1], missing), "data.train_files: there is no file .*none.parquet")
+    refused(compose("+entropy_fork_guards=on", data[1], missing), "data.train_files: there is no file .*none.parquet")
 
     pq.write_table(pa.table({"question": ["1+1"], "data_source": ["x"]}), tmp_path / "columns.parquet")
     columns = f"data.val_files=[{tmp_path / 'columns.parquet'}]"
     refused(
-        compose("+entropy_fork=off", data[0], columns),
+        compose("+entropy_fork_guards=on", data[0], columns),
         r"data.val_files: .*columns.parquet lacks the column\(s\) prompt, reward_model; it has data_source, question",
     )
 
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
     broken = f"data.val_files={tmp_path / 'broken.parquet'}"
-    refused(compose("+entropy_fork=global", data[0], broken), "broken.parquet is not a readable parquet file")
+    refused(compose("+entropy_fork_guards=on", data[0], broken), "broken.parquet is not a readable parquet file")
+
+    # They are verl's own business where nobody asks for the guard, and a data set class of one's own reads them as it
+    # likes: in columns of its own, or not at all.
+    own = ["data.custom_cls.path=mine.py", "data.custom_cls.name=Mine"]
+    for asked in (["+entropy_fork=global"], ["+entropy_fork=off"], ["+entropy_fork_guards=on", *own]):
+        check_before_training(compose(*asked, missing, columns))
+        check_before_training(compose(*asked, missing, "data.val_files=null"))
+
+
+@pytest.mark.parametrize(
+    ("words", "guards"),
+    [
+        ([], GuardsConfig(waiting=False, checkpoints=False, data_files=False)),
+        (["+entropy_fork=global"], GuardsConfig(waiting=False, checkpoints=False, data_files=False)),
+        (["+entropy_fork_guards=off"], GuardsConfig(waiting=False, checkpoints=False, data_files=False)),
+        (["+entropy_fork_guards=on"], GuardsConfig()),
+        (["+entropy_fork_guards.patience_s=7"], GuardsConfig(patience_s=7)),
+        (["+recipe=demo_cpu"], GuardsConfig()),
+        (
+            ["+recipe=demo_cpu", "entropy_fork=off", "entropy_fork_guards.data_files=false"],
+            GuardsConfig(data_files=False),
+        ),
+        (
+            ["+recipe=qwen3_8b_20k", "entropy_fork_guards=off"],
+            GuardsConfig(waiting=False, checkpoints=False, data_files=False),
+        ),
+    ],
+)
+def test_the_guards_are_a_node_of_their_own(
+    compose: Compose, data: list[str], words: list[str], guards: GuardsConfig
+) -> None:
+    """The mask's node means the mask; the guards come with a recipe, or when they are asked for."""
+    config = compose(*words, *data)
+    assert read_guards(config) == guards
+    check_before_training(config)
+    assert read_guards(config) == guards
+    assert ("entropy_fork_guards" in config) == any("recipe" in word or "guards" in word for word in words)
+    node = OmegaConf.select(config, "entropy_fork_guards")
+    assert node is None or OmegaConf.get_type(node) is GuardsConfig
+
+
+@pytest.mark.parametrize(
+    ("word", "match"),
+    [
+        ("+entropy_fork_guards.patience_s=-1", "patience_s must be a number of seconds, or 0 to wait for ever, got -1"),
+        ("+entropy_fork_guards.patience=1", r"bad config node 'entropy_fork_guards'.*Known keys: waiting .*patience_s"),
+        ("++entropy_fork_guards=1", r"'entropy_fork_guards: 1' arrived as a plain value"),
+        ("+trainer.entropy_fork_guards=on", r"'trainer.entropy_fork_guards' does nothing.*at the root"),
+        (
+            "+entropy_fork.patience_s=9",
+            r"'entropy_fork.patience_s' is now 'entropy_fork_guards.patience_s'. Write \+ent",
+        ),
+    ],
+)
+def test_a_bad_word_about_the_guards(compose: Compose, data: list[str], word: str, match: str) -> None:
+    config = compose(*data, *([] if word.startswith("++") else [word]))
+    if word.startswith("++"):
+        with open_dict(config):
+            config.entropy_fork_guards = 1
+    refused(config, match)
+
+
+@pytest.mark.parametrize("key", ["entropy_top_ratio", "top_entropy_quantile", "high_entropy_token_ratio", "top_ratio"])
+def test_others_names_of_the_ratio_are_refused_where_they_can_only_mean_a_mask(
+    compose: Compose, data: list[str], key: str
+) -> None:
+    """The authors' key, TRL's and ms-swift's, LightRFT's: verl takes each without a word and trains on all tokens."""
+    for node in ("actor_rollout_ref.model", "actor_rollout_ref.actor", "algorithm"):
+        refused(
+            compose(f"+{node}.{key}=0.3", *data),
+            rf"'{node}.{key}' does nothing.*Write \+entropy_fork=global or \+entropy_fork.top_ratio=0.3",
+        )
+    for node in ("reward.reward_kwargs", "data", "trainer", "critic", "actor_rollout_ref.model.override_config"):
+        check_before_training(compose(f"+{node}.{key}=0.3", *data))
 
 
 def test_presets_of_this_install() -> None:
@@ -258,7 +333,7 @@ def test_recipes_name_only_keys_that_verl_has(compose: Compose, name: str) -> No
     """A recipe is merged without a struct: a mistyped key of verl's would be one more key, and do nothing."""
     stock = OmegaConf.to_container(compose("model_engine=megatron" if "megatron" in name else "model_engine=dp"))
     recipe = OmegaConf.to_container(compose(f"+{name}"))
-    ours = {"entropy_fork", "demo", "reward.reward_kwargs", "ray_kwargs.ray_init"}
+    ours = {"entropy_fork", "entropy_fork_guards", "demo", "reward.reward_kwargs", "ray_kwargs.ray_init"}
     if verl.__version__ == "0.9.0" and name == "recipe=ladder_cpu":  # which says that it needs 0.9.1
         ours.add("actor_rollout_ref.actor.fsdp_config.use_no_sync_for_gradient_accumulation")
     open_by_design = {"actor_rollout_ref.model.override_config", "critic.model.override_config"}

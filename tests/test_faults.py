@@ -165,7 +165,9 @@ def test_a_process_that_dies_ends_the_run(
 @pytest.mark.fault
 def test_a_reward_that_hangs_ends_the_run(main_ppo: MainPPO, tmp_path: Path) -> None:
     environment = fault_environment("reward:33", tmp_path / "stopped")
-    output = main_ppo("trainer.total_training_steps=3", "entropy_fork.patience_s=10", expect=1, **environment).output
+    output = main_ppo(
+        "trainer.total_training_steps=3", "entropy_fork_guards.patience_s=10", expect=1, **environment
+    ).output
     assert "EntropyForkError: no answer has come for 10 s: 1 prompts are not finished, 1 of them begun" in output
     wait_until_gone(main_ppo)
 
@@ -261,7 +263,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tr
         role = {"strategy": "fsdp2", "checkpoint": {"load_contents": ["model", "optimizer", "extra"]}}
         config = {
             "run": run,
-            "entropy_fork": {"enabled": False},  # a baseline is looked after as well
+            "entropy_fork_guards": {},
             "actor_rollout_ref": {"actor": role},
             "critic": role,
             "trainer": {"default_local_dir": str(tmp_path), "resume_mode": "auto", "resume_from_path": None},
@@ -548,7 +550,9 @@ def test_a_question_that_is_never_answered_does_not_hide_who_died(
     never.set()
 
 
-@pytest.mark.parametrize(("node", "watched"), [({"patience_s": 5}, True), ({"enabled": False}, True), (None, False)])
+@pytest.mark.parametrize(
+    ("node", "watched"), [({"patience_s": 5}, True), ({}, True), ({"waiting": False}, False), (None, False)]
+)
 def test_verls_replay_buffers_ask_through_the_watch(
     monkeypatch: pytest.MonkeyPatch, node: dict[str, Any] | None, watched: bool
 ) -> None:
@@ -556,7 +560,7 @@ def test_verls_replay_buffers_ask_through_the_watch(
     from verl.trainer.ppo.v1 import replay_buffer
 
     class Stock:
-        config = OmegaConf.create({} if node is None else {"entropy_fork": node})
+        config = OmegaConf.create({"entropy_fork": {}} if node is None else {"entropy_fork_guards": node})
 
         def _build_replay_buffer(self) -> Any:
             return replay_buffer.ReplayBufferAsync("colocate_async", {}, None, "drop", {}, poll_interval=0.0)

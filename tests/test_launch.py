@@ -53,56 +53,55 @@ def test_a_bad_node_does_not_leave_its_process() -> None:
 
 #: a program with a task runner of its own, which calls nothing of verl's that checks a config
 OWN_PROGRAM = """
-import sys
+import pickle
 import hydra, ray
 {first}
 class Runner:
     class run:
-        remote = staticmethod(lambda config: print("LAUNCHED"))
+        remote = staticmethod(lambda config: pickle.dumps(config) and print("LAUNCHED"))
     remote = classmethod(lambda cls: cls)
 
 ray.init = lambda **_: print("RAY")
 ray.get = lambda result: result
 
-@hydra.main(config_path=None, config_name="run", version_base=None)
+@hydra.main(config_path="pkg://verl.trainer.config", config_name="ppo_trainer", version_base=None)
 def main(config):
     {later}
-    run_ppo(config, Runner)
+    {launch}
 
 main()
 """
 IMPORT = "from verl.trainer.main_ppo import run_ppo"
+RUN_PPO = "run_ppo(config, Runner)"
+
+#: what it imports before Hydra starts, and after; and how it starts its task runner
+PROGRAMS = {
+    "run_ppo": (IMPORT, "", RUN_PPO),
+    "run_ppo, imported late": ("", IMPORT, RUN_PPO),
+    "its own launch": ("import verl", "", "Runner.run.remote(config)"),
+}
 
 
-def own_program(folder: Path, import_late: bool, node: str) -> list[str]:
-    (folder / "conf").mkdir()
-    (folder / "conf" / "run.yaml").write_text(f"defaults: [ppo_trainer, _self_]\n{node}\n")
-    script = folder / "own.py"
-    script.write_text(OWN_PROGRAM.format(first="" if import_late else IMPORT, later=IMPORT if import_late else ""))
-    return [str(script), "--config-dir", str(folder / "conf")]
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_of_ones_own(python: Python, tmp_path: Path, program: str) -> None:
+    """The mask stands in a file of the user's, and nothing of ours on the command line."""
+    first, later, launch = PROGRAMS[program]
+    script = tmp_path / "own.py"
+    script.write_text(OWN_PROGRAM.format(first=first, later=later, launch=launch))
+    (tmp_path / "conf" / "mine").mkdir(parents=True)
+    (tmp_path / "conf" / "mine" / "masked.yaml").write_text("# @package _global_\nentropy_fork: {top_ratio: 0.2}\n")
+    command = [str(script), "--config-dir", str(tmp_path / "conf")]
 
-
-@pytest.mark.parametrize("import_late", [False, True])
-def test_a_program_of_ones_own_that_leaves_the_plugin_out_is_stopped(
-    python: Python, tmp_path: Path, import_late: bool
-) -> None:
-    import verl.trainer.main_ppo as main_ppo
-
-    searchpath = f"hydra.searchpath=[file://{Path(main_ppo.__file__).parent}/config]"
-    masked = own_program(tmp_path, import_late, "entropy_fork: {top_ratio: 0.2}")
-    result = python(*masked, searchpath, VERL_USE_EXTERNAL_PLUGINS="another", VERL_PLATFORM="")
-    assert result.returncode != 0
-    assert "not active, so nothing would be masked: verl did not load it" in result.stderr, result.stderr[-3000:]
-    assert "RAY" not in result.stdout
-    # with the plugin, the checks run before Ray starts
-    result = python(*masked, searchpath, VERL_PLATFORM="")
-    assert result.returncode != 0
-    assert "EntropyForkError" in result.stderr, result.stderr[-3000:]
-    assert "RAY" not in result.stdout
-    # and a program that does not ask is left alone
-    (tmp_path / "conf" / "run.yaml").write_text("defaults: [ppo_trainer, _self_]\n")
-    for plugins in ("another", "auto"):
-        result = python(*masked, searchpath, VERL_USE_EXTERNAL_PLUGINS=plugins, VERL_PLATFORM="")
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert "RAY" in result.stdout
-        assert "LAUNCHED" in result.stdout
+    left_out = python(*command, "+mine=masked", VERL_USE_EXTERNAL_PLUGINS="another", VERL_PLATFORM="")
+    assert left_out.returncode != 0
+    assert "not active, so nothing would be masked: verl did not load it" in left_out.stderr, left_out.stderr[-3000:]
+    assert "LAUNCHED" not in left_out.stdout
+    # a program that does not ask is left alone
+    stock = python(*command, VERL_USE_EXTERNAL_PLUGINS="another", VERL_PLATFORM="")
+    assert stock.returncode == 0, stock.stderr[-3000:]
+    assert "LAUNCHED" in stock.stdout
+    if launch == RUN_PPO:  # with the plugin, our checks come before Ray
+        masked = python(*command, "+mine=masked", "algorithm.rollout_correction.bypass_mode=true", VERL_PLATFORM="")
+        assert masked.returncode != 0
+        assert "bypass_mode=True skips the log-prob pass" in masked.stderr, masked.stderr[-3000:]
+        assert "RAY" not in masked.stdout

@@ -17,7 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from transformers import PreTrainedTokenizerFast
 
-from entropy_fork.verl.config import check_before_training, check_complete, preset_names, selection_name
+from entropy_fork.asked_for import preset_names, recipes_dir
+from entropy_fork.verl.config import check_before_training, check_complete, selection_name
 from entropy_fork.verl.errors import EntropyForkError
 
 RECIPES = [f"qwen3_{size}_{length}" for length in ("20k", "29k") for size in ("8b", "14b", "32b")]
@@ -205,8 +206,6 @@ def test_all_that_ships_is_tested_here() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_says_what_it_runs_and_how(recipe: str) -> None:
-    from entropy_fork.verl.config import recipes_dir
-
     comment = "\n".join(
         line for line in (recipes_dir() / "recipe" / f"{recipe}.yaml").read_text().splitlines() if line.startswith("#")
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from omegaconf import OmegaConf
 
-from entropy_fork.verl.config import preset_names, recipes_dir
+from entropy_fork.asked_for import preset_names, recipes_dir
 from entropy_fork.verl.errors import EntropyForkError
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."

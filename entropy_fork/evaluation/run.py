@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import entropy_fork
+from entropy_fork.asked_for import preset_names
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.data.template import chat_template as template_of_recipes
 from entropy_fork.evaluation.answers import AnswerStore, Record
@@ -32,7 +33,6 @@ from entropy_fork.evaluation.engines import (
 from entropy_fork.evaluation.questions import Question, checksum, read_questions
 from entropy_fork.evaluation.statistics import Summary, summarise
 from entropy_fork.reward import compute_score
-from entropy_fork.verl.config import preset_names
 from entropy_fork.verl.errors import EntropyForkError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

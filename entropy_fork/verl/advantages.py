@@ -12,6 +12,7 @@ batch at hand. Version guard: plugin.py. ``tests/test_advantages.py`` fails wher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import wrapt
 from torch import Tensor
-from verl.trainer.ppo.core_algos import register_adv_est
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 from verl.trainer.ppo.v1 import utils
 
 from entropy_fork.core import returns
@@ -29,21 +30,26 @@ from entropy_fork.verl.errors import EntropyForkError, process_name
 _values: ContextVar[Tensor | None] = ContextVar("entropy_fork_values", default=None)
 
 
-@register_adv_est("total_return")
+def _register(name: str) -> Callable[[Any], Any]:
+    """As verl's ``register_adv_est``; an estimator of the user's own that has the name already keeps it."""
+    return (lambda estimator: estimator) if name in ADV_ESTIMATOR_REGISTRY else register_adv_est(name)
+
+
+@_register("total_return")
 def total_return(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
     """Form 1. As all estimators here: (rows, response_length) in, Ψ and the critic's targets of the same shape out."""
     psi = returns.total_return(token_level_rewards, response_mask, config.gamma)
     return psi, returns.reward_to_go(token_level_rewards, response_mask, config.gamma)
 
 
-@register_adv_est("reward_to_go")
+@_register("reward_to_go")
 def reward_to_go(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
     """Form 2; shapes as :func:`total_return`."""
     to_go = returns.reward_to_go(token_level_rewards, response_mask, config.gamma)
     return to_go, to_go
 
 
-@register_adv_est("reward_to_go_baseline")
+@_register("reward_to_go_baseline")
 def reward_to_go_baseline(
     token_level_rewards: Tensor, response_mask: Tensor, config: Any, index: np.ndarray, **_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +57,7 @@ def reward_to_go_baseline(
     return _minus_baseline(token_level_rewards, response_mask, config.gamma, index, leave_one_out=False)
 
 
-@register_adv_est("reward_to_go_leave_one_out")
+@_register("reward_to_go_leave_one_out")
 def reward_to_go_leave_one_out(
     token_level_rewards: Tensor, response_mask: Tensor, config: Any, index: np.ndarray, **_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +75,7 @@ def _minus_baseline(
     return (to_go - baseline[:, None]) * mask, to_go
 
 
-@register_adv_est("q_value")
+@_register("q_value")
 def q_value(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
     """Form 4, by the critic; shapes as :func:`total_return`. Its targets are verl's for ``gae``: the λ-returns."""
     values = _critic_values("q_value")
@@ -77,7 +83,7 @@ def q_value(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_
     return psi, _lambda_returns(token_level_rewards, values, response_mask, config)
 
 
-@register_adv_est("td_residual")
+@_register("td_residual")
 def td_residual(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
     """Form 6, by the critic; shapes as :func:`total_return`. Its targets are verl's for ``gae``: the λ-returns."""
     values = _critic_values("td_residual")

@@ -1,7 +1,8 @@
-"""No half-written checkpoint is taken for a good one.
+"""No checkpoint of another selection is resumed unasked, and no half-written one is taken for a good one.
 
-Hook: the trainers of ``trainer.py``, around verl's ``_save_checkpoint`` and before its ``_load_checkpoint``; in runs
-whose config has our node. Nothing is saved or loaded here.
+Hook: the trainers of ``trainer.py``, around verl's ``_save_checkpoint`` and before its ``_load_checkpoint``. Nothing of
+verl's is saved or loaded here. In runs whose config has the mask's node, also with ``entropy_fork=off``, a file says
+what each checkpoint was trained on (``resume.py``). The rest is the guard ``checkpoints``.
 
 verl writes the files of a checkpoint one after another, then its step into ``latest_checkpointed_iteration.txt``, and
 resumes from the step that is in there. So a run that is killed while it saves goes on from the checkpoint before. Not
@@ -27,11 +28,9 @@ import torch.distributed as dist
 from ray.exceptions import RayTaskError
 
 from entropy_fork.output_folder import UNFINISHED
-from entropy_fork.verl.config import MASKED_STRATEGIES, read_node
+from entropy_fork.verl.config import MASKED_STRATEGIES, check_resumable, read_guards, read_node
 from entropy_fork.verl.errors import EntropyForkError
-
-#: verl's, in ``trainer.default_local_dir``
-LATEST = "latest_checkpointed_iteration.txt"
+from entropy_fork.verl.resume import LATEST, checkpoint_to_resume, write_selection
 
 #: the names of a rank's files by what ``checkpoint.load_contents`` asks for (verl's ``FSDPCheckpointManager``)
 SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
@@ -46,39 +45,45 @@ class WholeCheckpoints:
     global_steps: int
 
     def _save_checkpoint(self) -> None:
+        node, guarded = read_node(self.config), read_guards(self.config).checkpoints
         # An asynchronous save is not over when verl returns; Megatron then points to it when it is.
-        if read_node(self.config) is None or self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False):
-            return super()._save_checkpoint()  # type: ignore[misc]
+        guarded = guarded and not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False)
         folder = Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / UNFINISHED).write_text("entropy_fork: this checkpoint is being written, or its run ended there\n")
+            if node is not None or guarded:
+                folder.mkdir(parents=True, exist_ok=True)
+            if guarded:
+                (folder / UNFINISHED).write_text(
+                    "entropy_fork: this checkpoint is being written, or its run ended there\n"
+                )
+            if node is not None:  # first, so that verl never points to a checkpoint that does not say it
+                write_selection(folder, node.selection())
             super()._save_checkpoint()  # type: ignore[misc]
-            (folder / UNFINISHED).unlink()
+            if guarded:
+                (folder / UNFINISHED).unlink()
         except Exception as error:
+            if not guarded:
+                raise
             raise EntropyForkError(
                 f"the checkpoint of step {self.global_steps} could not be written to {folder} ({_in_short(error)}; "
                 f"{_room_in(folder)}). It is marked as unfinished; the same command goes on from the last whole one."
             ) from error
 
     def _load_checkpoint(self) -> None:
-        if read_node(self.config) is not None:
-            self._check_resumable()
+        if line := check_resumable(self.config):
+            print(f"entropy_fork: {line}", flush=True)
+        if read_guards(self.config).checkpoints:
+            self._check_whole()
         super()._load_checkpoint()  # type: ignore[misc]
 
-    def _check_resumable(self) -> None:
+    def _check_whole(self) -> None:
         """Raise for a checkpoint that verl would resume from and that is not whole."""
-        trainer = self.config.trainer
-        latest = Path(trainer.default_local_dir).absolute() / LATEST
-        if trainer.resume_mode == "auto" and latest.exists():
-            step = latest.read_text().strip()
-            folder = latest.parent / f"global_step_{step}"
-            wrong = self._wrong_with(folder) if step.isdecimal() else [f"{latest} names no step but {step!r}"]
-        elif trainer.resume_mode == "resume_path" and trainer.resume_from_path:
-            folder = Path(trainer.resume_from_path).absolute()
-            wrong = self._wrong_with(folder)
-        else:
+        folder = checkpoint_to_resume(self.config.trainer)
+        if folder is None:
             return
+        step = folder.name.removeprefix("global_step_")
+        named = self.config.trainer.resume_mode != "auto" or step.isdecimal()
+        wrong = self._wrong_with(folder) if named else [f"{folder.parent / LATEST} names no step but {step!r}"]
         if not wrong:
             return
         whole = next((other for other in _newest_first(folder.parent) if not self._wrong_with(other)), None)

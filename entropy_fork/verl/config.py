@@ -1,33 +1,42 @@
-"""The config node ``entropy_fork``: its schema, and every check that can be made before Ray starts.
+"""The config nodes ``entropy_fork`` and ``entropy_fork_guards``: their schemas, and the checks before Ray starts.
 
 Hook: verl's ``main_ppo`` calls ``verl.utils.config.validate_config`` before it starts Ray. There is no registry for
-further checks, so :func:`check_before_training` is run right after it (see ``plugin.py``). It also makes the node typed
-whatever it was written in. Typed, it can only be unpickled by a process that has this plugin: a TaskRunner without it
-stops with ``No module named 'entropy_fork'`` instead of training on all tokens.
+further checks, so :func:`check_before_training` is run right after it (see ``plugin.py``). What each check is asked for
+by stands in ``entropy_fork/asked_for.py``: on a run that asks for nothing of ours none of them says a word.
+
+It also makes the nodes typed whatever they were written in. Typed, they can only be unpickled by a process that has
+this plugin: a TaskRunner without it stops with ``No module named 'entropy_fork'`` instead of training on all tokens.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 import verl
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from packaging.version import Version
 
+from entropy_fork.asked_for import (
+    GROUPS,
+    GUARDS,
+    came_as_a_plain_value,
+    chosen,
+    overrides,
+    preset_names,
+)
+from entropy_fork.asked_for import NODE as NODE  # its place for the rest of entropy_fork.verl
 from entropy_fork.core.batch import Rule
 from entropy_fork.core.schedule import ratio_at
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.weighting import LOSS_AGG_MODES, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN
-from entropy_fork.verl.data_files import check_data_files
+from entropy_fork.verl.data_files import check_data_files, reads_with_verl
 from entropy_fork.verl.errors import EntropyForkError, process_name
-
-NODE = "entropy_fork"
+from entropy_fork.verl.resume import ALL_TOKENS, Selection, check_same_selection
 
 #: policy losses (verl's, and ``reinforce``) whose gradient is ``rollout_is_weights`` times the plain one, exactly 0
 #: where the weight is 0
@@ -45,6 +54,9 @@ ESTIMATORS = ("total_return", "reward_to_go", *NEED_GROUP, *NEED_CRITIC)
 
 #: verl's engines that ``engine.py`` can make the selection in
 MASKED_STRATEGIES = ("fsdp", "fsdp2")
+
+#: keys of the node that change nothing of what is trained on
+NOT_SELECTING = ("enabled", "sparse_head", "dump_every", "dump_answers", "dump_dir", "resume_other_selection")
 
 #: ids of dumped answers: the step times this, plus the answer's number in its step
 ANSWERS_PER_STEP = 100_000
@@ -98,12 +110,12 @@ class EntropyForkConfig:
         seed: of ``select=random``.
         sparse_head: compute the LM head at response positions only, and in the update, where nothing else needs them,
             at kept positions only. False computes every position's, as verl does. The update is the same but for
-            the last bits; of verl's metrics, those that then see kept tokens only are called ``…_kept``.
+            the last bits; verl's ``pg_clipfrac`` and ``ppo_kl`` are then means over the kept tokens.
         dump_every: write the tokens of ``dump_answers`` answers of every so many steps, their entropies and what was
             selected, into ``dump_dir`` (by default ``tokens`` in ``trainer.default_local_dir``), for ``entropy-fork
             report``; 0 writes nothing. With ``enabled=False`` as well.
-        patience_s: for how many seconds no answer may come before a run that waits for answers stops with an error; 0
-            waits for ever, as verl does. With ``enabled=False`` as well.
+        resume_other_selection: go on from a checkpoint that was trained on other tokens than this run would. False
+            refuses it. With ``enabled=False`` as well.
     """
 
     enabled: bool = True
@@ -123,7 +135,27 @@ class EntropyForkConfig:
     dump_every: int = 0
     dump_answers: int = 8
     dump_dir: str | None = None
-    patience_s: float = 3600.0
+    resume_other_selection: bool = False
+
+    def selection(self) -> Selection:
+        """What is trained on, resolved: two runs with equal ones train on the same kind of tokens.
+
+        A key that the others make meaningless has its default value.
+        """
+        keeps_all = (self.top_ratio, self.schedule, self.weight) == (1.0, "constant", "hard") and self.select != "band"
+        if not self.enabled or keeps_all:
+            return ALL_TOKENS
+        meaningless = {
+            "band_from": self.select != "band",
+            "seed": self.select != "random",
+            "final_ratio": self.schedule == "constant",
+            "schedule_steps": self.schedule == "constant",
+        }
+        return {
+            field.name: field.default if meaningless.get(field.name) else getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in NOT_SELECTING
+        }
 
     def selector_at(self, step: int) -> Selector:
         """What is kept of a pool at a training step (from 1).
@@ -181,17 +213,39 @@ class EntropyForkConfig:
             raise ValueError(f"dump_every must be a number of steps, or 0 to dump nothing, got {self.dump_every}")
         if not 0 < self.dump_answers < ANSWERS_PER_STEP:
             raise ValueError(f"dump_answers must be in [1, {ANSWERS_PER_STEP}), got {self.dump_answers}")
+
+
+@dataclass
+class GuardsConfig:
+    """What looks after a long run, with a mask or without. See docs/faults.md.
+
+    Attributes:
+        waiting: stop a run that waits for answers which cannot come any more, because a worker or a server has died.
+        patience_s: for how many seconds no answer may come before ``waiting`` stops the run; 0 waits for ever, as verl
+            does.
+        checkpoints: mark a checkpoint as unfinished while it is written, and resume from whole ones only.
+        data_files: look through every row of the data files before Ray starts, where verl's own data set reads them.
+    """
+
+    waiting: bool = True
+    patience_s: float = 3600.0
+    checkpoints: bool = True
+    data_files: bool = True
+
+    def check(self) -> None:
+        """Raise a ValueError for a value without a meaning."""
         if not self.patience_s >= 0:
             raise ValueError(f"patience_s must be a number of seconds, or 0 to wait for ever, got {self.patience_s}")
 
 
 def register_schema() -> None:
     """Let the presets name the schema in their defaults, so that Hydra itself refuses a mistyped key or type."""
-    ConfigStore.instance().store(group=NODE, name="schema", node=EntropyForkConfig, provider="entropy-fork")
+    for group, schema in ((NODE, EntropyForkConfig), (GUARDS, GuardsConfig)):
+        ConfigStore.instance().store(group=group, name="schema", node=schema, provider="entropy-fork")
 
 
-#: keys that do not change what a run selects, or that a run's name says in another way
-UNNAMED = ("enabled", "select", "top_ratio", "sparse_head", "dump_every", "dump_answers", "dump_dir", "patience_s")
+#: keys of a node that have another place now
+MOVED = {f"{NODE}.patience_s": f"{GUARDS}.patience_s"}
 
 
 def selection_name(config: DictConfig) -> str:
@@ -209,7 +263,7 @@ def selection_name(config: DictConfig) -> str:
     words = [f"{node.select}{node.top_ratio:g}"]
     for field in fields(EntropyForkConfig):
         value = node[field.name]
-        if field.name not in UNNAMED and value != field.default:
+        if field.name not in (*NOT_SELECTING, "select", "top_ratio") and value != field.default:
             words.append(value if isinstance(value, str) else f"{field.name}{value:g}")
     return "-".join(words)
 
@@ -231,78 +285,149 @@ def read_node(config: DictConfig) -> EntropyForkConfig | None:
         EntropyForkError: the node lies elsewhere than at the root, is not a mapping, or has an unknown key or a value
             out of range.
     """
-    if misplaced := next(_nodes_below(OmegaConf.to_container(config, resolve=False)), None):
-        raise EntropyForkError(
-            f"'{misplaced}' does nothing: '{NODE}' is read at the root of the config. Write +{NODE}=global or "
-            f"+{NODE}.top_ratio=… on the command line."
-        )
-    node = OmegaConf.select(config, NODE, default=None)
+    check_places(config)
+    return _parsed(config, NODE, EntropyForkConfig, f"{NODE}=off trains without the mask")
+
+
+def read_guards(config: DictConfig) -> GuardsConfig:
+    """The guards of a run; where the node is absent, none of them.
+
+    Raises:
+        EntropyForkError: the node is not a mapping, or has an unknown key or a value out of range.
+    """
+    guards = _parsed(config, GUARDS, GuardsConfig, f"{GUARDS}=off switches all of them off")
+    return guards or GuardsConfig(waiting=False, checkpoints=False, data_files=False)
+
+
+Schema = TypeVar("Schema", EntropyForkConfig, GuardsConfig)
+
+
+def _parsed(config: DictConfig, name: str, schema: type[Schema], way_out: str) -> Schema | None:
+    node = OmegaConf.select(config, name, default=None)
     if node is None:
         return None
     if not isinstance(node, DictConfig):
         raise EntropyForkError(
-            f"'{NODE}: {node}' arrived as a plain value, not as a preset, so nothing would be masked: the presets were "
+            f"'{name}: {node}' arrived as a plain value, not as a preset, so it would do nothing: the presets were "
             f"not on Hydra's search path. Check that the plugin is active in this process ({process_name()}): "
             f"'python -c \"import verl, entropy_fork.verl.plugin\"' must run without an error."
         )
+    for key in MOVED:
+        if key.removeprefix(f"{name}.") in node:
+            raise EntropyForkError(moved(key))
     try:
         # Unstructured first: merging two structured configs of one type would skip the check of the keys.
-        typed = OmegaConf.merge(OmegaConf.structured(EntropyForkConfig), OmegaConf.to_container(node, resolve=True))
-        parsed: EntropyForkConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
+        typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(node, resolve=True))
+        parsed: Schema = OmegaConf.to_object(typed)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        known = ", ".join(f"{f.name} ({f.type})" for f in fields(EntropyForkConfig))
+        known = ", ".join(f"{f.name} ({f.type})" for f in fields(schema))
         raise EntropyForkError(
-            f"bad config node '{NODE}': {str(error).splitlines()[0]}. Known keys: {known}."
+            f"bad config node '{name}': {str(error).splitlines()[0]}. Known keys: {known}."
         ) from None
     try:
         parsed.check()
     except ValueError as error:
-        raise EntropyForkError(f"{NODE}: {error}; entropy_fork=off trains without the mask") from None
+        raise EntropyForkError(f"{name}: {error}; {way_out}") from None
     return parsed
 
 
-def _nodes_below(node: Any, path: str = "") -> Iterator[str]:
-    """Where our node or its ratio lies under another: verl's nodes take keys that they do not know, and ignore them."""
-    for key, child in node.items() if isinstance(node, dict) else ():
-        if path and key in (NODE, "top_ratio"):
-            yield f"{path}{key}"
-        if path or key != NODE:
-            yield from _nodes_below(child, f"{path}{key}.")
+def moved(key: str) -> str:
+    """What to write instead of a key that has another place now."""
+    group, _ = MOVED[key].split(".")
+    return f"'{key}' is now '{MOVED[key]}'. Write +{group}=on {MOVED[key]}=… (with a recipe without +{group}=on)."
+
+
+#: What ρ is called by us, the authors' release, TRL and ms-swift, and LightRFT.
+SPELLINGS = ("top_ratio", "entropy_top_ratio", "top_entropy_quantile", "high_entropy_token_ratio")
+
+#: verl's nodes in which such a key can only be meant for the mask. Elsewhere it may be a key of the user's own.
+MEANT_FOR_A_MASK = (
+    "actor_rollout_ref.actor",
+    "actor_rollout_ref.model",
+    "algorithm",
+)
+
+
+def check_places(config: DictConfig) -> None:
+    """Refuse what asks for a mask or guards in a place where it does nothing: verl ignores keys that it does not know.
+
+    Raises:
+        EntropyForkError: with the key, and what to write at the root instead.
+    """
+    for path, value in _misplaced(OmegaConf.to_container(config, resolve=False)):
+        if path.rsplit(".")[-1] == GUARDS:
+            raise EntropyForkError(f"'{path}' does nothing: '{GUARDS}' is read at the root of the config.")
+        ratio = value if isinstance(value, float) else "…"
+        raise EntropyForkError(
+            f"'{path}' does nothing: '{NODE}' is read at the root of the config. Write +{NODE}=global or "
+            f"+{NODE}.top_ratio={ratio} on the command line."
+        )
+
+
+def _misplaced(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Our nodes, a whole preset of ours, or a name of ρ, where they are not read."""
+    if not isinstance(node, dict):
+        return
+    if path and {field.name for field in fields(EntropyForkConfig)} <= node.keys():  # +entropy_fork@trainer=global
+        yield f"{path}.top_ratio", node["top_ratio"]
+    for key, child in node.items():
+        below = f"{path}.{key}" if path else str(key)
+        if (path and key in (NODE, GUARDS)) or (path in MEANT_FOR_A_MASK and key in SPELLINGS and child is not None):
+            yield below, child
+        if path or key not in (NODE, GUARDS):
+            yield from _misplaced(child, below)
 
 
 def check_before_training(config: DictConfig) -> None:
-    """Refuse what cannot be masked exactly, before Ray starts. Called with main_ppo's whole config.
+    """Refuse what cannot be done as it was asked for, before Ray starts. Called with main_ppo's whole config.
 
     Raises:
         EntropyForkError: with what is wrong and what to write instead.
     """
-    recipe = OmegaConf.select(config, "recipe", default=None)
-    if isinstance(recipe, str):
-        raise EntropyForkError(
-            f"'recipe: {recipe}' arrived as a plain key, so the recipe was not applied and verl's defaults would be "
-            f"trained. Check the name (recipes of this install: {', '.join(preset_names('recipe'))})."
-        )
+    check_groups(config)
     masked = read_config(config)
     check_estimator(config)
     check_on_policy(config)
-    if OmegaConf.select(config, NODE, default=None) is not None:
-        make_typed(config)
+    make_typed(config)
+    check_resumable(config)
+    if read_guards(config).data_files:
         check_data_files(config)
     if masked is not None:
         check_maskable(config, masked)
     check_dumpable(config)
 
 
-def preset_names(group: str) -> list[str]:
-    """The options of a config group that this install ships."""
-    return sorted(path.stem for path in (recipes_dir() / group).glob("*.yaml"))
+def check_resumable(config: DictConfig) -> str | None:
+    """Refuse to go on from a checkpoint of another selection, in a run whose config has the node.
+
+    Returns:
+        A line for the log where the checkpoint does not say what it was trained on.
+
+    Raises:
+        EntropyForkError: with both selections and the ways out.
+    """
+    node = read_node(config)
+    if node is None or node.resume_other_selection:
+        return None
+    return check_same_selection(config.trainer, node.selection(), _DEFAULTS)
 
 
-def recipes_dir() -> Path:
-    """The folder of the shipped config groups: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed, checkout = package / "recipes", package.parent / "recipes"
-    return installed if installed.is_dir() else checkout
+_DEFAULTS = {key: value for key, value in asdict(EntropyForkConfig()).items() if key not in NOT_SELECTING}
+
+
+def check_groups(config: DictConfig) -> None:
+    """Refuse a recipe, a cluster or a template that was asked for and did not arrive.
+
+    Raises:
+        EntropyForkError: with what is wrong and what to write instead.
+    """
+    for group in GROUPS:
+        value = OmegaConf.select(config, group, default=None)
+        if came_as_a_plain_value(group, value):
+            raise EntropyForkError(
+                f"'{group}: {value}' arrived as a plain key, so the {group} was not applied and verl's defaults would "
+                f"be trained. Check the name ({group}s of this install: {', '.join(preset_names(group))})."
+            )
 
 
 #: keys that a recipe leaves open (null: '???' over a value of verl's keeps that value), and what to write for them
@@ -315,14 +440,15 @@ OPEN_KEYS = {
 
 
 def check_complete(config: DictConfig) -> None:
-    """Refuse a run that is not whole. Called with main_ppo's config before verl looks at it, at a missing key first.
+    """Refuse a run of a recipe that is not whole. Made before verl looks at the config, at a missing key first.
 
     Raises:
         EntropyForkError: with groups in an order in which the recipe would undo the cluster, or with the keys that are
             missing and what to write for each.
     """
-    groups = [word.split("=")[0] for word in _command_line() if word.startswith(("+recipe=", "+cluster="))]
-    if groups == ["+cluster", "+recipe"]:
+    words = [word.lstrip("+").partition("=") for word in overrides() or []]
+    ours = [group for group, _, name in words if group in ("recipe", "cluster") and name in preset_names(group)]
+    if ours == ["cluster", "recipe"]:
         raise EntropyForkError(
             "+cluster=… stands before +recipe=…, and Hydra applies them in their order, so the recipe would undo what "
             "the cluster says. Write +recipe=… +cluster=…"
@@ -331,33 +457,55 @@ def check_complete(config: DictConfig) -> None:
         remedy.format(clusters=", ".join(preset_names("cluster")))
         for key, remedy in OPEN_KEYS.items()
         if OmegaConf.select(config, key, default=None) is None
+        and (reads_with_verl(config) or not key.startswith("data."))
     ]
     if missing:
         raise EntropyForkError("this run is not complete. Add to the command line:\n  " + "\n  ".join(missing))
 
 
-def _command_line() -> list[str]:
-    """The overrides as the user wrote them; none where the config was not composed by a Hydra application."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+def check_first(config: DictConfig) -> None:
+    """What is said before verl looks at the config, because verl would stumble over it with a reason that misleads.
+
+    Raises:
+        EntropyForkError: with what is wrong and what to write instead.
+    """
+    check_places(config)
+    if chosen("recipe") is not None:
+        check_complete(config)
 
 
 def make_typed(config: DictConfig) -> None:
-    """Give the node of a root config its type, so that a process without this plugin cannot unpickle it.
+    """Give our nodes of a root config their types, so that a process without this plugin cannot unpickle them.
 
     Raises:
         EntropyForkError: see :func:`read_node`.
     """
-    if read_node(config) is None or is_typed(config):
-        return
-    node = OmegaConf.to_container(config[NODE], resolve=True)
-    with open_dict(config):
-        config[NODE] = OmegaConf.merge(OmegaConf.structured(EntropyForkConfig), node)
+    read_node(config)
+    read_guards(config)
+    for name, schema in ((NODE, EntropyForkConfig), (GUARDS, GuardsConfig)):
+        if not _has_type(config, name, schema):
+            node = OmegaConf.to_container(config[name], resolve=True)
+            with open_dict(config):
+                config[name] = OmegaConf.merge(OmegaConf.structured(schema), node)
 
 
 def is_typed(config: DictConfig) -> bool:
-    """Whether the node of a root config has its type; also True where there is no node."""
-    node = OmegaConf.select(config, NODE, default=None)
-    return node is None or (isinstance(node, DictConfig) and OmegaConf.get_type(node) is EntropyForkConfig)
+    """Whether our nodes of a root config have their types; also True where there are none."""
+    return _has_type(config, NODE, EntropyForkConfig) and _has_type(config, GUARDS, GuardsConfig)
+
+
+def _has_type(config: DictConfig, name: str, schema: type) -> bool:
+    node = OmegaConf.select(config, name, default=None)
+    return node is None or (isinstance(node, DictConfig) and OmegaConf.get_type(node) is schema)
+
+
+def _is_ours(registry: str, name: str, ours: tuple[str, ...]) -> bool:
+    """Whether a name of ours means ours: a module of the user's may have registered its own under it."""
+    if name not in ours:
+        return False
+    core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
+    registered = getattr(core_algos, registry, {}).get(name)
+    return registered is None or registered.__module__.startswith("entropy_fork.")
 
 
 def check_estimator(config: DictConfig) -> None:
@@ -367,13 +515,15 @@ def check_estimator(config: DictConfig) -> None:
         EntropyForkError: no critic, a group of one answer, or verl's legacy trainer.
     """
     name = config.algorithm.adv_estimator
+    if not _is_ours("ADV_ESTIMATOR_REGISTRY", name, ESTIMATORS):
+        return
     if name in NEED_CRITIC and not config.critic.enable:
         raise EntropyForkError(
             f"algorithm.adv_estimator={name} is computed from a critic's values, and verl starts a critic unasked for "
             f"gae alone. Write critic.enable=True (and critic.model.path=…), or an estimator that needs none: "
             f"{', '.join(name for name in ESTIMATORS if name not in NEED_CRITIC)}."
         )
-    if name in ESTIMATORS and not config.trainer.use_v1:
+    if not config.trainer.use_v1:
         raise EntropyForkError(
             f"algorithm.adv_estimator={name} needs verl's V1 trainer, and trainer.use_v1=False chooses the legacy one. "
             f"Write trainer.use_v1=True."
@@ -395,7 +545,8 @@ def check_on_policy(config: DictConfig) -> None:
         EntropyForkError: several gradient steps per batch, or an asynchronous trainer.
     """
     actor, trainer = config.actor_rollout_ref.actor, config.trainer
-    if OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla") != "reinforce":
+    loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla")
+    if not _is_ours("POLICY_LOSS_REGISTRY", loss_mode, ("reinforce",)):
         return
     wrong = []
     if actor.ppo_mini_batch_size != config.data.train_batch_size:

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
 OUR_REWARD = "pkg://entropy_fork.reward"
 
 
+def reads_with_verl(config: DictConfig) -> bool:
+    """Whether verl's own data set class reads the files. What another one wants of them, nobody here knows."""
+    return OmegaConf.select(config, "data.custom_cls.path", default=None) is None
+
+
 def check_data_files(config: DictConfig) -> None:
     """Local parquet files must be there, be readable to the end, and have in every row what a run needs of it.
+
+    Nothing is looked at where a data set class of the user's own reads the files (``data.custom_cls.path``).
 
     Raises:
         EntropyForkError: with the file, the column or the first such row, and what is wrong with it.
     """
+    if not reads_with_verl(config):
+        return
     prompt = config.data.get("prompt_key", "prompt")
     has_truth = OmegaConf.select(config, "reward.custom_reward_function.path", default=None) == OUR_REWARD
     for key in ("train_files", "val_files"):

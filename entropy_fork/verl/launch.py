@@ -4,10 +4,10 @@ Hook: none. A program with a task runner of its own starts it by verl's ``run_pp
 without it. So two things are wrapped:
 
 - ``run_ppo``, where a program that does not call verl's ``validate_config`` comes by: our checks, before Ray starts.
-- What every launch does at last, pickling the config. A root config with our node leaves its process typed: a process
-  without this plugin cannot unpickle it. And it asks for the guarded loss, which refuses a batch without token
+- What every launch does at last, pickling the config. A root config with a node of ours leaves its process typed: a
+  process without this plugin cannot unpickle it. And it asks for the guarded loss, which refuses a batch without token
   weights, whatever the trainer is. OmegaConf has no hook for that, so ``DictConfig.__getstate__`` is wrapped. A config
-  without our node is not touched.
+  without a node of ours is not touched.
 
 A program without Hydra, in an environment whose ``VERL_USE_EXTERNAL_PLUGINS`` leaves us out, runs no line of ours in
 any process. Nothing can be noticed there.
@@ -16,13 +16,12 @@ any process. Nothing can be noticed there.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import wrapt
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from entropy_fork.asked_for import in_config
 from entropy_fork.verl import config as checks
-from entropy_fork.verl.config import NODE
 
 
 @wrapt.decorator
@@ -40,18 +39,11 @@ def extend_run_ppo(module: ModuleType) -> None:
 
 @wrapt.decorator
 def _with_guard(wrapped, instance: DictConfig, args, kwargs):  # type: ignore[no-untyped-def]
-    if _is_root_with_node(instance):
+    if in_config(instance):
         checks.make_typed(instance)
-        if instance[NODE].enabled:
+        if checks.read_config(instance) is not None:
             checks.guard_loss(instance)
     return wrapped(*args, **kwargs)
-
-
-def _is_root_with_node(config: Any) -> bool:
-    """Whether it is the root of verl's config, with a node of ours."""
-    if config._get_parent() is not None or config._is_none() or config._is_missing():
-        return False
-    return NODE in config and OmegaConf.select(config, "actor_rollout_ref.actor", default=None) is not None
 
 
 def guard_pickling() -> None:

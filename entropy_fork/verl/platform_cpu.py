@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import wrapt
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
@@ -199,6 +199,19 @@ def check_before_training(config: DictConfig) -> None:
         )
     if config.trainer.use_v1 and config.trainer.v1.trainer_mode == "separate_async":
         _check_separate_rollout(rollout)
+
+
+def check_opted_in(config: DictConfig) -> None:
+    """Refuse the light rollout where nobody said that this is a machine without an accelerator.
+
+    Raises:
+        EntropyForkError: with what to put into the environment.
+    """
+    if OmegaConf.select(config, "actor_rollout_ref.rollout.name", default=None) == ROLLOUT:
+        raise EntropyForkError(
+            f"rollout.name={ROLLOUT} (as in +cluster=cpu, +recipe=demo_cpu) is for machines without an accelerator, "
+            f"and those are opted into by the environment: VERL_PLATFORM=cpu python -m …"
+        )
 
 
 def _check_separate_rollout(rollout: DictConfig) -> None:

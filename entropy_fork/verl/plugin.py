@@ -39,16 +39,14 @@ from entropy_fork.verl import config, launch, platform_cpu  # noqa: E402
 
 @wrapt.decorator
 def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    """verl's checks, and those of ours that a run asks for: see ``entropy_fork/asked_for.py``."""
     root = kwargs["config"] if "config" in kwargs else args[0]
-    config.check_complete(root)
+    config.check_first(root)
     result = wrapped(*args, **kwargs)
     if ON_CPU:
         platform_cpu.check_before_training(root)
-    elif root.actor_rollout_ref.rollout.name == platform_cpu.ROLLOUT:
-        raise EntropyForkError(
-            f"rollout.name={platform_cpu.ROLLOUT} (as in +cluster=cpu, +recipe=demo_cpu) is for machines without "
-            f"an accelerator, and those are opted into by the environment: VERL_PLATFORM=cpu python -m …"
-        )
+    else:
+        platform_cpu.check_opted_in(root)
     config.check_before_training(root)
     return result
 

@@ -5,7 +5,7 @@ Hook: none. verl's driver asks the TransferQueue again and again whether a batch
 dies, or a reward never returns, it asks for ever; when a rollout server dies under an asynchronous trainer, it drops
 the failed prompts and sends new ones for ever; and when the TransferQueue's controller dies, it waits for the answer to
 its question for ever. So the one question that all its loops ask is wrapped (``_sync_metadata_from_transfer_queue``, on
-the trainer's own buffer), in runs whose config has our node.
+the trainer's own buffer), in runs that ask for the guard ``waiting``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import ray
 import transfer_queue.interface
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from entropy_fork.verl.config import NODE, read_node
+from entropy_fork.asked_for import GUARDS
+from entropy_fork.verl.config import read_guards
 from entropy_fork.verl.errors import EntropyForkError
 
 #: between two looks at whether everybody is alive
@@ -38,9 +39,9 @@ class WatchedWaiting:
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()  # type: ignore[misc]
-        node = read_node(self.config)  # type: ignore[attr-defined]
-        if node is not None:
-            ask, watch = buffer._sync_metadata_from_transfer_queue, Watch(self, node.patience_s)
+        guards = read_guards(self.config)  # type: ignore[attr-defined]
+        if guards.waiting:
+            ask, watch = buffer._sync_metadata_from_transfer_queue, Watch(self, guards.patience_s)
 
             def watched_ask() -> None:
                 watch.before_asking()
@@ -56,7 +57,7 @@ class Watch:
 
     Args:
         trainer: verl's.
-        patience_s: ``entropy_fork.patience_s``.
+        patience_s: ``entropy_fork_guards.patience_s``.
     """
 
     def __init__(self, trainer: Any, patience_s: float):
@@ -135,7 +136,7 @@ class Watch:
             raise EntropyForkError(
                 f"no answer has come for {self.patience_s:g} s: {pending + running} prompts are not finished, "
                 f"{running} of them begun. A reward, a tool or a rollout server hangs ('py-spy dump --pid PID' says "
-                f"where), or answers take longer than that: {NODE}.patience_s=SECONDS waits longer, 0 for ever."
+                f"where), or answers take longer than that: {GUARDS}.patience_s=SECONDS waits longer, 0 for ever."
             )
 
 

@@ -10,92 +10,104 @@ groups on the search path Hydra takes ``+recipe=x`` for a plain new key and trai
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
 
-ASKED_FOR = re.compile(r"^\+{0,2}(recipe|cluster|template|entropy_fork)([=@.]|$)")
+from entropy_fork.asked_for import in_config, on_command_line, recipes_dir
 
 
 class EntropyForkSearchPath(SearchPathPlugin):
-    """Adds ``recipes/`` (groups recipe, cluster, template, entropy_fork) in applications of verl."""
+    """Adds ``recipes/`` (groups recipe, cluster, template, and the presets of our nodes) in applications of verl."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Hydra's hook: append the recipes, in a process of verl's.
 
         Raises:
-            SystemExit: one of them is asked for, and the plugin is not active.
+            SystemExit: one of them is asked for, and the plugin is not active; or a key has another place now.
         """
         if "verl" not in sys.modules:
             _refuse_a_node_in_a_file()  # another Hydra application of this environment, or one that imports verl later
             return
-        problem = _why_inactive()
-        if problem is None:
-            from entropy_fork.verl.config import recipes_dir
+        if _is_active():
+            from entropy_fork.verl.config import MOVED, moved
 
+            for argument in sys.argv[1:]:
+                if (key := argument.lstrip("+").split("=")[0]) in MOVED:
+                    raise SystemExit(moved(key))
+            if folder := _users_folder():  # Hydra appends it later, and what lies there comes before ours
+                search_path.append(provider="command-line", path=f"file://{folder}")
             search_path.append(provider="entropy-fork", path=f"file://{recipes_dir()}")
             if _is_main_ppo():
                 from hydra_plugins.entropy_fork.launcher import make_default
 
                 make_default()
-        elif any(ASKED_FOR.match(argument) for argument in sys.argv[1:]):
-            _refuse(problem)
+        elif on_command_line(sys.argv[1:], _users_folder()):
+            _refuse()
         else:
             _refuse_a_node_in_a_file()
 
 
-def _refuse(problem: str) -> NoReturn:
+def _is_active() -> bool:
+    return "entropy_fork.verl.plugin" in sys.modules and _unmasked_application() is None
+
+
+def _users_folder() -> Path | None:
+    """The folder of ``--config-dir``."""
+    from hydra._internal.utils import get_args_parser
+
+    folder = get_args_parser().parse_known_args(sys.argv[1:])[0].config_dir
+    return Path(folder).absolute() if folder else None
+
+
+def _refuse() -> NoReturn:
     # SystemExit: the message alone, without a traceback through Hydra.
-    raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {problem}")
+    reason = _why_inactive()
+    raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {reason}")
 
 
 def _refuse_a_node_in_a_file() -> None:
     """The command line says nothing of ours, but a config file of the user's may, and Hydra reads it after this.
 
     ``run_ppo`` is the last that main_ppo, and a program with a task runner of its own, does before Ray starts (verl 0.8
-    to 0.9.1). The program that is run is main_ppo itself, or has imported ``run_ppo`` from it by now, or will.
+    to 0.9.1). Whatever the program does then, it pickles the config for another process.
     """
     main = sys.modules["__main__"]
-    if hasattr(main, "run_ppo"):
-        _refuse_in_run_ppo(main)
-    elif "verl" in sys.modules and _is_main_ppo():  # another shape of verl: who does not ask must not be stopped for it
-        print(
-            f"entropy_fork is not active, and a node 'entropy_fork' would do nothing: {_why_inactive()}",
-            file=sys.stderr,
-        )
-    with contextlib.suppress(Exception):  # a broken wrapt may be why we are not active
-        import wrapt
+    if run_ppo := getattr(main, "run_ppo", None):
 
-        wrapt.register_post_import_hook(_refuse_in_run_ppo, "verl.trainer.main_ppo")
+        @functools.wraps(run_ppo)
+        def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
+            _refuse_if_inactive(config)
+            return run_ppo(config, *args, **kwargs)
 
+        main.run_ppo = checking  # type: ignore[attr-defined]
 
-def _refuse_in_run_ppo(module: Any) -> None:
-    run_ppo = module.run_ppo
+    get_state = DictConfig.__getstate__
 
-    @functools.wraps(run_ppo)
-    def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if "entropy_fork" in config and (problem := _why_inactive()):
-            _refuse(problem)
-        return run_ppo(config, *args, **kwargs)
+    @functools.wraps(get_state)
+    def checking_first(self: DictConfig) -> Any:
+        _refuse_if_inactive(self)
+        return get_state(self)
 
-    module.run_ppo = checking
+    DictConfig.__getstate__ = checking_first  # type: ignore[assignment, method-assign]
 
 
-@functools.cache  # asking imports the plugin, and a second look would find it there
-def _why_inactive() -> str | None:
+def _refuse_if_inactive(config: Any) -> None:
+    if in_config(config) and "verl" in sys.modules and not _is_active():
+        _refuse()
+
+
+def _why_inactive() -> str:
     if application := _unmasked_application():
         return (
             f"{application} has a trainer of its own, which would train on all tokens. Use verl.trainer.main_ppo; for "
             f"asynchronous training with trainer.v1.trainer_mode=colocate_async or separate_async."
         )
-    if "entropy_fork.verl.plugin" in sys.modules:
-        return None
     try:
         # Not loaded, or it raised and verl swallowed that: import it to learn the reason.
         import entropy_fork.verl.plugin  # noqa: F401

@@ -1,0 +1,15 @@
+"""Test helper, loaded by VERL_USE_EXTERNAL_MODULES: a user's own loss and estimators, some under names of ours."""
+
+from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
+
+
+@register_policy_loss("mine")
+def my_loss(**_):
+    raise NotImplementedError
+
+
+@register_adv_est("mine")
+@register_adv_est("q_value")
+@register_adv_est("reward_to_go_leave_one_out")
+def my_estimator(**_):
+    raise NotImplementedError
