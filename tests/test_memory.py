@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from entropy_fork import memory
-from entropy_fork.core.head import log_probs_and_entropy
 from entropy_fork.memory import Head, Layout
 from entropy_fork.model_shape import ModelShape, built_in_names, find_model_shape, shape_of_config
 from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
 
 def qwen3(layers: int, **sizes: Any) -> Any:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from entropy_fork.core.head import log_probs_and_entropy, padded_positions, response_positions
+from entropy_fork.core.head import log_probs_entropy_and_rank, padded_positions, response_positions
 from entropy_fork.verl.config import MASKABLE_LOSSES, TOKENWISE_LOSSES
-from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, KEPT, RESPONSES
+from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, KEPT, RESPONSES, log_probs_and_entropy
 
 # --- positions and sums ----------------------------------------------------------------------------------------------
 
@@ -49,9 +49,11 @@ def test_log_probs_and_entropy_are_those_of_all_logits(rows: int, temperature: f
     hidden, weight = torch.randn(rows, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
     labels = torch.randint(50, (rows,))
     everything = (hidden @ weight.T / temperature).log_softmax(-1)
-    log_probs, entropy = log_probs_and_entropy(hidden, weight, labels, temperature, chunk=8)
-    torch.testing.assert_close(log_probs, everything[torch.arange(rows), labels], atol=1e-12, rtol=1e-12)
+    log_probs, entropy, rank = log_probs_entropy_and_rank(hidden, weight, labels, temperature, chunk=8)
+    of_label = everything[torch.arange(rows), labels]
+    torch.testing.assert_close(log_probs, of_label, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(entropy, -(everything.exp() * everything).sum(-1), atol=1e-12, rtol=1e-12)
+    assert torch.equal(rank, (everything > of_label[:, None]).sum(-1))
 
 
 def test_entropies_of_16_bit_models_are_not_rounded_to_16_bits() -> None:
@@ -62,7 +64,7 @@ def test_entropies_of_16_bit_models_are_not_rounded_to_16_bits() -> None:
     hidden, weight = torch.randn(64, 32, dtype=torch.bfloat16), 3 * torch.randn(500, 32, dtype=torch.bfloat16)
     logits = hidden @ weight.T
     right = torch.distributions.Categorical(logits=logits.double()).entropy()
-    _, ours = log_probs_and_entropy(hidden, weight, torch.zeros(64, dtype=torch.int64))
+    _, ours = log_probs_and_entropy(hidden, weight, torch.zeros(64, dtype=torch.int64), 1.0)
     assert float((ours - right).abs().max()) < 1e-4
     assert float((entropy_from_logits(logits) - right).abs().max()) > 0.01
 
@@ -163,7 +165,12 @@ def step(
     data = make_batch(answers, rows, settings_of(name, where, cut, temperature))
     numbers: list[int] = []
     head = sparse_head._causal_lm(engine.module).get_output_embeddings()
-    hook = head.register_forward_hook(lambda _, __, output: numbers.append(output.numel()))
+
+    def count(module: Any, _: Any, output: Any) -> None:
+        if module is head:
+            numbers.append(output.numel())
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)  # a head with a hook of its own is left alone
     limit = sparse_head.ROWS_KEPT if rows_kept is None else rows_kept
     try:
         with engine.train_mode(), patch.object(sparse_head, "ROWS_KEPT", limit):
