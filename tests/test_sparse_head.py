@@ -21,12 +21,14 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from entropy_fork.core.head import log_probs_entropy_and_rank, padded_positions, response_positions
+from entropy_fork.core.temperature import entropies
 from entropy_fork.verl.config import MASKABLE_LOSSES, TOKENWISE_LOSSES
 from entropy_fork.verl.sparse_head import (
     EVERYWHERE,
     HEAD,
     KEPT,
     RESPONSES,
+    RowsOfHead,
     log_probs_and_entropy,
     log_probs_with_gradient,
 )
@@ -74,6 +76,20 @@ def test_entropies_of_16_bit_models_are_not_rounded_to_16_bits() -> None:
     _, ours = log_probs_and_entropy(hidden, weight, torch.zeros(64, dtype=torch.int64), 1.0)
     assert float((ours - right).abs().max()) < 1e-4
     assert float((entropy_from_logits(logits) - right).abs().max()) > 0.01
+
+
+def test_a_token_that_cannot_come_adds_nothing_to_an_entropy() -> None:
+    """0·log 0 is 0, as in the decoders: a head whose product overflows to -inf, as that of a masked vocabulary does."""
+    hidden, weight = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [0.5], [-torch.inf]])
+    labels = torch.tensor([0, 1])
+    expected = entropies(hidden @ weight.T, 0.7)
+    assert bool(expected.isfinite().all())
+    log_probs, entropy, _ = log_probs_entropy_and_rank(hidden, weight, labels, 0.7)
+    of_training = log_probs_and_entropy(hidden, weight, labels, 0.7)
+    for actual in (entropy, of_training[1]):
+        assert torch.equal(actual, expected)
+    for actual in (log_probs, of_training[0]):
+        torch.testing.assert_close(actual, (hidden @ weight.T / 0.7).log_softmax(-1)[torch.arange(2), labels])
 
 
 # --- a loss and the tokens that it drops -----------------------------------------------------------------------------
@@ -328,9 +344,9 @@ def test_the_gradient_is_the_dense_heads_under_fsdp1(
     worlds: dict[int, Processes], models: dict[bool, str], name: str, size: int, tied: bool
 ) -> None:
     """Where the head's weight is a view into a flat parameter; also of more rows than are kept."""
+    tied = tied and "LoRA" not in name  # of a tied one, stock verl's own step fails in torch on one rank
     answers = weighted(2, 0.3)
     cut = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 6 // size}
-    dense = None
     for rows_kept in (None, 5):
         sparse, dense = both(worlds[size], name, models[tied], "fp64", answers, cut, rows_kept=rows_kept)
         for part, whole in zip(sparse, dense, strict=True):
@@ -511,9 +527,11 @@ def test_the_log_prob_pass_skips_prompts(
     is_fused = "fused" in name
     dtype, tolerance = ("fp32", 1e-5) if is_fused or "bf16" in name else ("fp64", 1e-10)
     parts = parts_of(worlds[size], name)
+    path = models[name != "packed, FSDP1, LoRA"]
     sparse, dense = (
         (fused_worlds if is_fused else worlds)[size](
-            log_prob_pass, [(name, models[True], dtype, answers, part, where) for part in parts]
+            log_prob_pass,
+            [(name, path, dtype, answers, part, where) for part in parts],
         )
         for where in (RESPONSES, EVERYWHERE)
     )
@@ -599,6 +617,14 @@ def test_with_unchanged_weights_the_ratio_is_one(
 # --- what it cannot serve --------------------------------------------------------------------------------------------
 
 
+class FakeQuantized(torch.nn.Linear):
+    """What verl's QATLinear is (verl/utils/qat/linear.py, which needs triton): a linear layer with rounded weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded = (self.weight * 4).round() / 4
+        return torch.nn.functional.linear(x, self.weight + (rounded - self.weight).detach())
+
+
 def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change: str) -> tuple[str, bool]:
     """What is printed (or raised) for a changed model, and whether its gradient is the dense one."""
     import contextlib
@@ -607,7 +633,22 @@ def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change:
     from entropy_fork.verl import sparse_head
 
     cut = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 6}
-    engine = state["packed", path, "fp32"] = make_engine(path, **ENGINES["packed"])
+    context: Any = contextlib.nullcontext()
+    if change == "fake quantization":
+        from unittest.mock import patch
+
+        from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+        build = FSDPEngine._build_module
+
+        def build_quantized(self: Any) -> Any:  # as verl's _apply_qat does where the patterns do not leave the head out
+            model = build(self)
+            model.get_output_embeddings().__class__ = FakeQuantized
+            return model
+
+        context = patch.object(FSDPEngine, "_build_module", build_quantized)
+    with context:
+        engine = state["packed", path, "fp32"] = make_engine(path, **ENGINES["packed"])
     model = sparse_head._causal_lm(engine.module)
     if change == "bias":
         model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
@@ -637,7 +678,11 @@ def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [("vision", "a model that sees has its own forward pass"), ("bias", "its LM head is a .*, not a linear layer")],
+    [
+        ("vision", "a model that sees has its own forward pass"),
+        ("bias", "its LM head is a .*, not a linear layer"),
+        ("fake quantization", "its LM head, a FSDPFakeQuantized, has a forward pass of its own"),
+    ],
 )
 def test_what_cannot_be_served_is_dense_and_said_once(models: dict[bool, str], change: str, reason: str) -> None:
     world = Processes(1)
@@ -650,6 +695,29 @@ def test_what_cannot_be_served_is_dense_and_said_once(models: dict[bool, str], c
     import re
 
     assert re.search(f"the LM head sees every position in .*: {reason}", said)
+
+
+def a_model(head: torch.nn.Module) -> Any:
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, hidden_size=4, num_hidden_layers=0, tie_word_embeddings=False))
+    model.lm_head = head
+    return model
+
+
+def test_only_a_head_that_multiplies_by_its_weight_is_suitable() -> None:
+    """Whatever else happens to its input or output, or makes its weight, would be left out without a word."""
+    unsuitable = RowsOfHead.unsuitable
+    assert unsuitable(a_model(torch.nn.Linear(4, 8, bias=False))) is None
+    assert "a forward pass of its own" in str(unsuitable(a_model(FakeQuantized(4, 8, bias=False))))
+    assert "not a linear layer without a bias" in str(unsuitable(a_model(torch.nn.Linear(4, 8))))
+    head = torch.nn.Linear(4, 8, bias=False)
+    head.forward = lambda x: 2 * torch.nn.functional.linear(x, head.weight)  # type: ignore[method-assign]
+    assert "a forward pass of its own" in str(unsuitable(a_model(head)))
+    for hook in ("register_forward_hook", "register_forward_pre_hook"):
+        head = torch.nn.Linear(4, 8, bias=False)
+        getattr(head, hook)(lambda *_: None)
+        assert "a hook" in str(unsuitable(a_model(head)))
+    head = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 8, bias=False))
+    assert "a parametrization" in str(unsuitable(a_model(head)))
 
 
 def test_a_model_that_changes_its_logits_stops(models: dict[bool, str]) -> None:
