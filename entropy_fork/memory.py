@@ -242,11 +242,13 @@ def update_logits(head: Head, tokens: int, vocab: int) -> int:
     ==========================================  ========================  =========================================
 
     plus b for the scaled copy, and b for the packed copy where padding is not removed. The entropy's forward pass is
-    :func:`forward_logits`. With fused kernels, and of more than 8192 wanted positions: 20 bytes for each logit of a
-    chunk of 512 tokens.
+    :func:`forward_logits`. With fused kernels 20 bytes for each logit of a chunk of 512 tokens. Of more than 8192
+    wanted positions, so many exist at once.
     """
-    if head.fused or (head.sparse and tokens > ROWS_KEPT):
+    if head.fused:
         return FUSED_BACKWARD_BYTES * min(tokens, FUSED_CHUNK) * vocab
+    if head.sparse:
+        tokens = min(tokens, ROWS_KEPT)
     b = head.logit_bytes
     forward = _entropy_bytes(head, tokens) if head.entropy_in_update != "none" else b
     if head.in_place_loss:

@@ -1,4 +1,4 @@
-"""A mini-batch of twelve short answers, and verl's FSDP2 engine for a tiny model to train on it."""
+"""A mini-batch of twelve short answers, and verl's FSDP engines for a tiny model to train on it."""
 
 from __future__ import annotations
 
@@ -85,6 +85,8 @@ def make_engine(
     sequence_parallel: int = 1,
     param_dtype: str = "fp32",
     learning_rate: float = 0.0,
+    strategy: str = "fsdp2",
+    use_orig_params: bool = False,
     **model: Any,
 ) -> Any:
     """verl's engine with float32 weights; ``model`` goes to its HFModelConfig."""
@@ -92,9 +94,11 @@ def make_engine(
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
+    if strategy == "fsdp":
+        let_fsdp1_run_on_a_cpu()
     engine = EngineRegistry.new(
         model_type="language_model",
-        backend="fsdp2",
+        backend=strategy,
         model_config=HFModelConfig(
             path=path,
             load_tokenizer=False,
@@ -104,7 +108,8 @@ def make_engine(
             **model,
         ),
         engine_config=FSDPEngineConfig(
-            strategy="fsdp2",
+            strategy=strategy,
+            use_orig_params=use_orig_params,
             model_dtype="fp32",
             use_torch_compile=False,
             use_remove_padding=use_remove_padding,
@@ -116,6 +121,21 @@ def make_engine(
     )
     engine.initialize()
     return engine
+
+
+def let_fsdp1_run_on_a_cpu() -> None:
+    """In this process: torch refuses weights that are on a CPU, to broadcast them; gloo broadcasts them."""
+    from torch.distributed.fsdp import _init_utils
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    from entropy_fork.verl.engine import ForkingTokens
+
+    assert callable(_init_utils._check_module_states_for_sync_module_states)
+    _init_utils._check_module_states_for_sync_module_states = lambda _: None
+    if "cpu" not in EngineRegistry._engines["language_model"]["fsdp"]:
+        register = EngineRegistry.register("language_model", "fsdp", "cpu")
+        register(type("FSDP1", (ForkingTokens, FSDPEngineWithLMHead), {}))
 
 
 def keep_gradients(engine: Any, state: dict[str, Any]) -> None:

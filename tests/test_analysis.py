@@ -28,10 +28,10 @@ from entropy_fork.analysis.measure import Measurer, TokenIds
 from entropy_fork.analysis.sources import Rollouts
 from entropy_fork.analysis.summary import summarise
 from entropy_fork.cli import app
-from entropy_fork.core.head import log_probs_and_entropy
 from entropy_fork.evaluation.engines import Sampling
 from entropy_fork.evaluation.run import Settings as Drawing
 from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
 QUIET = Console(quiet=True)
 

@@ -7,6 +7,7 @@ plain selection and PPO's clipped loss, from nothing but the paper's formula.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from entropy_fork.core.batch import Rule
 from entropy_fork.core.selection import Selector
 from entropy_fork.verl.config import MASKABLE_LOSSES
 from entropy_fork.verl.gradient_step import tally_of
+from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK, EVERYWHERE, HEAD, RESPONSES
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
@@ -88,13 +90,6 @@ def build_engine(state: dict[str, Any], path: str, use_remove_padding: bool) -> 
     """verl's FSDP2 engine for a tiny model, on packed or on padded rows. Returns its class's module."""
     engine = make_engine(path, use_remove_padding)
     keep_gradients(engine, state)
-
-    def noting_the_graph(*args: Any, function: Any = engine.compute_entropy_from_logits, **kwargs: Any) -> Tensor:
-        entropy = function(*args, **kwargs)
-        state["entropy_has_graph"].append(entropy.requires_grad)
-        return entropy
-
-    engine.compute_entropy_from_logits = noting_the_graph
     state.update(engine=engine, use_remove_padding=use_remove_padding)
     return type(engine).__module__
 
@@ -135,11 +130,12 @@ def train_step(
 
     seen: dict[int, Tensor] = {}
     micro_batches: list[list[int]] = []
-    state["entropy_has_graph"] = []
+    outputs: list[dict[str, bool]] = []
 
     def noting(model_output: dict[str, Any], data: Any, dp_group: Any = None) -> Any:
         members = data[ROW_IDENTITY].values().view(-1, 2)[:, 0].tolist()
         micro_batches.append(members)
+        outputs.append({name: output.requires_grad for name, output in model_output.items()})
         if "rollout_is_weights" in data:
             seen.update(zip(members, data["rollout_is_weights"].unbind(), strict=True))
         return partial(ppo_loss, config=config)(model_output=model_output, data=data, dp_group=dp_group)
@@ -152,7 +148,7 @@ def train_step(
         "weights": seen,
         "micro_batches": micro_batches,
         "metrics": output["metrics"],
-        "entropy_has_graph": state["entropy_has_graph"],
+        "outputs": outputs,
     }
 
 
@@ -422,19 +418,176 @@ def test_entropy_bonus_and_kl_loss_are_those_of_all_tokens(worlds: dict[int, Pro
     assert any(gradient.abs().sum() > 0 for gradient in added[1].values())
 
 
-def test_no_graph_of_entropies_that_only_the_mask_looks_at(worlds: dict[int, Processes]) -> None:
+def graphs_of_entropies(state: dict[str, Any], answers: Answers, rows: list[int], **actor: Any) -> list[bool]:
+    """Whether the entropies that a mask in the loss is made of have a graph."""
+    seen: list[bool] = []
+    prepare = state["engine"].prepare_model_outputs
+
+    def noting(**arguments: Any) -> Any:
+        model_output = prepare(**arguments)
+        seen.append(model_output[ENTROPY_OF_MASK].requires_grad)
+        return model_output
+
+    state["engine"].prepare_model_outputs = noting
+    try:
+        rule = Rule(Selector(0.2), "current", "micro_batch")
+        train_step(state, answers, rows, rule, THREE, "entropy_fork/in_worker/vanilla", **actor)
+    finally:
+        del state["engine"].prepare_model_outputs
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 2])  # packed rows, and padded ones
+def test_no_graph_of_entropies_that_only_the_mask_looks_at(worlds: dict[int, Processes], size: int) -> None:
     """It would be as large as the logits; and verl would report the entropies as its own."""
-    rule = Rule(Selector(0.2), "current", "micro_batch")
-    for part in train(worlds[2], make_answers(6), rule, THREE):
-        assert part["entropy_has_graph"] == [False, False]
+    rule, world = Rule(Selector(0.2), "current", "micro_batch"), worlds[size]
+    share = NUM_ROWS // size
+    parts = [(make_answers(6), list(range(rank * share, (rank + 1) * share))) for rank in range(size)]
+    for actor in ({}, {"entropy_coeff": 0.1}):
+        for seen in world(partial(graphs_of_entropies, **actor), parts):
+            assert seen == [False] * (4 // size)
+    for part in train(world, make_answers(6), rule, THREE):
+        assert part["outputs"] == [{"log_probs": True}] * (4 // size)
         assert "actor/entropy_loss" not in part["metrics"]
-    for part in train(worlds[2], make_answers(6), rule, THREE, entropy_coeff=0.1):
-        assert part["entropy_has_graph"] == [True, True]
+    for part in train(world, make_answers(6), rule, THREE, entropy_coeff=0.1):
+        assert part["outputs"] == [{"log_probs": True, "entropy": True}] * (4 // size)
         assert "actor/entropy_loss" in part["metrics"]
     # the engine is as it was, and the pass before the step keeps none either
-    assert train(worlds[2], make_answers(6), None, THREE, loss_mode="vanilla")[0]["entropy_has_graph"] == []
-    passes = train(worlds[2], make_answers(6), Rule(Selector(0.2), "current"), THREE)[0]["entropy_has_graph"]
-    assert passes == [False, False]
+    for plain in (None, Rule(Selector(0.2), "current")):
+        mode = "vanilla" if plain is None else "entropy_fork/in_worker/vanilla"
+        for part in train(world, make_answers(6), plain, THREE, loss_mode=mode):
+            assert part["outputs"] == [{"log_probs": True}] * (4 // size)
+
+
+# --- the pass without gradients --------------------------------------------------------------------------------------
+
+
+def step_after_a_pass(state: dict[str, Any], path: str, answers: Answers, offload: bool) -> dict[str, Any]:
+    """A step by the current entropies of the mini-batch; and the engine's modes in its pass, its update, an error."""
+    from unittest.mock import patch
+
+    from verl.utils.activation_offload import SynchronizedGroupOffloadHandler
+
+    from entropy_fork.verl.gradient_step import _without_training
+
+    modes: list[tuple[str, set[bool]]] = []
+    engine = make_engine(path, use_remove_padding=True, enable_activation_offload=offload)
+    keep_gradients(engine, state)
+    state.update(engine=engine, use_remove_padding=True)
+    forward_backward_batch = engine.forward_backward_batch
+
+    def note() -> None:
+        modes.append((engine.mode, {module.training for module in engine.module.modules()}))
+
+    def noting(*arguments: Any, **keywords: Any) -> Any:
+        note()
+        return forward_backward_batch(*arguments, **keywords)
+
+    engine.forward_backward_batch = noting
+    unpinned = partial(SynchronizedGroupOffloadHandler.offload, pin_memory=False)  # which needs an accelerator
+    with patch.object(SynchronizedGroupOffloadHandler, "offload", staticmethod(unpinned)):
+        rule, rows = Rule(Selector(0.3), "current", "mini_batch"), list(range(NUM_ROWS))
+        answer = train_step(state, answers, rows, rule, THREE, "entropy_fork/in_worker/vanilla")
+    with engine.train_mode():
+        with pytest.raises(ZeroDivisionError), _without_training(engine):
+            raise ZeroDivisionError
+        note()
+    return answer | {"modes": modes}
+
+
+@pytest.fixture(scope="module")
+def dropping_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Qwen3ForCausalLM, str]:
+    """A model of three layers, the fewest that verl offloads activations of."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=True,
+        attention_dropout=0.5,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    path = tmp_path_factory.mktemp("dropping_out")
+    model.save_pretrained(path)
+    return model, str(path)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_pass_before_a_step_runs_as_verl_runs_a_pass(
+    dropping_out: tuple[Qwen3ForCausalLM, str], offload: bool
+) -> None:
+    """Dropout off, so the mask is that of the model's own entropies; activations are offloaded in the update alone."""
+    model, path = dropping_out
+    answers = make_answers(seed=21)
+    world = Processes(1)
+    try:
+        (answer,) = world(step_after_a_pass, [(path, answers, offload)])
+    finally:
+        world.close()
+    assert answer["modes"] == [("eval", {False}), ("train", {True}), ("train", {True})]
+    assert kept_of([answer]) == highest(forward(model, answers)[1], answers.masks, list(range(NUM_ROWS)), 0.3)
+    assert all(bool(gradient.isfinite().all()) for gradient in answer["gradients"].values())
+
+
+# --- the old policy's entropies and the current one's ----------------------------------------------------------------
+
+
+def overlap(state: dict[str, Any], path: str, answers: Answers, how: dict[str, Any], rule: Rule, head: str) -> float:
+    """``overlap_with_old`` of a step whose old entropies a log-prob pass with the same weights made."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import response_from_nested
+
+    from entropy_fork.verl.gradient_step import RULE
+
+    key = ("engine", str(how))
+    if key not in state:
+        state[key] = make_engine(path, **how)
+        keep_gradients(state[key], state)
+    engine = state[key]
+    settings = {
+        "temperature": 0.6, "global_batch_size": NUM_ROWS, "use_remove_padding": how["use_remove_padding"],
+        "use_fused_kernels": how.get("use_fused_kernels", False),
+        "calculate_entropy": True, "compute_loss": False, "use_dynamic_bsz": True, "max_token_len_per_gpu": 60,
+    }  # fmt: skip
+    everything = list(range(NUM_ROWS))
+    passed = make_batch(answers, everything, {**settings, HEAD: head})
+    with engine.eval_mode():
+        output = engine.infer_batch(passed)["model_output"]
+    old = response_from_nested(output["entropy"], passed["response_mask"])
+    data = make_batch(
+        replace(answers, old_entropy=list(old.unbind())), everything, {**settings, HEAD: EVERYWHERE, RULE: rule}
+    )
+    tu.assign_non_tensor(data, calculate_entropy=False, compute_loss=True)
+
+    def loss(model_output: dict[str, Any], data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
+        return model_output["log_probs"].values().sum(), {}
+
+    with engine.train_mode():
+        metrics = engine.train_batch(data, loss)["metrics"]
+    ours = {name: values[0] for name, values in metrics.items() if name.startswith("entropy_fork/")}
+    return tally_of(ours, num_mini_batches=1).metrics()["overlap_with_old"]
+
+
+FUSED = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}}
+
+
+@pytest.mark.parametrize("param_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("packing", ["packed", "padded", "packed, fused"])
+def test_with_unchanged_weights_the_current_mask_is_the_old_one(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], packing: str, param_dtype: str
+) -> None:
+    """``overlap_with_old`` is exactly 1, whichever head made the old entropies, and wherever the mask is made."""
+    how = {"use_remove_padding": packing != "padded", "param_dtype": param_dtype}
+    world = worlds[1]
+    if "fused" in packing:  # verl's fused kernels replace the forward pass of the model's class
+        how, world = how | FUSED, Processes(1)
+    cases = itertools.product((0, 1), ("micro_batch", "mini_batch"), (RESPONSES, EVERYWHERE))
+    try:
+        for seed, pool, head in cases:
+            rule = Rule(Selector(0.2), "current", pool)
+            (found,) = world(overlap, [(model[1], make_answers(seed), how, rule, head)])
+            assert found == 1.0, (seed, pool, head)
+    finally:
+        if world is not worlds[1]:
+            world.close()
 
 
 def test_what_the_step_reports(worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str]) -> None:

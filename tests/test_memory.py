@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from entropy_fork import memory
-from entropy_fork.core.head import log_probs_and_entropy
 from entropy_fork.memory import Head, Layout
 from entropy_fork.model_shape import ModelShape, built_in_names, find_model_shape, shape_of_config
+from entropy_fork.verl import sparse_head
 from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.sparse_head import log_probs_and_entropy, log_probs_with_gradient
 
 
 def qwen3(layers: int, **sizes: Any) -> Any:
@@ -261,8 +262,24 @@ def test_a_fused_head_holds_a_chunk(backward: bool) -> None:
 def test_a_sparse_head_is_the_dense_one_on_fewer_tokens_up_to_a_limit() -> None:
     head = Head()
     assert memory.update_logits(memory.sparse(head), 200, 1000) == memory.update_logits(head, 1000, 1000) // 5
-    many = memory.ROWS_KEPT + 1
-    assert memory.update_logits(memory.sparse(head), many, 1000) == memory.update_logits(Head(fused=True), many, 1000)
+    limit, many = memory.ROWS_KEPT, memory.ROWS_KEPT * 3
+    assert memory.update_logits(memory.sparse(head), many, 1000) == memory.update_logits(
+        memory.sparse(head), limit, 1000
+    )
+
+
+def test_a_sparse_head_with_gradients_holds_as_many_rows_as_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three times as many, its peak is that of the limit; only log-probabilities are kept beside."""
+    monkeypatch.setattr(sparse_head, "ROWS_KEPT", 128)
+    peaks = []
+    for tokens in (128, 384):
+        hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(4096, 4, requires_grad=True)
+        labels = torch.randint(4096, (tokens,))
+        live = LiveBytes([hidden, weight, labels])
+        with live:
+            log_probs_with_gradient(hidden, weight, labels, 1.0).sum().backward()
+        peaks.append(live.peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,11 +18,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_fork import vllm_temperatures
-from entropy_fork.core.head import log_probs_and_entropy
 from entropy_fork.core.temperature import TwoTemperatures, entropies, scaled, two_temperatures
 from entropy_fork.evaluation import run
 from entropy_fork.evaluation.engines import Sampling, entropies_of
 from entropy_fork.generation import Answer, Request, generate
+from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
 vllm = pytest.importorskip("vllm")
 
@@ -211,7 +211,7 @@ def test_entropies_of_the_engines_and_of_the_training_step_agree(
         with torch.no_grad():
             hidden = model.model(torch.tensor([[*text, *token_ids]])).last_hidden_state[0, len(text) - 1 : -1]
             expected.append(entropies(model.lm_head(hidden)))
-            of_the_step.append(log_probs_and_entropy(hidden, model.lm_head.weight, torch.tensor(token_ids))[1])
+            of_the_step.append(log_probs_and_entropy(hidden, model.lm_head.weight, torch.tensor(token_ids), 1.0)[1])
     assert tokens > 500
     torch.testing.assert_close(torch.tensor(from_vllm), torch.cat(expected), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat(of_the_step), torch.cat(expected), atol=2e-6, rtol=1e-6)

@@ -2,8 +2,8 @@
 
 A row of logits has as many numbers as the vocabulary, 151,936 for Qwen3, and every other tensor of a step is small
 beside them. But a loss looks at a few of these rows: none of a prompt, and with token weights of zero none of what was
-dropped. :func:`response_positions` says where the response's predictions lie in a packed batch;
-:func:`log_probs_and_entropy` is the pass without gradients, for any number of rows in a fixed amount of memory.
+dropped. :func:`response_positions` says where the response's predictions lie in a packed batch; :func:`in_chunks` is
+the pass without gradients, for any number of rows in a fixed amount of memory.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
+
+from entropy_fork.core.temperature import entropies
 
 #: rows of logits that exist at once: 512 × 151,936 × 4 bytes are 0.3 GB, and a GPU is busy with them
 CHUNK = 512
 
-#: as many rows of logits are kept for the backward pass, as in an ordinary head; more are computed a second time, in
-#: chunks. 8192 × 151,936 in bfloat16 are 2.5 GB.
+#: as many rows of logits are kept for the backward pass, as in an ordinary head; more are computed a second time, so
+#: many at once. 8192 × 151,936 in bfloat16 are 2.5 GB.
 ROWS_KEPT = 8192
+
+#: rows of a product, at least. A CPU multiplies up to three rows of float32 in another order than many, and then
+#: unchanged weights would give another log-probability, by 1e-6, where a micro-batch keeps one token.
+FEWEST_ROWS = 64
 
 
 def response_positions(offsets: Tensor, response_lengths: Tensor) -> Tensor:
@@ -55,66 +61,73 @@ def padded_positions(positions: Tensor, offsets: Tensor, padded_length: int) -> 
 
 
 @torch.no_grad()
-def log_probs_and_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels and entropies of the whole distributions (the paper's Eq. 1), in one pass.
-
-    The matrix product is made in the type of ``hidden``, everything after it in float32 or better. (An entropy of
-    16-bit logits and sums is a difference of two numbers around 20, which bfloat16 tells apart in steps of 0.125.)
+def in_chunks(
+    measure: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, ...]:
+    """What is measured of every row of logits, of which no more than a chunk exists at once.
 
     Args:
+        measure: from logits, shape (n, vocabulary), and their labels, shape (n,), to tensors of shape (n,).
         hidden: float, shape (num_rows, hidden_size): the last layer's output at these positions.
         weight: same type, shape (vocabulary, hidden_size): the head's, which has no bias.
         labels: int64, shape (num_rows,): the token that followed.
+        chunk: rows of logits at once.
+
+    Returns:
+        What ``measure`` returns, each of shape (num_rows,).
+    """
+    pairs = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    parts = [measure(logits_of(part, weight), label) for part, label in pairs]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The head's product, whose rows do not depend on how many there are: at least :data:`FEWEST_ROWS` are computed.
+
+    Args:
+        hidden: float, shape (num_rows, hidden_size).
+        weight: same type, shape (vocabulary, hidden_size).
+
+    Returns:
+        Same type, shape (num_rows, vocabulary).
+    """
+    missing = FEWEST_ROWS - len(hidden)
+    if missing <= 0:
+        return linear(hidden, weight)
+    return linear(pad(hidden, (0, 0, 0, missing)), weight)[: len(hidden)]
+
+
+def log_probs_entropy_and_rank(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the labels, entropies of the whole distributions, and ranks, in one pass without gradients.
+
+    The matrix product is made in the type of ``hidden``, everything after it, the temperature included, in float32 or
+    better.
+
+    Args:
+        hidden: float, shape (num_rows, hidden_size).
+        weight: same type, shape (vocabulary, hidden_size).
+        labels: int64, shape (num_rows,).
         temperature: T, which logits are divided by.
         chunk: rows of logits at once.
 
     Returns:
-        Two tensors of shape (num_rows,) in nats, float32 (float64 for such input).
+        Three tensors of shape (num_rows,): log-probabilities and entropies (the paper's Eq. 1) in nats, float32
+        (float64 for such input); how many tokens are strictly likelier than the label, int64.
     """
-    log_probs, entropies = _per_chunk(_log_prob_and_entropy, 2, hidden, weight, labels, temperature, chunk)
-    return log_probs, entropies
 
-
-@torch.no_grad()
-def log_probs_entropy_and_rank(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`log_probs_and_entropy`, and how many tokens are strictly likelier than the label, int64."""
-    parts = _per_chunk(_log_prob_entropy_and_rank, 3, hidden, weight, labels, temperature, chunk)
-    log_probs, entropies, ranks = parts  # a rank is below 2^24, so float32 holds it exactly
-    return log_probs, entropies, ranks.long()
-
-
-def _per_chunk(
-    measure: Callable[[Tensor, Tensor], Tensor],
-    num_measures: int,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float,
-    chunk: int,
-) -> tuple[Tensor, ...]:
-    """What ``measure`` makes of (log-probabilities of all tokens, labels), one chunk of rows after another."""
-    parts = []
-    for part, label in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        logits = linear(part, weight)
+    def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if temperature != 1.0:
             logits.div_(temperature)
-        logits.sub_(logits.logsumexp(-1, keepdim=True))  # now the logarithms of probabilities
-        parts.append(measure(logits, label.unsqueeze(-1)))
-    if not parts:
-        parts = [hidden.new_empty((num_measures, 0), dtype=torch.promote_types(hidden.dtype, torch.float32))]
-    return torch.cat(parts, dim=1).unbind()
+        of_label = logits.gather(-1, labels.unsqueeze(-1))
+        rank = (logits > of_label).sum(-1)
+        return of_label.squeeze(-1) - logits.logsumexp(-1), entropies(logits), rank
 
-
-def _log_prob_and_entropy(log_probs: Tensor, label: Tensor) -> Tensor:
-    entropy = -(log_probs.exp().mul_(log_probs)).sum(-1)
-    return torch.stack([log_probs.gather(-1, label).squeeze(-1), entropy])
-
-
-def _log_prob_entropy_and_rank(log_probs: Tensor, label: Tensor) -> Tensor:
-    rank = (log_probs > log_probs.gather(-1, label)).sum(-1)
-    return torch.cat([_log_prob_and_entropy(log_probs, label), rank.to(log_probs.dtype).unsqueeze(0)])
+    log_probs, entropy, rank = in_chunks(measure, hidden, weight, labels, chunk)
+    return log_probs, entropy, rank

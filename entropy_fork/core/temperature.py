@@ -46,8 +46,9 @@ class TwoTemperatures:
             raise ValueError(f"the threshold is {self.threshold}, and must be an entropy in nats: 0 or more")
 
 
+@torch.no_grad()
 def entropies(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """H_t of softmax(z_t / T), the paper's Eq. 1.
+    """H_t of softmax(z_t / T), the paper's Eq. 1. Keeps no graph, and one tensor beside the logits.
 
     Args:
         logits: shape (rows, vocabulary); -inf for tokens that cannot come.
@@ -56,8 +57,12 @@ def entropies(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     Returns:
         Nats, at least 0, shape (rows,), float32 (float64 for such logits).
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.special.entr(torch.softmax(logits / _column(temperature, logits), dim=-1)).sum(dim=-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        logits = logits.to(wide)
+        logits = logits / _column(temperature, logits)
+    probabilities = torch.softmax(logits, dim=-1, dtype=wide)
+    return torch.special.entr(probabilities, out=probabilities).sum(dim=-1)
 
 
 def two_temperatures(entropy: Tensor, high: Tensor | float, low: Tensor | float, threshold: Tensor | float) -> Tensor:

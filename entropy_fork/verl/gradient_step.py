@@ -34,7 +34,7 @@ from entropy_fork.core.weighting import Counts, token_weights
 from entropy_fork.verl.config import NODE
 from entropy_fork.verl.errors import EntropyForkError, process_name
 from entropy_fork.verl.policy_loss import weights_written
-from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, RESPONSES
+from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK, EVERYWHERE, HEAD, RESPONSES
 
 #: what the driver sends: the rule; per row its order and its seed; and, where it could select itself, the kept tokens
 RULE = "entropy_fork_rule"
@@ -75,7 +75,6 @@ class GradientStep:
         self._next_micro_batch = 0
         if self.in_loss:
             self._counts = self._counts_of(data["response_mask"])
-            tu.assign_non_tensor(data, calculate_entropy=True)
         else:
             _multiply_into(data, self._weights_before(data))
 
@@ -84,25 +83,19 @@ class GradientStep:
         if self.rule.pool == "micro_batch":
             self._check_micro_batch(data)
         if self.in_loss:
-            entropy = response_from_nested(model_output["entropy"].detach(), data["response_mask"]).values()
+            entropy = response_from_nested(model_output.pop(ENTROPY_OF_MASK), data["response_mask"]).values()
             _multiply_into(data, self._weights_in_loss(data, entropy))
-            if not self.entropy_wanted:  # verl would report it, and add 0 times its gradient
-                model_output = {name: value for name, value in model_output.items() if name != "entropy"}
         with weights_written():
             return self.loss_function(model_output=model_output, data=data, dp_group=dp_group)
 
     @contextmanager
     def entropy_without_gradient(self) -> Iterator[None]:
-        """Where only the mask looks at the entropies, keep no graph of them: it is as large as the logits."""
-        if not self.in_loss or self.entropy_wanted:
-            yield
-            return
-        function = self._engine.compute_entropy_from_logits
-        self._engine.compute_entropy_from_logits = torch.no_grad()(function)
+        """Where the mask is made in the loss, let the engine hand it the entropies; it keeps no graph of them."""
+        self._engine.selects_in_loss = self.in_loss
         try:
             yield
         finally:
-            self._engine.compute_entropy_from_logits = function
+            self._engine.selects_in_loss = False
 
     def metrics(self) -> dict[str, list[float]]:
         """The :class:`Tally` of the step over all ranks, as verl collects metrics; see :func:`tally_of`."""
@@ -161,9 +154,10 @@ class GradientStep:
 
     def _entropy_of_a_pass(self, data: TensorDict) -> Tensor:
         head = tu.get_non_tensor_data(data, key=HEAD, default=EVERYWHERE)
-        tu.assign_non_tensor(data, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else RESPONSES})
-        output = self._engine.infer_batch(data)["model_output"]
-        tu.assign_non_tensor(data, calculate_entropy=self.entropy_wanted, **{HEAD: head})
+        asked = data.copy()
+        tu.assign_non_tensor(asked, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else RESPONSES})
+        with _without_training(self._engine):
+            output = self._engine.infer_batch(asked)["model_output"]
         return response_from_nested(output["entropy"], data["response_mask"]).values().cpu()
 
     def _counts_of(self, response_mask: Tensor) -> Counts:
@@ -188,6 +182,23 @@ def tally_of(metrics: dict[str, float], num_mini_batches: int) -> Tally:
     """The tally of a training step from the metrics that :meth:`GradientStep.metrics` gave, averaged by verl."""
     average = Tally(**{name: metrics[f"{NODE}/{name}"] for name in asdict(Tally())})
     return Tally.merged([average] * num_mini_batches)
+
+
+@contextmanager
+def _without_training(engine: Any) -> Iterator[None]:
+    """verl's mode of a pass without gradients in the middle of its training mode: no dropout, no activation offload.
+
+    Weights and optimizer stay on the device. Afterwards, also after an error, all is as before.
+    """
+    mode = engine.mode
+    training = [(module, module.training) for module in engine.module.modules()]
+    try:
+        with engine.eval_mode(disable_auto_offload=True):
+            yield
+    finally:
+        engine.mode = mode
+        for module, was_training in training:
+            module.training = was_training
 
 
 def _rows(data: TensorDict, entropy: Tensor) -> Rows:

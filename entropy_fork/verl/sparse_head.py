@@ -9,8 +9,20 @@ but, while such a micro-batch is under way, what the LM head returns:
 - the head, a linear layer, then returns log-probabilities in the place of logits: they must be computed *inside* of the
   model's forward pass, where FSDP has its weight gathered.
 
+transformers' ``logits_to_keep`` cannot take the place of the hook: of padded rows it keeps the same columns in every
+row, and verl's fused forward passes ignore it. Nor can it take the place of the head's forward: the log-prob pass must
+not hold the logits of all response tokens.
+
 Scattered back to all positions the results look as verl's do. What a loss must not look at has the old log-probability,
 a ratio of 1.
+
+**On-policy the ratio is one.** Both passes compute a log-probability as verl's dense pass does, by verl's own function
+and in its order of roundings: logits in the model's type, divided in that type by the temperature rounded to it. With
+unchanged weights a new log-probability then is the old one, whichever of the passes were sparse.
+
+**Entropies that a mask looks at** are computed here in every pass of a masked run, the dense ones included: float32,
+from the logits that the log-probabilities are made of. So the same policy gives the same entropies, and the same mask.
+(verl's own are in 16 bits on a CPU, and by another formula on a GPU.)
 """
 
 from __future__ import annotations
@@ -21,10 +33,21 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from verl.utils import tensordict_utils as tu
+from verl.utils.torch_functional import logprobs_from_logits
 
-from entropy_fork.core.head import ROWS_KEPT, log_probs_and_entropy, padded_positions, response_positions
+from entropy_fork.core.head import (
+    CHUNK,
+    FEWEST_ROWS,
+    ROWS_KEPT,
+    in_chunks,
+    logits_of,
+    padded_positions,
+    response_positions,
+)
+from entropy_fork.core.temperature import entropies
 from entropy_fork.verl import policy_loss
 from entropy_fork.verl.config import NODE
 from entropy_fork.verl.errors import EntropyForkError, process_name
@@ -33,22 +56,27 @@ from entropy_fork.verl.errors import EntropyForkError, process_name
 HEAD = "entropy_fork_head"
 EVERYWHERE, RESPONSES, KEPT = "everywhere", "responses", "kept"
 
+#: what the loss of a mask that is made in it gets beside verl's: entropies of verl's shapes, detached
+ENTROPY_OF_MASK = "entropy_fork_entropy"
+
 
 class RowsOfHead:
     """What is installed in a causal LM: idle, unless ``rows`` is set.
 
     Attributes:
-        rows: int64, shape (num_wanted,): positions in the decoder's flattened output.
-        labels: int64, shape (num_wanted,).
+        rows: int64, shape (num_rows,): positions in the decoder's flattened output.
+        labels: int64, shape (num_rows,).
         temperature: T.
-        result: what the head returned last, shape (1, num_wanted, 1 or 2).
+        log_probs: what the head returned last, shape (1, num_rows, 1).
+        entropy: of these rows, float32, shape (num_rows,); None in a pass with gradients.
     """
 
     def __init__(self, model: Any) -> None:
         self.rows: Tensor | None = None
         self.labels: Tensor | None = None
         self.temperature = 1.0
-        self.result: Tensor | None = None
+        self.log_probs: Tensor | None = None
+        self.entropy: Tensor | None = None
         self._head = model.get_output_embeddings()
         self._dense = self._head.forward
         self._head.forward = self._forward
@@ -56,12 +84,18 @@ class RowsOfHead:
 
     @staticmethod
     def unsuitable(model: Any) -> str | None:
-        """Why this model's head cannot be asked for single rows; None where it can."""
+        """Why this model's head cannot be asked for single rows; None where it can: it computes ``x @ weight.T``."""
         if hasattr(model.config, "vision_config"):
             return "a model that sees has its own forward pass"
         head = model.get_output_embeddings()
+        name = type(head).__name__
         if not isinstance(head, nn.Linear) or head.bias is not None:
-            return f"its LM head is a {type(head).__name__}, not a linear layer without a bias"
+            return f"its LM head is a {name}, not a linear layer without a bias"
+        if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+            return f"its LM head, a {name}, has a forward pass of its own"
+        hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+        if parametrize.is_parametrized(head) or not all(_is_of_fsdp(hook) for hook in hooks):
+            return f"its LM head, a {name}, has a hook or a parametrization"
         return None
 
     def _select(self, decoder: nn.Module, inputs: Any, output: Any) -> Any:
@@ -79,20 +113,20 @@ class RowsOfHead:
         if self.rows is None:
             return self._dense(hidden)
         assert self.labels is not None
-        rows, weight = hidden.squeeze(0), self._head.weight
+        arguments = hidden.squeeze(0), self._head.weight, self.labels, self.temperature
         if torch.is_grad_enabled():
-            columns = [log_probs_with_gradient(rows, weight, self.labels, self.temperature)]
+            log_probs = log_probs_with_gradient(*arguments)
         else:
-            columns = list(log_probs_and_entropy(rows, weight, self.labels, self.temperature))
-        self.result = torch.stack([column.unsqueeze(0) for column in columns], dim=-1)
-        return self.result
+            log_probs, self.entropy = log_probs_and_entropy(*arguments)
+        self.log_probs = log_probs.view(1, -1, 1)
+        return self.log_probs
 
 
 def log_probs_with_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of the labels, by verl's own functions.
+    """Log-probabilities of the labels, as verl's dense pass computes them.
 
-    Up to :data:`ROWS_KEPT` rows as in its ordinary path (utils/torch_functional.py: logprobs_from_logits), which keeps
-    the logits; more by its fused head (utils/experimental/torch_functional.py), which keeps none.
+    It keeps the logits of up to :data:`ROWS_KEPT` rows. Of more, it computes them a second time for the backward pass,
+    so many at once: the gradient of the weight, a sum over all rows, is then rounded as rarely as can be.
 
     Args:
         hidden: float, shape (num_rows, hidden_size).
@@ -103,22 +137,65 @@ def log_probs_with_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, temp
     Returns:
         Shape (num_rows,), nats.
     """
-    if len(hidden) > ROWS_KEPT:
-        from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
-        log_probs, _ = FusedLinearForPPO()(hidden, weight, labels, temperature)
-        return log_probs
-    from verl.utils.torch_functional import logprobs_from_logits
+    def log_probs(hidden: Tensor, labels: Tensor) -> Tensor:
+        return logprobs_from_logits(_scaled(logits_of(hidden, weight), temperature), labels)
 
-    logits = linear(hidden, weight)
-    if temperature != 1.0:
-        logits = logits / temperature
-    return logprobs_from_logits(logits, labels)
+    if len(hidden) <= ROWS_KEPT:
+        return log_probs(hidden, labels)
+    parts = zip(hidden.split(ROWS_KEPT), labels.split(ROWS_KEPT), strict=True)
+    return torch.cat([checkpoint(log_probs, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+
+
+def log_probs_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same log-probabilities without a gradient, and the entropies of the whole distributions (the paper's Eq. 1).
+
+    An entropy of 16-bit sums is a difference of two numbers around 20, which bfloat16 tells apart in steps of 0.125;
+    here it is made of the same logits in float32 or better.
+
+    Args:
+        hidden: float, shape (num_rows, hidden_size), one row or more.
+        weight: same type, shape (vocabulary, hidden_size).
+        labels: int64, shape (num_rows,).
+        temperature: T, which logits are divided by.
+
+    Returns:
+        Two tensors of shape (num_rows,), nats; the entropies in float32 (float64 for such input).
+    """
+
+    def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        logits = _scaled(logits, temperature)
+        log_probs = logprobs_from_logits(logits, labels)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return log_probs, entropies(logits)
+
+    log_probs, entropy = in_chunks(measure, hidden, weight, labels)
+    return log_probs, entropy
+
+
+def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """verl's ``_scale_logits_by_temperature`` (workers/engine/fsdp/transformer_impl.py), in place.
+
+    Args:
+        logits: shape (num_rows, vocabulary).
+        temperature: T, a number, or float32 of shape (num_rows,).
+    """
+    if not isinstance(temperature, Tensor):
+        if temperature == 1.0:
+            return logits
+        # On a GPU, not a scalar of the host: torch would multiply by its inverse.
+        temperature = torch.full((1,), temperature, dtype=torch.float32, device=logits.device)
+    return logits.div_(temperature.clamp(min=1e-8).to(logits.dtype).unsqueeze(-1))
 
 
 class SparseHead:
-    """Mixin in front of verl's FSDP engine with an LM head."""
+    """Mixin in front of verl's FSDP engine with an LM head.
 
+    Attributes:
+        selects_in_loss: a mask is made in the loss, which needs :data:`ENTROPY_OF_MASK` in the model's output.
+    """
+
+    selects_in_loss = False
     _rows_of_head: RowsOfHead | None = None
     _where: str | None = None
     _said: tuple[str, ...] = ()
@@ -139,20 +216,16 @@ class SparseHead:
             return model_inputs, output_args
         self._rows_of_head.rows = None
         if self._where is not None:
-            is_packed = tu.get_non_tensor_data(micro_batch, key="use_remove_padding", default=True)
-            offsets = micro_batch["input_ids"].offsets()
             following = output_args["input_ids_rmpad_rolled"]
-            # Under sequence parallelism a rank has a part of the packed sequence. One that has none of the wanted
-            # positions still needs a row, for its part in the gradient: 0, which nothing looks at.
-            wanted = _wanted(micro_batch, self._where) - self._first_position(len(following))
-            wanted = wanted[(wanted >= 0) & (wanted < len(following))]
-            positions = wanted if len(wanted) else wanted.new_zeros(1)
-            rows = positions
-            if not is_packed:
-                rows = padded_positions(positions, offsets, model_inputs["input_ids"].shape[1])
-            self._rows_of_head.rows, self._rows_of_head.labels = rows, following[positions]
-            self._rows_of_head.temperature = float(micro_batch["temperature"])
+            positions = self._local(micro_batch, self._where, len(following))
+            if not len(positions):  # A rank still needs a row, for its part in the gradient: 0, which nothing looks at.
+                positions = positions.new_zeros(1)
             output_args[HEAD] = positions
+            if _is_fused(micro_batch):  # verl's own products, see core/head.py: FEWEST_ROWS
+                positions = torch.cat([positions, positions[:1].expand(max(0, FEWEST_ROWS - len(positions)))])
+            self._rows_of_head.rows = _in_output(positions, micro_batch, model_inputs["input_ids"].shape[1])
+            self._rows_of_head.labels = following[positions]
+            self._rows_of_head.temperature = float(micro_batch["temperature"])
             if _is_fused(micro_batch):
                 model_inputs["shift_labels"] = self._rows_of_head.labels.unsqueeze(0)
         return model_inputs, output_args
@@ -161,20 +234,60 @@ class SparseHead:
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, Tensor]:
         """verl's, of verl's shapes; of a head that saw some rows, the same for all positions."""
-        if HEAD not in output_args:
+        if HEAD in output_args:
+            return self._of_some_rows(output, output_args, micro_batch)
+        is_wanted = tu.get_non_tensor_data(micro_batch, key="calculate_entropy", default=False)
+        is_pass = is_wanted and HEAD in micro_batch and not torch.is_grad_enabled()
+        if not is_pass and not self.selects_in_loss:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[misc]
-        assert self._rows_of_head is not None
-        columns = self._columns(output, _is_fused(micro_batch))
-        self._rows_of_head.rows = self._rows_of_head.result = None
-        log_probs = self._everywhere(columns[0], output_args)
-        if self._where == KEPT:
-            log_probs = _with_old_elsewhere(log_probs, micro_batch)
-        offsets = micro_batch["input_ids"].offsets()
-        model_output = {"log_probs": torch.nested.nested_tensor_from_jagged(log_probs, offsets)}
-        if tu.get_non_tensor_data(micro_batch, key="calculate_entropy", default=False):
-            entropy = self._everywhere(columns[1], output_args)
-            model_output["entropy"] = torch.nested.nested_tensor_from_jagged(entropy, offsets)
+        # verl's own entropies: for an entropy bonus, and those of its fused kernels, which make no logits
+        is_fused = _is_fused(micro_batch)
+        micro_batch = micro_batch.copy()
+        tu.assign_non_tensor(micro_batch, calculate_entropy=is_fused or (is_wanted and not is_pass))
+        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[misc]
+        if is_fused:
+            entropy = model_output["entropy"].detach() if is_wanted else model_output.pop("entropy").detach()
+        else:
+            entropy = self._entropy(output.logits, output_args, micro_batch)
+        model_output["entropy" if is_pass else ENTROPY_OF_MASK] = entropy
         return model_output
+
+    def _of_some_rows(self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict) -> dict[str, Tensor]:
+        """Log-probabilities and perhaps entropies of the wanted rows, at all positions."""
+        head = self._rows_of_head
+        assert head is not None
+        if _is_fused(micro_batch):
+            log_probs, entropy = output.log_probs.squeeze(0), output.entropy.squeeze(0)
+        else:
+            log_probs, entropy = output.logits.view(-1), head.entropy
+            if head.log_probs is None or output.logits.data_ptr() != head.log_probs.data_ptr():
+                raise EntropyForkError(
+                    f"the model does something to its logits after the LM head (a soft cap, a scale), which "
+                    f"{NODE}.sparse_head does not know, in {process_name()}. Write {NODE}.sparse_head=false."
+                )
+        head.rows = head.log_probs = head.entropy = None
+        positions = output_args[HEAD]
+        model_output = {"log_probs": self._everywhere(log_probs, positions, output_args, micro_batch)}
+        if self._where == KEPT:
+            model_output["log_probs"] = _with_old_elsewhere(model_output["log_probs"], micro_batch)
+        if tu.get_non_tensor_data(micro_batch, key="calculate_entropy", default=False):
+            assert entropy is not None
+            model_output["entropy"] = self._everywhere(entropy, positions, output_args, micro_batch)
+        return model_output
+
+    @torch.no_grad()
+    def _entropy(self, logits: Tensor, output_args: dict[str, Any], micro_batch: TensorDict) -> Tensor:
+        """Entropies at response positions from the logits of all, 0 elsewhere."""
+        positions = self._local(micro_batch, RESPONSES, len(output_args["input_ids_rmpad_rolled"]))
+        rows = _in_output(positions, micro_batch, logits.shape[1])
+        if "temperature_rmpad" in output_args:
+            temperature = output_args["temperature_rmpad"][positions]
+        else:
+            temperature = output_args["temperature"][rows // logits.shape[1]]
+        logits = logits.flatten(0, 1)
+        parts = zip(rows.split(CHUNK), temperature.split(CHUNK), strict=True)
+        entropy = torch.cat([entropies(_scaled(logits[part], t)) for part, t in parts])
+        return self._everywhere(entropy, positions, output_args, micro_batch)
 
     def _where_wanted(self, micro_batch: TensorDict) -> str | None:
         """What the batch asks for; None for every position, also where this worker cannot do it, which is said once."""
@@ -208,32 +321,23 @@ class SparseHead:
             self._rows_of_head = RowsOfHead(model)
         return None
 
-    def _first_position(self, num_local: int) -> int:
-        """Where this rank's part of the packed sequence begins."""
+    def _local(self, micro_batch: TensorDict, where: str, num_local: int) -> Tensor:
+        """The wanted positions of this rank: under sequence parallelism it has a part of the packed sequence."""
+        wanted = _wanted(micro_batch, where)
         if not self.use_ulysses_sp:  # type: ignore[attr-defined]
-            return 0
-        return num_local * self.ulysses_device_mesh["sp"].get_local_rank()  # type: ignore[attr-defined]
+            return wanted
+        wanted = wanted - num_local * self.ulysses_device_mesh["sp"].get_local_rank()  # type: ignore[attr-defined]
+        return wanted[(wanted >= 0) & (wanted < num_local)]
 
-    def _columns(self, output: Any, is_fused: bool) -> list[Tensor]:
-        """Log-probabilities and perhaps entropies of the wanted rows."""
-        assert self._rows_of_head is not None
-        if is_fused:
-            return [output.log_probs.squeeze(0), output.entropy.squeeze(0)]
-        result = self._rows_of_head.result
-        if result is None or output.logits.data_ptr() != result.data_ptr() or output.logits.shape != result.shape:
-            raise EntropyForkError(
-                f"the model does something to its logits after the LM head (a soft cap, a scale), which "
-                f"{NODE}.sparse_head does not know, in {process_name()}. Write {NODE}.sparse_head=false."
-            )
-        return list(output.logits.squeeze(0).unbind(-1))
-
-    def _everywhere(self, values: Tensor, output_args: dict[str, Any]) -> Tensor:
-        """Values at the wanted positions as values at all positions, 0 elsewhere; over all sequence-parallel ranks."""
+    def _everywhere(
+        self, values: Tensor, positions: Tensor, output_args: dict[str, Any], micro_batch: TensorDict
+    ) -> Tensor:
+        """Values at these positions (more values are dropped), 0 at all others; of all sequence-parallel ranks."""
         zeros = values.new_zeros(len(output_args["input_ids_rmpad_rolled"]))
-        everywhere = zeros.index_put((output_args[HEAD],), values)
-        if "pad_size" not in output_args:  # rows were padded, and the values are not
-            return everywhere
-        return self._gather_and_unpad_packed(everywhere, output_args["pad_size"])  # type: ignore[attr-defined]
+        everywhere = zeros.index_put((positions,), values[: len(positions)])
+        if "pad_size" in output_args:  # else rows were padded, and the values are not
+            everywhere = self._gather_and_unpad_packed(everywhere, output_args["pad_size"])  # type: ignore[attr-defined]
+        return torch.nested.nested_tensor_from_jagged(everywhere, micro_batch["input_ids"].offsets())
 
 
 def _wanted(micro_batch: TensorDict, where: str) -> Tensor:
@@ -245,18 +349,28 @@ def _wanted(micro_batch: TensorDict, where: str) -> Tensor:
     return positions[(micro_batch["rollout_is_weights"].values() != 0) & mask.values().bool()]
 
 
-def _with_old_elsewhere(log_probs: Tensor, micro_batch: TensorDict) -> Tensor:
-    """The old log-probability where the head was not asked, as if the policy had not moved there."""
-    responses, kept = _wanted(micro_batch, RESPONSES), _wanted(micro_batch, KEPT)
-    old = log_probs.new_zeros(len(log_probs))
-    old[responses] = micro_batch["old_log_probs"].values().to(old.dtype)
-    is_kept = torch.zeros_like(old, dtype=torch.bool)
-    is_kept[kept] = True
-    return torch.where(is_kept, log_probs, old)
+def _in_output(positions: Tensor, micro_batch: TensorDict, width: int) -> Tensor:
+    """Where packed positions are in the model's output of shape (rows, width, …), its first two dimensions as one."""
+    if tu.get_non_tensor_data(micro_batch, key="use_remove_padding", default=True):
+        return positions
+    return padded_positions(positions, micro_batch["input_ids"].offsets(), width)
+
+
+def _with_old_elsewhere(log_probs: Any, micro_batch: TensorDict) -> Tensor:
+    """The old log-probability where the head was not asked, as if the policy had not moved there; nested."""
+    values, old = log_probs.values(), micro_batch["old_log_probs"].values()
+    everywhere = old.new_zeros(len(values)).index_put((_wanted(micro_batch, RESPONSES),), old)
+    is_kept = torch.zeros_like(everywhere, dtype=torch.bool)
+    is_kept[_wanted(micro_batch, KEPT)] = True
+    return torch.nested.nested_tensor_from_jagged(torch.where(is_kept, values, everywhere), log_probs.offsets())
 
 
 def _is_fused(micro_batch: TensorDict) -> bool:
     return bool(tu.get_non_tensor_data(micro_batch, key="use_fused_kernels", default=False))
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _causal_lm(module: Any) -> Any:
