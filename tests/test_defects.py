@@ -6,6 +6,7 @@ haolpku/DataFlex-RL.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +36,7 @@ from entropy_fork.verl.config import MASKED_STRATEGIES, check_before_training
 from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.gradient_step import ROW_IDENTITY, GradientStep
 from entropy_fork.verl.policy_loss import weights_written
+from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK
 
 
 @given(
@@ -309,14 +311,17 @@ def weights_in_worker(rule: Rule, cut: dict[str, Any], importance: float | None 
     if importance is not None:
         tensors["rollout_is_weights"] = jagged(torch.full_like(rows.entropy, importance), rows.lengths)
 
-    def model_output(data: Any) -> dict[str, Tensor]:
+    def model_output(data: Any, name: str) -> dict[str, Tensor]:
         ids = data["input_ids"]
-        return {"entropy": jagged(table[ids.values()], ids.offsets().diff())}
+        return {name: jagged(table[ids.values()], ids.offsets().diff())}
 
     this_engine = SimpleNamespace(
         get_data_parallel_group=lambda: None,
         ulysses_sequence_parallel_size=1,
-        infer_batch=lambda data: {"model_output": model_output(data)},
+        infer_batch=lambda data: {"model_output": model_output(data, "entropy")},
+        module=torch.nn.Identity(),
+        mode="train",
+        eval_mode=lambda **_: contextlib.nullcontext(),
     )
     by_row: dict[int, Tensor] = {}
 
@@ -328,5 +333,5 @@ def weights_in_worker(rule: Rule, cut: dict[str, Any], importance: float | None 
     step = GradientStep(this_engine, data, rule, loss)
     micro_batches, _ = prepare_micro_batches(data)
     for micro_batch in micro_batches:
-        step.loss(model_output(micro_batch), micro_batch)
+        step.loss(model_output(micro_batch, ENTROPY_OF_MASK), micro_batch)
     return torch.cat([by_row[int(order)] for order in rows.order])

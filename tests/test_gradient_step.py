@@ -431,7 +431,7 @@ def graphs_of_entropies(state: dict[str, Any], answers: Answers, rows: list[int]
     state["engine"].prepare_model_outputs = noting
     try:
         rule = Rule(Selector(0.2), "current", "micro_batch")
-        train_step(state, answers, rows, rule, THREE, "entropy_fork/in_worker/vanilla", **actor)
+        train_step(state, answers, rows, rule, THREE, "entropy_fork/vanilla", **actor)
     finally:
         del state["engine"].prepare_model_outputs
     return seen
@@ -454,7 +454,7 @@ def test_no_graph_of_entropies_that_only_the_mask_looks_at(worlds: dict[int, Pro
         assert "actor/entropy_loss" in part["metrics"]
     # the engine is as it was, and the pass before the step keeps none either
     for plain in (None, Rule(Selector(0.2), "current")):
-        mode = "vanilla" if plain is None else "entropy_fork/in_worker/vanilla"
+        mode = "vanilla" if plain is None else "entropy_fork/vanilla"
         for part in train(world, make_answers(6), plain, THREE, loss_mode=mode):
             assert part["outputs"] == [{"log_probs": True}] * (4 // size)
 
@@ -487,7 +487,7 @@ def step_after_a_pass(state: dict[str, Any], path: str, answers: Answers, offloa
     unpinned = partial(SynchronizedGroupOffloadHandler.offload, pin_memory=False)  # which needs an accelerator
     with patch.object(SynchronizedGroupOffloadHandler, "offload", staticmethod(unpinned)):
         rule, rows = Rule(Selector(0.3), "current", "mini_batch"), list(range(NUM_ROWS))
-        answer = train_step(state, answers, rows, rule, THREE, "entropy_fork/in_worker/vanilla")
+        answer = train_step(state, answers, rows, rule, THREE, "entropy_fork/vanilla")
     with engine.train_mode():
         with pytest.raises(ZeroDivisionError), _without_training(engine):
             raise ZeroDivisionError

@@ -343,6 +343,7 @@ SPELLINGS = ("top_ratio", "entropy_top_ratio", "top_entropy_quantile", "high_ent
 #: verl's nodes in which such a key can only be meant for the mask. Elsewhere it may be a key of the user's own.
 MEANT_FOR_A_MASK = (
     "actor_rollout_ref.actor",
+    "actor_rollout_ref.actor.policy_loss",
     "actor_rollout_ref.model",
     "algorithm",
 )
