@@ -98,7 +98,7 @@ class EntropyForkConfig:
         seed: of ``select=random``.
         sparse_head: compute the LM head at response positions only, and in the update, where nothing else needs them,
             at kept positions only. False computes every position's, as verl does. The update is the same but for
-            the last bits; of verl's metrics, those that then see kept tokens only are called ``…_kept``.
+            the last bits; verl's metrics that then see kept tokens only (docs/semantics.md) are means over these.
         dump_every: write the tokens of ``dump_answers`` answers of every so many steps, their entropies and what was
             selected, into ``dump_dir`` (by default ``tokens`` in ``trainer.default_local_dir``), for ``entropy-fork
             report``; 0 writes nothing. With ``enabled=False`` as well.
