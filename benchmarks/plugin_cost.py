@@ -64,7 +64,7 @@ def main(
         ours = train(["entropy_fork.top_ratio=1.0"], world, steps, Path(folder))
         entries = [line.split() for file in Path(folder).iterdir() for line in file.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as folder:
-        stock = train(["~entropy_fork"], world, steps, Path(folder))
+        stock = train(["~entropy_fork", "~entropy_fork_guards"], world, steps, Path(folder))
     driver = [float(seconds) for name, seconds in entries if name == "_write_token_weights"][SKIP:]
     loss = [float(seconds) for name, seconds in entries if name == "kept_sums"]
     per_step = len(loss) / steps  # micro-batches; the demo's one rank has them all

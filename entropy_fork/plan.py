@@ -32,10 +32,12 @@ from entropy_fork.rejections import Problem, accelerators_per_engine, find_probl
 from entropy_fork.verl import platform_cpu, plugin
 from entropy_fork.verl.config import (
     MASKED_STRATEGIES,
+    MOVED,
     NODE,
     EntropyForkConfig,
     check_before_training,
     check_maskable,
+    moved,
     read_config,
 )
 from entropy_fork.verl.errors import EntropyForkError
@@ -97,7 +99,9 @@ def compose(overrides: list[str], config_name: str = "ppo_trainer") -> DictConfi
         return config
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split("\nSee https")[0].split())
-        if f"'{NODE}." in reason:  # Hydra would have a mistyped key appended
+        if found := [key for key in MOVED if f"'{key}'" in reason]:
+            reason = moved(found[0])
+        elif f"'{NODE}." in reason:  # Hydra would have a mistyped key appended
             reason = (
                 f"{reason.split('To append')[0]}Keys of {NODE}: {', '.join(f.name for f in fields(EntropyForkConfig))}"
             )

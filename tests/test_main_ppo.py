@@ -157,7 +157,7 @@ ENTROPY_ERROR, PARAMETER_ERROR = 1e-4, 2e-5
 
 def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded: Recorded, world: Path) -> None:  # type: ignore[no-untyped-def]
     """The same recorded answers, without the plugin's config node and with ρ = 1.0: the same parameters bit for bit."""
-    stock = main_ppo("~entropy_fork", *recorded.replay, folder="stock")
+    stock = main_ppo("~entropy_fork", "~entropy_fork_guards", *recorded.replay, folder="stock")
     everything = main_ppo("entropy_fork.top_ratio=1.0", *recorded.replay, folder="everything")
     for run in (stock, everything):
         assert "Injected 32 cached trajectories" in run.output
@@ -258,6 +258,9 @@ def test_the_papers_equation_with_a_critic_a_reference_and_a_resume(main_ppo) ->
     ]
     first = main_ppo(*settings)
     assert first.metric("val-core/cpu_demo/acc/mean@1")
+    baseline = main_ppo(*settings, "entropy_fork=off", expect=1)
+    assert "global_step_1 was trained on the tokens of top_ratio=0.2 select=top entropy=current" in baseline.output
+    assert "ray init kwargs" not in baseline.output
     second = main_ppo(*settings, "trainer.total_training_steps=2", "trainer.val_before_train=true")
     assert "setting global step to 1" in second.output
     assert "step:2 - " in second.output

@@ -274,6 +274,8 @@ def test_megatron_through_verls_config_name() -> None:
 
 
 def test_a_config_that_cannot_be_composed() -> None:
+    with pytest.raises(EntropyForkError, match=r"'entropy_fork.patience_s' is now 'entropy_fork_guards.patience_s'"):
+        make_plan(["+entropy_fork=global", "entropy_fork.patience_s=9"])
     with pytest.raises(EntropyForkError, match=r"Could not override 'entropy_fork.topratio'. Keys of .*top_ratio"):
         make_plan(["+entropy_fork=global", "entropy_fork.topratio=0.1"])
     with pytest.raises(EntropyForkError, match="one job of a sweep"):

@@ -151,7 +151,10 @@ def test_the_commands_in_another_verl(monkeypatch: pytest.MonkeyPatch) -> None:
 MAIN_PPO = ("-m", "verl.trainer.main_ppo", "--cfg", "job")
 
 
-@pytest.mark.parametrize("asked", ["+entropy_fork=global", "+recipe=demo_cpu", "+entropy_fork.top_ratio=0.2"])
+@pytest.mark.parametrize(
+    "asked",
+    ["+entropy_fork=global", "+recipe=demo_cpu", "+entropy_fork.top_ratio=0.2", "+entropy_fork_guards=on"],
+)
 def test_a_run_that_asks_for_an_inactive_plugin_stops(python: Python, asked: str) -> None:
     result = python(*MAIN_PPO, asked, VERL_USE_EXTERNAL_PLUGINS="none", VERL_PLATFORM="")
     assert result.returncode != 0
@@ -185,6 +188,14 @@ def test_a_bad_ratio_stops_the_launcher_before_ray(python: Python) -> None:
     result = python("-m", "verl.trainer.main_ppo", "+recipe=demo_cpu", "entropy_fork.top_ratio=1.2")
     assert result.returncode != 0
     assert "top_ratio must be in (0, 1], got 1.2" in result.stderr
+    assert "ray init kwargs" not in result.stdout
+
+
+@pytest.mark.parametrize("word", ["entropy_fork.patience_s=9", "+entropy_fork.patience_s=9"])
+def test_a_key_that_has_moved_says_where_to(python: Python, word: str) -> None:
+    result = python("-m", "verl.trainer.main_ppo", "+recipe=demo_cpu", word)
+    assert result.returncode != 0
+    assert "'entropy_fork.patience_s' is now 'entropy_fork_guards.patience_s'. Write +entropy_fork_g" in result.stderr
     assert "ray init kwargs" not in result.stdout
 
 
