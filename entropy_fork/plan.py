@@ -376,8 +376,8 @@ def _add_up(plan: Plan, config: DictConfig, layout: Layout, model: ModelShape) -
     asleep = 0 if sleeps else share
     tokens = plan.step["tokens_per_gpu_per_micro_batch_at_most"]
     log_prob_tokens = plan.step["tokens_per_gpu_in_log_prob_pass_at_most"]
-    dense_because = _dense_because(config, masked)
     kept = kept_ratio(masked)
+    dense_because = "nothing is masked" if masked is None else masked.dense_because(config, kept)
     is_sparse = masked is not None and masked.sparse_head and kept < 1 and layout.strategy in MASKED_STRATEGIES
     at_responses = memory.sparse(head) if is_sparse else head
     at_kept = memory.sparse(head) if dense_because is None else head
@@ -419,12 +419,6 @@ def kept_ratio(masked: EntropyForkConfig | None) -> float:
         return 1.0
     ratio = masked.top_ratio if masked.schedule == "constant" else max(masked.top_ratio, masked.final_ratio)
     return ratio - masked.band_from
-
-
-def _dense_because(config: DictConfig, masked: EntropyForkConfig | None) -> str | None:
-    if masked is None:
-        return "nothing is masked"
-    return "nothing is dropped" if kept_ratio(masked) == 1 else masked.dense_because(config)
 
 
 def _rollout_engine(plan: Plan, config: DictConfig, model: ModelShape) -> None:

@@ -64,6 +64,11 @@ class Selector:
         if self.select == "random" and self.ties == "threshold":
             raise ValueError("select=random has no threshold on the entropy; write ties=exact")
 
+    @property
+    def kept_share(self) -> float:
+        """Of the tokens of a large pool, in (0, 1]."""
+        return self.top_ratio - self.band_from
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -182,16 +182,20 @@ class EntropyForkConfig:
         """
         return self.entropy == "current" or self.pool == "micro_batch" or shuffle
 
-    def dense_because(self, config: DictConfig) -> str | None:
+    def dense_because(self, config: DictConfig, kept_share: float) -> str | None:
         """Why the LM head of an update is needed at every position; None where the kept ones are enough.
+
+        The one place that decides it, for the trainer and for ``entropy-fork plan``. A worker adds only what it alone
+        can see: the model and the batch (``sparse_head.py``).
 
         Args:
             config: the root.
+            kept_share: of the tokens of a pool, in (0, 1].
         """
         actor = config.actor_rollout_ref.actor
-        loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla")
-        loss_mode = plain_name(loss_mode)
+        loss_mode = plain_name(OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla"))
         for reason, holds in {
+            "nothing is dropped": kept_share == 1,
             f"{NODE}.sparse_head=False": not self.sparse_head,
             f"actor.strategy={actor.strategy}": actor.strategy not in MASKED_STRATEGIES,
             "entropy=current with pool=micro_batch selects during the update": self.rule_at(

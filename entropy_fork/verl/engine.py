@@ -34,7 +34,7 @@ class ForkingTokens(sparse_head.SparseHead):
         if rule is None:
             return super().train_batch(data, loss_function)  # type: ignore[misc]
         step = gradient_step.GradientStep(self, data, rule, loss_function)
-        with step.entropy_without_gradient():
+        with step.selecting_in_loss():
             outputs = super().train_batch(data, step.loss)  # type: ignore[misc]
         outputs["metrics"].update(step.metrics())
         return outputs

@@ -89,7 +89,7 @@ class GradientStep:
             return self.loss_function(model_output=model_output, data=data, dp_group=dp_group)
 
     @contextmanager
-    def entropy_without_gradient(self) -> Iterator[None]:
+    def selecting_in_loss(self) -> Iterator[None]:
         """Where the mask is made in the loss, let the engine hand it the entropies; it keeps no graph of them."""
         self._engine.selects_in_loss = self.in_loss
         try:

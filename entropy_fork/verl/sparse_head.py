@@ -306,10 +306,7 @@ class SparseHead:
         needed = ("response_mask", "rollout_is_weights") if where == KEPT else ("response_mask",)
         if missing := [name for name in needed if name not in micro_batch]:
             return f"the batch has no {missing[0]}"
-        settings = ["calculate_sum_pi_squared", "distillation_use_topk"]
-        if where == KEPT:
-            settings.append("calculate_entropy")
-        for name in settings:
+        for name in ("calculate_sum_pi_squared", "distillation_use_topk"):
             if tu.get_non_tensor_data(micro_batch, key=name, default=False):
                 return f"{name} needs it"
         if isinstance(micro_batch["temperature"], Tensor):

@@ -65,7 +65,7 @@ class TokenWeights:
             check_maskable(config, self.entropy_fork)
             guard_loss(config)  # what the workers will be given
             print(f"entropy_fork: {_in_words(self.entropy_fork)} is active in {process_name()}", flush=True)
-            reason = self.entropy_fork.dense_because(config)
+            reason = self.entropy_fork.dense_because(config, self.entropy_fork.selector_at(1).kept_share)
             where = "kept positions only" if reason is None else f"every position, because {reason}"
             print(f"entropy_fork: the LM head of an update computes {where}", flush=True)
         self.token_dump = TokenDump.asked_for(config)
@@ -83,24 +83,26 @@ class TokenWeights:
             self.token_dump.start()
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        if self.entropy_fork is not None:
-            batch.extra_info[HEAD] = self._head(RESPONSES)
+        self._ask_for_head(batch)
         return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
 
     def _compute_ref_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        if self.entropy_fork is not None:
-            batch.extra_info[HEAD] = self._head(RESPONSES)
+        self._ask_for_head(batch)
         return super()._compute_ref_log_prob(batch, metrics)  # type: ignore[misc]
 
-    def _head(self, wanted: str) -> str:
-        """Where the LM head is to be computed. Where nothing is dropped, everywhere: then all is as in stock verl."""
+    def _ask_for_head(self, batch: Any, is_update: bool = False) -> None:
+        """Say with the batch where the LM head is wanted. Where nothing is dropped, say nothing: stock verl."""
         spec = self.entropy_fork
-        assert spec is not None
-        if not spec.sparse_head or spec.selector_at(self.global_steps).top_ratio == 1.0:  # type: ignore[attr-defined]
-            return EVERYWHERE
-        if wanted == KEPT_POSITIONS and spec.dense_because(self.config) is not None:  # type: ignore[attr-defined]
-            return EVERYWHERE
-        return wanted
+        if spec is None:
+            return
+        kept_share = spec.selector_at(self.global_steps).kept_share  # type: ignore[attr-defined]
+        if kept_share == 1:
+            batch.extra_info.pop(HEAD, None)
+        elif is_update:
+            reason = spec.dense_because(self.config, kept_share)  # type: ignore[attr-defined]
+            batch.extra_info[HEAD] = KEPT_POSITIONS if reason is None else EVERYWHERE
+        else:
+            batch.extra_info[HEAD] = RESPONSES if spec.sparse_head else EVERYWHERE
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
@@ -127,7 +129,7 @@ class TokenWeights:
         if in_worker:
             rule = self.entropy_fork.rule_at(self.global_steps, config.actor.loss_agg_mode)  # type: ignore[attr-defined]
             batch.extra_info[RULE] = rule
-        batch.extra_info[HEAD] = self._head(KEPT_POSITIONS)
+        self._ask_for_head(batch, is_update=True)
         num_rows = len(batch)
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
         prefix = f"actor/{NODE}/"
