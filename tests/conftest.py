@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
-from processes import Processes, processes_with
+from processes import PROCESSES, Processes, processes_with
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,39 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+#: fixtures that start processes; what uses one of them, or is marked ``process``, is not in the quick tier
+STARTING_PROCESSES = {
+    "application", "chromium", "fused_worlds", "main_ppo", "python", "ranks", "recorded", "two_ranks", "verdicts",
+    "wheel", "world", "worlds",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs other processes, so that ``make check`` can leave it out."""
+    for item in items:
+        if STARTING_PROCESSES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.process)
+
+
+_may_start_processes = True
+
+
+def _refuse_processes(event: str, _: object) -> None:
+    if not _may_start_processes and event in ("subprocess.Popen", "os.fork", "os.posix_spawn", PROCESSES):
+        raise AssertionError("this test starts a process: mark it with pytest.mark.process")
+
+
+sys.addaudithook(_refuse_processes)
+
+
+@pytest.fixture(autouse=True)
+def processes_only_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The quick tier stays quick: a test that starts a process without the mark fails."""
+    global _may_start_processes
+    _may_start_processes = any(request.node.get_closest_marker(name) for name in ("process", "e2e", "fault"))
+    yield
+    _may_start_processes = True
 
 
 @pytest.fixture(autouse=True)

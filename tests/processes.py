@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,10 @@ from typing import Any
 
 #: for one answer. A collective that hangs is a failure here, not a test that never ends.
 TIMEOUT_SECONDS = 120
+
+
+#: what Python's audit hooks are told when ranks are started
+PROCESSES = "entropy_fork.processes"
 
 
 def _serve(connection: Connection, rank: int, size: int, store: str) -> None:
@@ -40,6 +45,7 @@ class Processes:
 
     def __init__(self, size: int):
         # A server that has imported what ranks need, and is forked for each: importing takes ten seconds a process.
+        sys.audit(PROCESSES)
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["mini_batch"])
         self.size = size

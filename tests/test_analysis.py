@@ -387,6 +387,7 @@ def test_texts_are_read_as_they_are_measured(
     assert written == [(8, 8), (8, 16), (4, 20)]
 
 
+@pytest.mark.process
 def test_what_vllms_process_refuses_is_said_here(
     settings: Callable[..., run.Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:

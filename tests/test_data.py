@@ -158,6 +158,7 @@ def prepare(tmp_path: Path) -> Callable[..., Output]:
     return call
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("write", [write_parquet, write_lines])
 def test_each_source(name: str, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -246,6 +247,7 @@ def test_guru_without_its_instruction_is_used(prepare: Callable[..., Output]) ->
     assert [row["prompt"][0]["content"] for row in output.rows] == [f"{q}\n{INSTRUCTION}" for q in ("A?", "B?")]
 
 
+@pytest.mark.process
 def test_olympiadbench(prepare: Callable[..., Output]) -> None:
     rows = [
         olympiad_row("One?", ["$\\frac{1}{2}$"]),
@@ -306,6 +308,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.process
 def test_folders_like_a_download(tmp_path: Path) -> None:
     guru = tmp_path / "guru"
     write_parquet(guru / "train" / "math__combined_54.4k.parquet", [guru_row("A?", "1")])
@@ -454,6 +457,7 @@ def test_clean_answer(answer: str, cleaned: str) -> None:
     assert clean_answer(cleaned) == cleaned
 
 
+@pytest.mark.process
 def test_powers_of_ten_are_scored_as_a_model_writes_them() -> None:
     for truth in ("4.5e33", clean_answer("4.5e33")):
         assert compute_score("", "\\boxed{4.5 \\times 10^{33}}", truth)["acc"] == 1.0
@@ -577,6 +581,7 @@ def test_verl_sends_the_papers_prompt_to_the_letter(compose: Callable[..., Any],
     assert whole == PAPER.format(question="What is $1+1$?") + "\\boxed{2}<|endoftext|>"
 
 
+@pytest.mark.process
 def test_verls_length_filter_counts_the_papers_prompt(compose: Callable[..., Any], model: Path, parquet: Path) -> None:
     length = len(PAPER.format(question="What is $1+1$?"))  # one token per byte
     for limit, kept in ((length, 1), (length - 1, 0), (length + 2, 2)):
@@ -607,6 +612,7 @@ def test_templates_by_name() -> None:
         chat_template("plain")
 
 
+@pytest.mark.process
 def test_files_of_all_sources_can_be_given_to_verl_together(
     compose: Callable[..., Any], model: Path, tmp_path: Path
 ) -> None:

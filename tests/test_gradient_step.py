@@ -510,6 +510,7 @@ def dropping_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Qwen3ForCaus
     return model, str(path)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_pass_before_a_step_runs_as_verl_runs_a_pass(
     dropping_out: tuple[Qwen3ForCausalLM, str], offload: bool

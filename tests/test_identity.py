@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hook import NUM_ROWS, Stock, run_hook
+from hook import NUM_ROWS, Masked, run_hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import jagged
@@ -166,7 +166,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, update: int | None = None, **settings:
     kept: list[Rows] = []
     select = trainer.select_in_pools
 
-    class OfAnUpdate(trainer._masked(Stock)):  # type: ignore[misc]
+    class OfAnUpdate(Masked):
         def _write_token_weights(self, batch: Any, metrics: dict) -> Any:
             if update is not None:
                 self.local_trigger_step = update

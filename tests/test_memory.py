@@ -340,6 +340,7 @@ def peaks_under_fsdp2(cases: dict[str, tuple[int, int, bool]]) -> dict[str, int]
     return peaks
 
 
+@pytest.mark.process
 def test_a_gradient_step_under_fsdp2() -> None:
     """Gathered layers, and gradients that are not reduced yet. In a process of its own: the group is a fake."""
     code = f"import json, test_memory; print(json.dumps(test_memory.peaks_under_fsdp2({STEPS!r})))"

@@ -20,6 +20,8 @@ from entropy_fork import judge
 from entropy_fork.judge import JudgeError, Judges, judges
 from entropy_fork.reward import MAX_CHARACTERS, compare, compute_score, last_boxed, plain_number
 
+pytestmark = pytest.mark.process
+
 #: agreement with a human grader, tests/answer_pairs.tsv. A new math-verify that changes a verdict changes these.
 PAIRS, AGREED = 318, 305
 

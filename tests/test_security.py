@@ -178,6 +178,7 @@ def children_of(pids: list[int]) -> list[str]:
     ]
 
 
+@pytest.mark.process
 def test_a_hostile_answer_does_nothing_and_is_wrong(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     pool = judges(1, 512)
@@ -265,6 +266,7 @@ judge.serve(2048)
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("answer", "seconds"),
     [
@@ -308,6 +310,7 @@ pieces_of_latex = st.sampled_from(
 )
 
 
+@pytest.mark.process
 @settings(max_examples=60)
 @given(st.one_of(st.text(max_size=40), st.lists(pieces_of_latex, max_size=12).map("".join)))
 @example("\ud800\x00\u2028")
@@ -365,6 +368,7 @@ def evaluating(model: Path, data: Path, output: Path, **changes: Any) -> run.Set
     return run.Settings(model, [data], output, answers=2, engine="transformers", sampling=sampling, **changes)
 
 
+@pytest.mark.process
 def test_a_hostile_shard_is_not_unpickled(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -653,6 +657,7 @@ def test_the_files_of_an_analysis_hold_text(hostile_tokens: Path, tmp_path: Path
         assert not re.search(r"<script|onerror=|javascript:|href=\"http", svg.read_text(encoding="utf-8"))
 
 
+@pytest.mark.process
 def test_a_hostile_report_is_a_page_of_text(hostile_tokens: Path, tmp_path: Path) -> None:
     """Names of data sets, runs and folders in headings, tables and figures; what is in tokens is in test_report.py."""
     from torch.utils.tensorboard import SummaryWriter

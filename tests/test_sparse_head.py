@@ -369,6 +369,7 @@ def updated(
     return {n: getattr(p, "full_tensor", lambda p=p: p)().detach() for n, p in engine.module.named_parameters()}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("size", [1, 2])
 def test_updated_parameters(models: dict[bool, str], size: int) -> None:
     answers, cut = weighted(6, 0.3), {"use_dynamic_bsz": True, "max_token_len_per_gpu": 60}
@@ -449,6 +450,7 @@ def test_more_rows_than_are_kept_are_computed_twice(
     close(sparse[0]["gradients"], dense[0]["gradients"], 1e-10)
 
 
+@pytest.mark.process
 def test_of_many_rows_the_weights_gradient_is_rounded_as_rarely_as_can_be() -> None:
     """18,000 kept rows in bfloat16. verl's fused head adds up products of 512: twice as wrong as a dense one."""
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -677,6 +679,7 @@ def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change:
     return said.getvalue(), is_same and "actor/ppo_kl" in sparse["metrics"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -721,6 +724,7 @@ def test_only_a_head_that_multiplies_by_its_weight_is_suitable() -> None:
     assert "a parametrization" in str(unsuitable(a_model(head)))
 
 
+@pytest.mark.process
 def test_a_model_that_changes_its_logits_stops(models: dict[bool, str]) -> None:
     world = Processes(1)
     try:

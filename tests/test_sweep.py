@@ -23,6 +23,8 @@ from entropy_fork.verl.config import EntropyForkConfig
 from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.ray_cluster import Usage, wait_until_free
 
+pytestmark = pytest.mark.process
+
 # ---------------------------------------------------------------- names and folders
 
 
