@@ -34,7 +34,7 @@ def _check_verl(version: str) -> None:
 # Before the imports of what holds on to verl, which in another verl would fail with a reason that helps nobody.
 _check_verl(verl.__version__)
 
-from entropy_fork.verl import config, platform_cpu  # noqa: E402
+from entropy_fork.verl import config, fork_server, platform_cpu  # noqa: E402
 
 
 @wrapt.decorator
@@ -49,7 +49,14 @@ def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[n
             f"rollout.name={platform_cpu.ROLLOUT} (as in +cluster=cpu, +recipe=demo_cpu) is for machines without "
             f"an accelerator, and those are opted into by the environment: VERL_PLATFORM=cpu python -m …"
         )
+    elif fork_server.is_asked_for(root):
+        raise EntropyForkError(
+            f"{fork_server.KEY}=True (as in +cluster=cpu) is for machines without an accelerator, and those are opted "
+            f"into by the environment: VERL_PLATFORM=cpu python -m …; or write {fork_server.KEY}=False"
+        )
     config.check_before_training(root)
+    if ON_CPU:
+        fork_server.choose(root)
     return result
 
 
@@ -68,6 +75,7 @@ def register_on_import(extended: str, ours: str) -> None:
 
 def _register() -> None:
     config.register_schema()
+    fork_server.register_schema()
     wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.trainer")
     register_on_import("verl.trainer.ppo.v1", "entropy_fork.verl.advantages")

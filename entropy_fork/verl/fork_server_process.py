@@ -1,0 +1,287 @@
+"""The fork server's process: it has imported verl once, and forks a worker for whoever asks. See ``fork_server.py``.
+
+Run by its path, with one argument (:class:`Settings` as JSON), in the environment that the run's workers have. What a
+worker gets from the process that asks for it (``worker_shim.py``): arguments, environment, directory, descriptors 0 to
+2, session and process group, priority, limits, signals. So it is as if that process had started Python itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import marshal
+import os
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import threading
+import types
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+#: how often the server looks whether the launcher is still there
+LOOK_SECONDS = 1.0
+
+#: of Linux: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1
+
+#: for a request to arrive, once its first bytes have
+REQUEST_SECONDS = 10.0
+
+#: Variables that may differ between the server and a worker: Ray's, verl's and a shell's, which are read when they are
+#: needed and not at import, or which ``become`` takes care of. Where any other differs, the worker starts in the
+#: ordinary way.
+VARIES = frozenset({
+    # Ray's: of a session, of a worker
+    "RAY_AUTH_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "RAY_USAGE_STATS_ENABLED", "SPT_NOENV",
+    "RAY_JOB_ID", "RAY_RAYLET_PID", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+    # verl's, of a rank
+    "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RAY_LOCAL_RANK",
+    "RAY_LOCAL_WORLD_SIZE", "WG_BACKEND", "WG_PREFIX",
+    # a shell's
+    "_", "PWD", "OLDPWD", "SHLVL",
+})  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """What the launcher tells the server.
+
+    Attributes:
+        listener: the descriptor of the listening socket.
+        launcher: the launcher's pid. The server ends when it is gone.
+        folder: the socket's folder, removed then.
+        path: the launcher's ``sys.path``, which Ray gives its workers too.
+        modules: what to import before the first fork. A module that is not installed is left out.
+    """
+
+    listener: int
+    launcher: int
+    folder: str
+    path: list[str]
+    modules: list[str]
+
+
+def import_all(settings: Settings) -> dict[str, str | None]:
+    """Import what workers need. Afterwards ``sys.path`` is that of a fresh interpreter without a script's folder.
+
+    Returns:
+        What the imports changed in ``os.environ``; None for what they removed.
+    """
+    fresh, before = sys.path[1:], dict(os.environ)
+    sys.path[:] = settings.path
+    gc.disable()
+    for name in settings.modules:
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    sys.path[:] = fresh
+    gc.collect()
+    gc.freeze()  # else the first collection in each worker would touch, and so copy, all that is shared
+    names = before.keys() | os.environ.keys()
+    return {name: os.environ.get(name) for name in names if os.environ.get(name) != before.get(name)}
+
+
+def end_with_launcher() -> None:
+    """Have the kernel say so when the launcher is gone: SIGTERM, which only wakes the server."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Server:
+    """Answers requests one after the other, in one thread."""
+
+    def __init__(self, settings: Settings, environment: dict[str, str], shim: types.ModuleType):
+        self.settings, self.environment, self.shim = settings, environment, shim
+        self.listener = socket.socket(fileno=settings.listener)
+        self.workers: dict[int, socket.socket] = {}  # by pid: who asked for it
+        self.selector = selectors.DefaultSelector()
+        self.woken, self.wake = socket.socketpair()
+
+    def serve(self) -> dict[str, Any] | None:
+        """Serve until the launcher is gone. Returns in each forked worker as well, there with its request."""
+        for end in (self.woken, self.wake):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # to be woken by it
+        self.selector.register(self.woken, selectors.EVENT_READ)
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        while os.getppid() == self.settings.launcher:
+            for key, _ in self.selector.select(LOOK_SECONDS):
+                if key.fileobj is self.woken:
+                    with suppress(BlockingIOError):
+                        self.woken.recv(4096)
+                    self.report_ended()
+                elif key.fileobj is self.listener:
+                    request = self.answer(self.listener.accept()[0])
+                    if request is not None:
+                        return request
+                else:  # A process that stood in for a worker was killed.
+                    self.forget(key.data, kill=True)
+        shutil.rmtree(self.settings.folder, ignore_errors=True)
+        return None
+
+    def report_ended(self) -> None:
+        """Tell of each worker that has ended how it ended."""
+        while self.workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            if pid in self.workers:
+                with suppress(OSError):
+                    self.workers[pid].sendall(self.shim.ANSWER.pack(self.shim.ENDED, status))
+                self.forget(pid)
+
+    def forget(self, pid: int, kill: bool = False) -> None:
+        connection = self.workers.pop(pid)
+        self.selector.unregister(connection)
+        connection.close()
+        if kill:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    def answer(self, connection: socket.socket) -> dict[str, Any] | None:
+        """Fork a worker, or say why not. Returns its request in the worker, None in the server."""
+        connection.settimeout(REQUEST_SECONDS)
+        try:
+            head, descriptors, *_ = socket.recv_fds(connection, self.shim.LENGTH.size, 3)
+            (length,) = self.shim.LENGTH.unpack(head)
+            data = b""
+            while len(data) < length:
+                data += (part := connection.recv(length - len(data)))
+                if not part:
+                    raise ConnectionError("half a request")
+            request: dict[str, Any] = marshal.loads(data)
+        except (OSError, ValueError, EOFError, self.shim.struct.error) as error:
+            print(f"a request did not arrive: {error!r}", flush=True)
+            connection.close()
+            return None
+        try:
+            if reasons := self.why_not(request):
+                print(f"ordinary start of {request['pid']}: {', '.join(reasons)}", flush=True)
+                connection.sendall(self.shim.ANSWER.pack(self.shim.ORDINARY, 0))
+                connection.close()
+                return None
+            if (pid := os.fork()) == 0:
+                self.let_go()
+                connection.close()
+                taken, descriptors = descriptors, []
+                return request | {"descriptors": taken}
+            connection.settimeout(None)
+            self.workers[pid] = connection
+            self.selector.register(connection, selectors.EVENT_READ, pid)
+            with suppress(OSError):  # where it was killed meanwhile, the selector says so
+                connection.sendall(self.shim.ANSWER.pack(self.shim.PID, pid))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return None
+
+    def why_not(self, request: dict[str, Any]) -> list[str]:
+        """Why this worker cannot be forked."""
+        reasons = sorted(
+            name
+            for name in self.environment.keys() | request["environment"].keys()
+            if self.environment.get(name) != request["environment"].get(name) and name not in VARIES
+        )
+        if threading.active_count() > 1:  # of a user's extension: a lock that one of them holds would stay locked
+            reasons.append(f"threads of the imported modules: {threading.enumerate()}")
+        return reasons
+
+    def let_go(self) -> None:
+        """In a worker: keep nothing of the server's."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.selector.close()
+        for connection in (self.woken, self.wake, self.listener, *self.workers.values()):
+            connection.close()
+
+
+def become(request: dict[str, Any], changes: dict[str, str | None], shim: types.ModuleType) -> str:
+    """Take over what the process that asked would have handed down; the path of the program to run.
+
+    Args:
+        request: what ``worker_shim.py`` sent.
+        changes: of the environment, by the imports.
+        shim: that module.
+    """
+    with suppress(OSError):  # a group of another session
+        if request["session"] == request["pid"]:
+            os.setsid()
+        elif request["group"] == request["pid"]:
+            os.setpgid(0, 0)
+        else:
+            os.setpgid(0, request["group"])
+    for target, descriptor in enumerate(request["descriptors"]):
+        os.dup2(descriptor, target)
+    for descriptor in request["descriptors"]:
+        os.close(descriptor)
+    os.chdir(request["directory"])
+    os.umask(request["umask"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    for name, value in changes.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    with suppress(OSError):  # to be nicer is always allowed
+        os.setpriority(os.PRIO_PROCESS, 0, request["nice"])
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(request["oom_score_adj"]))
+    for number, soft, hard in request["limits"]:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(number, (soft, hard))
+    for number in shim.PASSED_ON:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else default)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+    flags = [argument for argument in request["arguments"][:1] if argument in ("-s", "-S")]
+    sys.argv = request["arguments"][len(flags) :]
+    sys.orig_argv = [sys.executable, *request["arguments"]]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    gc.enable()
+    refresh_libraries()
+    return sys.argv[0]
+
+
+def refresh_libraries() -> None:
+    """What libraries read from the environment or drew at random while the server imported them."""
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
+    if torch := sys.modules.get("torch"):
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) > 0 else len(os.sched_getaffinity(0)))
+    if raylet := sys.modules.get("ray._raylet"):
+        raylet.Config.initialize("")  # reads the environment again: the worker's job, its raylet, the token
+
+
+def run_as_main(program: str) -> None:
+    """Run a program as Python runs a script."""
+    main = types.ModuleType("__main__")
+    main.__file__ = program
+    sys.modules["__main__"] = main
+    with open(program, "rb") as file:
+        code = compile(file.read(), program, "exec")
+    exec(code, main.__dict__)
+
+
+def main() -> None:
+    """Import, serve, and in a worker: become it."""
+    settings = Settings(**json.loads(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher. It ends the run, and then this ends.
+    end_with_launcher()
+    shim = types.ModuleType("worker_shim")
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker_shim.py"), "rb") as file:
+        exec(compile(file.read(), "worker_shim.py", "exec"), shim.__dict__)
+    environment = dict(os.environ)
+    changes = import_all(settings)
+    request = Server(settings, environment, shim).serve()
+    if request is not None:
+        run_as_main(become(request, changes, shim))
+
+
+if __name__ == "__main__":
+    main()
