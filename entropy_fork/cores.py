@@ -11,16 +11,16 @@ from pathlib import Path
 #: where a container mounts its cgroup: version 2, and version 1
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 
-#: OpenMP's threads sleep while they wait for each other. By default they spin, which takes a core from whoever has work.
+#: OpenMP's threads sleep while they wait for each other. By default they spin, and take a core from who has work.
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 def available_cores(cgroup: Path = CGROUP_FOLDER) -> int:
     """The number of cores that this process may use, at least 1.
 
-    The least of: the cores that it may run on (``sched_getaffinity``, as ``taskset``, Slurm and ``docker --cpuset-cpus``
-    set it), and the share of time that its control group has (``cpu.max``, as ``docker --cpus`` and Kubernetes set it),
-    rounded up.
+    It is the smaller of two numbers: the cores that it may run on (``sched_getaffinity``; set by ``taskset``, Slurm or
+    ``docker --cpuset-cpus``), and the time that its control group may use, rounded up (``cpu.max``; set by
+    ``docker --cpus`` or Kubernetes).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = _cgroup_limit(cgroup)
@@ -37,6 +37,17 @@ def _cgroup_limit(cgroup: Path) -> float | None:
         period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text()
         return int(quota) / int(period) if int(quota) > 0 else None
     return None
+
+
+def share_cores(processes: int = 1) -> None:
+    """Give torch's work in this process its share of the cores, at least one thread.
+
+    Args:
+        processes: how many processes like this one work at the same time.
+    """
+    import torch
+
+    torch.set_num_threads(max(1, available_cores() // processes))
 
 
 def waiting_passively(environment: Mapping[str, str]) -> dict[str, str]:

@@ -147,8 +147,8 @@ class ForkServer:
         connection.close()
         said = self.log.read_text(errors="replace").strip().splitlines()[-10:] if self.log.exists() else []
         print(
-            f"EntropyForkError: the fork server of Ray's workers (pid {process.pid}) {how}, so Ray cannot start another "
-            f"worker, and the run stops. Start it again; {KEY}=False does without the server."
+            f"EntropyForkError: the fork server of Ray's workers (pid {process.pid}) {how}. Ray cannot start another "
+            f"worker, so the run stops. Start it again; {KEY}=False does without the server."
             + "".join(f"\n  {line}" for line in said),
             file=sys.stderr,
             flush=True,

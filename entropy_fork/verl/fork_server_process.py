@@ -138,6 +138,7 @@ class Server:
                 self.forget(pid)
 
     def forget(self, pid: int, kill: bool = False) -> None:
+        """Close the connection of a worker that has ended, or that is to be killed."""
         connection = self.workers.pop(pid)
         self.selector.unregister(connection)
         connection.close()

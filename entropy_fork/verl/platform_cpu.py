@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
+from entropy_fork.cores import share_cores
 from entropy_fork.verl import fork_server, vllm_cpu
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -255,7 +256,7 @@ def _extend_distributed(module: Any) -> None:
         if isinstance(kwargs.get("backend"), str):
             kwargs["backend"] = ",".join(dict.fromkeys(kwargs["backend"].split(",")))
         result = wrapped(*args, **kwargs)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
+        share_cores(torch.distributed.get_world_size())
         return result
 
     module.torch.distributed.init_process_group = without_duplicates(torch.distributed.init_process_group)

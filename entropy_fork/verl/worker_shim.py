@@ -8,7 +8,8 @@ the worker ends. When this program is killed, the server kills the worker.
 It runs once per worker and lives as long as the worker, so it imports next to nothing.
 """
 
-import array
+from __future__ import annotations
+
 import marshal
 import os
 import resource
@@ -30,7 +31,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 LIMITS = tuple(number for name, number in sorted(vars(resource).items()) if name.startswith("RLIMIT_"))
 
 
-def describe_this_process(arguments):  # type: ignore[no-untyped-def]
+def describe_this_process(arguments: list[str]) -> dict[str, object]:
     """What a child of this process would inherit, but for its descriptors."""
     with open("/proc/self/oom_score_adj") as file:
         oom_score_adj = int(file.read())
@@ -50,30 +51,32 @@ def describe_this_process(arguments):  # type: ignore[no-untyped-def]
     }
 
 
-def ask(path, request):  # type: ignore[no-untyped-def]
+def ask(path: str, request: bytes) -> tuple[socket.socket, tuple[bytes, int] | None]:
     """Send a request with descriptors 0 to 2; the connection and the first answer, or None where nobody answers."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(path)
-        descriptors = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", (0, 1, 2)).tobytes())]
-        connection.sendmsg([LENGTH.pack(len(request))], descriptors)
+        socket.send_fds(connection, [LENGTH.pack(len(request))], [0, 1, 2])
         connection.sendall(request)
         answer = connection.recv(ANSWER.size, socket.MSG_WAITALL)
     except (ConnectionError, FileNotFoundError):
         return connection, None
-    return connection, ANSWER.unpack(answer) if len(answer) == ANSWER.size else None
+    if len(answer) < ANSWER.size:
+        return connection, None
+    kind, number = ANSWER.unpack(answer)
+    return connection, (kind, number)
 
 
-def is_running(pid):  # type: ignore[no-untyped-def]
+def is_running(pid: int) -> bool:
     """Whether the process has not ended yet. A zombie has."""
     try:
-        with open("/proc/%d/stat" % pid) as file:
+        with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def main():  # type: ignore[no-untyped-def]
+def main() -> None:
     """Stand in for one worker, from its start to its end."""
     path, arguments = sys.argv[1], sys.argv[2:]
     request = marshal.dumps(describe_this_process(arguments))
@@ -87,11 +90,11 @@ def main():  # type: ignore[no-untyped-def]
         sys.exit("EntropyForkError: the fork server of this run has ended, so Ray cannot start another worker.")
     pid = answer[1]
 
-    def pass_on(number, _):  # type: ignore[no-untyped-def]
+    def pass_on(number: int, _: object) -> None:
         try:
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
+        except ProcessLookupError:  # It has just ended.
+            return
 
     for number in PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -106,12 +109,12 @@ def main():  # type: ignore[no-untyped-def]
         os._exit(1)
     status = ANSWER.unpack(ended)[1]
     if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
-        os.kill(os.getpid(), number)
+        killer = os.WTERMSIG(status)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # dumped already
+        if killer != signal.SIGKILL:
+            signal.signal(killer, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (killer,))
+        os.kill(os.getpid(), killer)
     os._exit(os.WEXITSTATUS(status))
 
 
