@@ -126,11 +126,11 @@ class ForkServer:
                 stderr=subprocess.STDOUT,
                 pass_fds=[self.listener.fileno()],
             )
-        atexit.register(self.close)
+        atexit.register(self._tidy)
         Thread(target=self._watch, args=(self.process,), name="fork server", daemon=True).start()
 
-    def close(self) -> None:
-        """At the launcher's end: remove the folder where the server no longer can."""
+    def _tidy(self) -> None:
+        """At the launcher's end: remove the folder where the server has died. A living one does it itself."""
         if self.process is None or self.process.poll() is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

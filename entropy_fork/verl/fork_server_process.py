@@ -253,6 +253,7 @@ def refresh_libraries() -> None:
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
     if torch := sys.modules.get("torch"):
+        torch.default_generator.seed()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) > 0 else len(os.sched_getaffinity(0)))
     if raylet := sys.modules.get("ray._raylet"):
