@@ -80,11 +80,24 @@ def import_all(settings: Settings) -> dict[str, str | None]:
     for name in settings.modules:
         with suppress(ModuleNotFoundError):
             importlib.import_module(name)
+        if "ray.actor" in sys.modules:
+            leave_rays_generator_alone(sys.modules["ray.actor"])
     sys.path[:] = fresh
     gc.collect()
     gc.freeze()  # else the first collection in each worker would touch, and so copy, all that is shared
     names = before.keys() | os.environ.keys()
     return {name: os.environ.get(name) for name in names if os.environ.get(name) != before.get(name)}
+
+
+def leave_rays_generator_alone(actor: Any) -> None:
+    """Have ``@ray.remote`` draw a class's id from the operating system.
+
+    Ray draws it from a generator in its C++ core, which is seeded when it is first used. If that happened here, all
+    workers would draw the same ids.
+    """
+    class_id = actor.ActorClassID
+    if isinstance(class_id, type):  # else it is done
+        actor.ActorClassID = types.SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
 
 
 def end_with_launcher() -> None:
