@@ -22,14 +22,15 @@ from verl.utils.config import validate_config
 from entropy_fork.cores import PASSIVE_WAITING
 from entropy_fork.verl import fork_server, plugin
 from entropy_fork.verl.errors import EntropyForkError
-from entropy_fork.verl.fork_server_process import VARIES
+from entropy_fork.verl.fork_server_process import OF_A_WORKER, OF_THE_RUN
 
 #: A launcher: starts the server, says how to ask it for a worker, and waits.
 LAUNCHER = """
 import json, os, sys
 from entropy_fork.verl import fork_server
 server = fork_server.ForkServer(fork_server.make_folder({"_temp_dir": sys.argv[1]}))
-server.start(os.environ, tuple(sys.argv[2:]))
+modules = tuple(sys.argv[2:])
+server.start(os.environ, *([modules[:-1], modules[-1:]] if modules else []))
 print(json.dumps([server.py_executable, server.process.pid, os.fspath(server.folder), dict(os.environ)]), flush=True)
 sys.stdin.read()
 """
@@ -74,7 +75,7 @@ class Launcher:
     def start(self, *arguments: str, before: str = "", python: str | None = None, **how: Any) -> subprocess.Popen[str]:
         """Start a worker as Ray does, by a shell that becomes it."""
         command = f"{before} exec {python or self.shim} {shlex.join(arguments)}"
-        how["env"] = {**self.environment, **how.get("env", {})}
+        how["env"] = {**self.environment, "RAY_JOB_ID": "01000000", **how.get("env", {})}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(["bash", "-c", command], text=True, **pipes, **how)  # type: ignore[call-overload,no-any-return]
 
@@ -93,7 +94,7 @@ class Launcher:
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("l"), "numpy", "a_module_that_is_not_installed")
+    launcher = Launcher(tmp_path_factory.mktemp("l"), "a_module_that_is_not_installed", "numpy")
     yield launcher
     launcher.close()
 
@@ -142,7 +143,7 @@ def test_a_forked_worker_inherits_what_python_would(launcher: Launcher, script, 
     how: dict[str, Any] = {
         "before": "umask 027; ulimit -n 321; trap '' USR1;",
         "cwd": "/usr",
-        "env": {"RANK": "3", "MASTER_ADDR": "ü b", "RAY_JOB_ID": "01000000"},
+        "env": {"RANK": "3", "MASTER_ADDR": "ü b"},
         "start_new_session": new_session,
         "preexec_fn": lambda: (os.nice(3), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})),
     }
@@ -173,7 +174,7 @@ def test_a_worker_in_another_environment_starts_in_the_ordinary_way(launcher: La
     process = launcher.start(worker, "a b", env={"SET": "for one"})
     output = process.communicate(timeout=60)[0]
     assert output == f"False {process.pid} for one ['a b']\n"
-    assert "SET" not in VARIES
+    assert "SET" not in OF_A_WORKER | OF_THE_RUN
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_threads_of_an_extension_stop_the_forking(new_launcher, script, tmp_path
 
 def test_the_modules_of_a_run_can_be_forked(new_launcher, script) -> None:  # type: ignore[no-untyped-def]
     """verl, torch and Ray are there, OpenMP has started no thread, and what is drawn at random is drawn anew."""
-    launcher = new_launcher(*fork_server.MODULES)
+    launcher = new_launcher()
     worker = script(
         "import json, sys, threading; there = [name in sys.modules for name in ('verl', 'torch', 'ray._raylet')]\n"
         "import ray, torch, os\n"

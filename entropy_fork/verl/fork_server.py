@@ -44,12 +44,15 @@ log = logging.getLogger(__name__)
 NODE = "cpu_platform"
 KEY = f"{NODE}.fork_server"
 
-#: what the workers of a run import, as far as it is the same in most runs
+#: what most of the time of importing verl goes to, and does not import Ray: while Ray starts
 MODULES = (
-    "ray._private.workers.default_worker",
-    "verl.trainer.main_ppo",
-    "verl.trainer.ppo.v1",
-)
+    "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tensordict", "transformers",
+    "datasets", "peft", "torchdata.stateful_dataloader", "pandas", "hydra", "fastapi", "uvicorn", "aiohttp", "zmq",
+    "msgspec", "cachetools",
+)  # fmt: skip
+
+#: with the first worker that Ray asks for
+WITH_RAY = ("ray._private.workers.default_worker", "verl.trainer.main_ppo", "verl.trainer.ppo.v1")
 
 #: parts of a runtime environment with which a worker does not run in the launcher's environment
 ELSEWHERE = ("conda", "pip", "uv", "container", "image_uri", "working_dir", "py_modules", "nsight", "rocprof-sys")
@@ -100,12 +103,18 @@ class ForkServer:
         """What Ray starts a worker with, as a shell reads it."""
         return shlex.join([sys.executable, "-S", "-E", worker_shim.__file__, os.fspath(self.socket)])
 
-    def start(self, environment: Mapping[str, str], modules: tuple[str, ...] = MODULES) -> None:
+    def start(
+        self,
+        environment: Mapping[str, str],
+        modules: tuple[str, ...] = MODULES,
+        with_ray: tuple[str, ...] = WITH_RAY,
+    ) -> None:
         """Start the server's process, which answers when it has imported the modules. Requests wait until then.
 
         Args:
-            environment: of the workers, as far as it is the same in all of them.
-            modules: to import.
+            environment: of the workers, as far as it is the same in all of them and known before Ray starts.
+            modules: to import at once.
+            with_ray: to import with the first request.
         """
         settings = {
             "listener": self.listener.fileno(),
@@ -113,6 +122,7 @@ class ForkServer:
             "folder": os.fspath(self.folder),
             "path": sys.path,
             "modules": modules,
+            "with_ray": with_ray,
         }
         program = Path(__file__).with_name("fork_server_process.py")
         flags = [flag for flag, is_set in (("-s", sys.flags.no_user_site), ("-S", sys.flags.no_site)) if is_set]

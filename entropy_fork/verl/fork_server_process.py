@@ -34,13 +34,18 @@ PR_SET_PDEATHSIG = 1
 #: for a request to arrive, once its first bytes have
 REQUEST_SECONDS = 10.0
 
-#: Variables that may differ between the server and a worker: Ray's, verl's and a shell's, which are read when they are
-#: needed and not at import, or which ``become`` takes care of. Where any other differs, the worker starts in the
-#: ordinary way.
-VARIES = frozenset({
-    # Ray's: of a session, of a worker
-    "RAY_AUTH_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "RAY_USAGE_STATS_ENABLED", "SPT_NOENV",
-    "RAY_JOB_ID", "RAY_RAYLET_PID", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+#: What Ray sets for the workers of a run, which nobody knows before Ray has started. Ray's C++ core reads it once, when
+#: ``ray`` is imported. So ``ray`` is imported with the first request, in its environment.
+OF_THE_RUN = frozenset({
+    "RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_AUTH_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "RAY_USAGE_STATS_ENABLED",
+    "SPT_NOENV",
+})  # fmt: skip
+
+#: What may differ from worker to worker: it is read when it is needed and not at import, or :func:`become` sees to it.
+#: Where any other variable differs from the server's, a worker starts in the ordinary way.
+OF_A_WORKER = frozenset({
+    # Ray's
+    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
     # verl's, of a rank
     "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RAY_LOCAL_RANK",
     "RAY_LOCAL_WORLD_SIZE", "WG_BACKEND", "WG_PREFIX",
@@ -58,7 +63,8 @@ class Settings:
         launcher: the launcher's pid. The server ends when it is gone.
         folder: the socket's folder, removed then.
         path: the launcher's ``sys.path``, which Ray gives its workers too.
-        modules: what to import before the first fork. A module that is not installed is left out.
+        modules: what to import at once: nothing that imports ``ray``. A module that is not installed is left out.
+        with_ray: what to import with the first request.
     """
 
     listener: int
@@ -66,27 +72,35 @@ class Settings:
     folder: str
     path: list[str]
     modules: list[str]
+    with_ray: list[str]
 
 
-def import_all(settings: Settings) -> dict[str, str | None]:
-    """Import what workers need. Afterwards ``sys.path`` is that of a fresh interpreter without a script's folder.
+class Imports:
+    """The modules that the server imports, and what importing them does to the environment.
 
-    Returns:
-        What the imports changed in ``os.environ``; None for what they removed.
+    Attributes:
+        changes: of ``os.environ``; None for what was removed.
     """
-    fresh, before = sys.path[1:], dict(os.environ)
-    sys.path[:] = settings.path
-    gc.disable()
-    for name in settings.modules:
-        with suppress(ModuleNotFoundError):
-            importlib.import_module(name)
-        if "ray.actor" in sys.modules:
-            leave_rays_generator_alone(sys.modules["ray.actor"])
-    sys.path[:] = fresh
-    gc.collect()
-    gc.freeze()  # else the first collection in each worker would touch, and so copy, all that is shared
-    names = before.keys() | os.environ.keys()
-    return {name: os.environ.get(name) for name in names if os.environ.get(name) != before.get(name)}
+
+    def __init__(self, path: list[str]):
+        self.path = path
+        self.changes: dict[str, str | None] = {}
+        del sys.path[0]  # this script's folder: what is left is a fresh interpreter's
+
+    def add(self, names: list[str]) -> None:
+        """Import what is installed of it, on the launcher's ``sys.path``."""
+        fresh, before = sys.path[:], dict(os.environ)
+        sys.path[:] = self.path
+        gc.disable()
+        for name in names:
+            with suppress(ModuleNotFoundError):
+                importlib.import_module(name)
+            if "ray.actor" in sys.modules:
+                leave_rays_generator_alone(sys.modules["ray.actor"])
+        sys.path[:] = fresh
+        for name in before.keys() | os.environ.keys():
+            if os.environ.get(name) != before.get(name):
+                self.changes[name] = os.environ.get(name)
 
 
 def leave_rays_generator_alone(actor: Any) -> None:
@@ -95,7 +109,7 @@ def leave_rays_generator_alone(actor: Any) -> None:
     Ray draws it from a generator in its C++ core, which is seeded when it is first used. If that happened here, all
     workers would draw the same ids.
     """
-    class_id = actor.ActorClassID
+    class_id: Any = actor.ActorClassID
     if isinstance(class_id, type):  # else it is done
         actor.ActorClassID = types.SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
 
@@ -109,8 +123,9 @@ def end_with_launcher() -> None:
 class Server:
     """Answers requests one after the other, in one thread."""
 
-    def __init__(self, settings: Settings, environment: dict[str, str], shim: types.ModuleType):
-        self.settings, self.environment, self.shim = settings, environment, shim
+    def __init__(self, settings: Settings, imports: Imports, environment: dict[str, str], shim: types.ModuleType):
+        self.settings, self.imports, self.environment, self.shim = settings, imports, environment, shim
+        self.is_complete = False
         self.listener = socket.socket(fileno=settings.listener)
         self.workers: dict[int, socket.socket] = {}  # by pid: who asked for it
         self.selector = selectors.DefaultSelector()
@@ -176,7 +191,12 @@ class Server:
             connection.close()
             return None
         try:
-            if reasons := self.why_not(request):
+            reasons = self.differences(request)
+            if not reasons:
+                self.complete(request)
+                if threading.active_count() > 1:  # A lock that one of them holds would stay locked in a worker.
+                    reasons = [f"threads of an imported module: {threading.enumerate()}"]
+            if reasons:
                 print(f"ordinary start of {request['pid']}: {', '.join(reasons)}", flush=True)
                 connection.sendall(self.shim.ANSWER.pack(self.shim.ORDINARY, 0))
                 connection.close()
@@ -196,15 +216,28 @@ class Server:
                 os.close(descriptor)
         return None
 
-    def why_not(self, request: dict[str, Any]) -> list[str]:
-        """Why this worker cannot be forked."""
+    def complete(self, request: dict[str, Any]) -> None:
+        """With the first request: import the rest in its environment."""
+        if self.is_complete:
+            return
+        for name in OF_THE_RUN & request["environment"].keys():
+            self.environment[name] = os.environ[name] = request["environment"][name]
+        self.imports.add(self.settings.with_ray)
+        gc.collect()
+        gc.freeze()  # else the first collection in each worker would touch, and so copy, all that is shared
+        self.is_complete = True
+
+    def differences(self, request: dict[str, Any]) -> list[str]:
+        """Variables of this worker's environment that the server may have imported something under another value of."""
+        wanted = request["environment"]
+        may_differ = OF_A_WORKER if self.is_complete else OF_A_WORKER | OF_THE_RUN
         reasons = sorted(
             name
-            for name in self.environment.keys() | request["environment"].keys()
-            if self.environment.get(name) != request["environment"].get(name) and name not in VARIES
+            for name in (self.environment.keys() | wanted.keys()) - may_differ
+            if self.environment.get(name) != wanted.get(name)
         )
-        if threading.active_count() > 1:  # of a user's extension: a lock that one of them holds would stay locked
-            reasons.append(f"threads of the imported modules: {threading.enumerate()}")
+        if not wanted.get("RAY_JOB_ID"):  # a process of Ray's own, or one that is to wait for a job
+            reasons.append("no job")
         return reasons
 
     def let_go(self) -> None:
@@ -269,8 +302,6 @@ def refresh_libraries() -> None:
         torch.default_generator.seed()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) > 0 else len(os.sched_getaffinity(0)))
-    if raylet := sys.modules.get("ray._raylet"):
-        raylet.Config.initialize("")  # reads the environment again: the worker's job, its raylet, the token
 
 
 def run_as_main(program: str) -> None:
@@ -292,10 +323,11 @@ def main() -> None:
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker_shim.py"), "rb") as file:
         exec(compile(file.read(), "worker_shim.py", "exec"), shim.__dict__)
     environment = dict(os.environ)
-    changes = import_all(settings)
-    request = Server(settings, environment, shim).serve()
+    imports = Imports(settings.path)
+    imports.add(settings.modules)
+    request = Server(settings, imports, environment, shim).serve()
     if request is not None:
-        run_as_main(become(request, changes, shim))
+        run_as_main(become(request, imports.changes, shim))
 
 
 if __name__ == "__main__":
