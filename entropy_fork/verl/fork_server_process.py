@@ -110,7 +110,7 @@ def leave_rays_generator_alone(actor: Any) -> None:
     workers would draw the same ids.
     """
     class_id: Any = actor.ActorClassID
-    if isinstance(class_id, type):  # else it is done
+    if not isinstance(class_id, types.SimpleNamespace):  # else it is done
         actor.ActorClassID = types.SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
 
 
