@@ -26,8 +26,9 @@ from entropy_fork.verl.fork_server_process import OF_A_WORKER, OF_THE_RUN
 
 #: A launcher: starts the server, says how to ask it for a worker, and waits.
 LAUNCHER = """
-import json, os, sys
+import json, os, signal, sys
 from entropy_fork.verl import fork_server
+signal.signal(signal.SIGINT, signal.SIG_IGN if "DEAF" in os.environ else signal.default_int_handler)
 server = fork_server.ForkServer(fork_server.make_folder({"_temp_dir": sys.argv[1]}))
 modules = tuple(sys.argv[2:])
 server.start(os.environ, *([modules[:-1], modules[-1:]] if modules else []))
@@ -227,9 +228,10 @@ def test_the_server_ends_with_the_launcher(new_launcher) -> None:  # type: ignor
     wait_until(lambda: not launcher.folder.exists())
 
 
-def test_a_server_that_dies_is_one_clear_error(new_launcher, script) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("environment", "ended"), [({}, -signal.SIGINT), ({"DEAF": "to Ctrl-C"}, 1)])
+def test_a_server_that_dies_is_one_clear_error(new_launcher, script, environment: dict[str, str], ended: int) -> None:  # type: ignore[no-untyped-def]
     """Running workers go on. The next one that is asked for is refused, and the run stops."""
-    launcher = new_launcher("json")
+    launcher = new_launcher("json", **environment)
     worker = launcher.start(script(WAITING))
     pid = int(worker.stdout.readline())
     os.kill(launcher.server, signal.SIGKILL)
@@ -244,8 +246,9 @@ def test_a_server_that_dies_is_one_clear_error(new_launcher, script) -> None:  #
         "EntropyForkError: the fork server of this run has ended, so Ray cannot start another worker."
     )
     _, errors = launcher.process.communicate(timeout=10)
-    assert launcher.process.returncode == -signal.SIGTERM
+    assert launcher.process.returncode == ended
     assert errors.count("EntropyForkError") == 1
+    assert "Traceback" not in errors
     assert f"(pid {launcher.server}) was killed by signal 9." in errors
     assert "cpu_platform.fork_server=False" in errors
 

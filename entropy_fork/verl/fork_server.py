@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 
 NODE = "cpu_platform"
 KEY = f"{NODE}.fork_server"
+
+#: for the run to end by itself when there can be no more workers
+GRACE_SECONDS = 20.0
 
 #: what most of the time of importing verl goes to, and does not import Ray: while Ray starts
 MODULES = (
@@ -163,7 +167,11 @@ class ForkServer:
             file=sys.stderr,
             flush=True,
         )
-        os.kill(os.getpid(), signal.SIGTERM)  # Ray's handler in the driver ends the run, and Ray with it.
+        if callable(signal.getsignal(signal.SIGINT)):  # A background process may ignore it.
+            sys.excepthook = lambda *_: None  # The error has been printed. Where the signal arrives says nothing.
+            os.kill(os.getpid(), signal.SIGINT)  # As Ctrl-C: the run ends, and Ray with it.
+            time.sleep(GRACE_SECONDS)
+        os._exit(1)  # Ray's processes end with this one.
 
 
 #: whether this process's ``ray.init`` is to have a fork server; None where it is not of a run on a CPU
