@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Thread, main_thread
 from types import ModuleType
 from typing import Any
 
@@ -169,7 +169,7 @@ class ForkServer:
         )
         if callable(signal.getsignal(signal.SIGINT)):  # A background process may ignore it.
             sys.excepthook = lambda *_: None  # The error has been printed. Where the signal arrives says nothing.
-            os.kill(os.getpid(), signal.SIGINT)  # As Ctrl-C: the run ends, and Ray with it.
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)  # As Ctrl-C: the run ends, and Ray with it.
             time.sleep(GRACE_SECONDS)
         os._exit(1)  # Ray's processes end with this one.
 
