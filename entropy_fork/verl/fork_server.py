@@ -52,11 +52,14 @@ GRACE_SECONDS = 20.0
 MODULES = (
     "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tensordict", "transformers",
     "datasets", "peft", "torchdata.stateful_dataloader", "pandas", "hydra", "fastapi", "uvicorn", "aiohttp", "zmq",
-    "msgspec", "cachetools",
+    "msgspec", "cachetools", "pydantic.v1",
 )  # fmt: skip
 
 #: with the first worker that Ray asks for
-WITH_RAY = ("ray._private.workers.default_worker", "verl.trainer.main_ppo", "verl.trainer.ppo.v1")
+WITH_RAY = (
+    "ray._private.workers.default_worker", "ray._private.arrow_serialization", "verl.trainer.main_ppo",
+    "verl.trainer.ppo.v1", "verl.experimental.reward_loop.reward_manager",
+)  # fmt: skip
 
 #: parts of a runtime environment with which a worker does not run in the launcher's environment
 ELSEWHERE = ("conda", "pip", "uv", "container", "image_uri", "working_dir", "py_modules", "nsight", "rocprof-sys")
