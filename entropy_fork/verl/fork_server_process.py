@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import importlib.util
 import json
-import marshal
 import os
 import resource
+import runpy
 import selectors
 import shutil
 import signal
@@ -24,6 +25,9 @@ import types
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+#: whether Python leaves a script's folder out of ``sys.path`` (PYTHONSAFEPATH, since Python 3.11)
+IS_SAFE_PATH = getattr(sys.flags, "safe_path", False)
 
 #: how often the server looks whether the launcher is still there
 LOOK_SECONDS = 1.0
@@ -85,7 +89,8 @@ class Imports:
     def __init__(self, path: list[str]):
         self.path = path
         self.changes: dict[str, str | None] = {}
-        del sys.path[0]  # this script's folder: what is left is a fresh interpreter's
+        if not IS_SAFE_PATH:
+            del sys.path[0]  # this script's folder: what is left is a fresh interpreter's
 
     def add(self, names: list[str]) -> None:
         """Import what is installed of it, on the launcher's ``sys.path``."""
@@ -185,7 +190,7 @@ class Server:
                 data += (part := connection.recv(length - len(data)))
                 if not part:
                     raise ConnectionError("half a request")
-            request: dict[str, Any] = marshal.loads(data)
+            request: dict[str, Any] = json.loads(data)
         except (OSError, ValueError, EOFError, self.shim.struct.error) as error:
             print(f"a request did not arrive: {error!r}", flush=True)
             connection.close()
@@ -288,7 +293,8 @@ def become(request: dict[str, Any], changes: dict[str, str | None], shim: types.
     flags = [argument for argument in request["arguments"][:1] if argument in ("-s", "-S")]
     sys.argv = request["arguments"][len(flags) :]
     sys.orig_argv = [sys.executable, *request["arguments"]]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    if not IS_SAFE_PATH:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     gc.enable()
     refresh_libraries()
     return sys.argv[0]
@@ -304,14 +310,15 @@ def refresh_libraries() -> None:
         torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) > 0 else len(os.sched_getaffinity(0)))
 
 
-def run_as_main(program: str) -> None:
-    """Run a program as Python runs a script."""
-    main = types.ModuleType("__main__")
-    main.__file__ = program
-    sys.modules["__main__"] = main
-    with open(program, "rb") as file:
-        code = compile(file.read(), program, "exec")
-    exec(code, main.__dict__)
+def load_shim() -> types.ModuleType:
+    """``worker_shim.py``, which is beside this file. By its package's name it would import verl at once."""
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker_shim.py")
+    spec = importlib.util.spec_from_file_location("worker_shim", file)
+    assert spec is not None
+    assert spec.loader is not None
+    shim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shim)
+    return shim
 
 
 def main() -> None:
@@ -319,15 +326,13 @@ def main() -> None:
     settings = Settings(**json.loads(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher. It ends the run, and then this ends.
     end_with_launcher()
-    shim = types.ModuleType("worker_shim")
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker_shim.py"), "rb") as file:
-        exec(compile(file.read(), "worker_shim.py", "exec"), shim.__dict__)
+    shim = load_shim()
     environment = dict(os.environ)
     imports = Imports(settings.path)
     imports.add(settings.modules)
     request = Server(settings, imports, environment, shim).serve()
     if request is not None:
-        run_as_main(become(request, imports.changes, shim))
+        runpy.run_path(become(request, imports.changes, shim), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ It runs once per worker and lives as long as the worker, so it imports next to n
 
 from __future__ import annotations
 
-import marshal
+import json
 import os
 import resource
 import signal
@@ -18,6 +18,10 @@ import socket
 import struct
 import sys
 import time
+
+TYPE_CHECKING = False  # as in typing, which would take longer to import than all the rest
+if TYPE_CHECKING:
+    from typing import Any
 
 #: what the server sends: a kind and a number
 ANSWER = struct.Struct("!ci")
@@ -31,7 +35,7 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 LIMITS = tuple(number for name, number in sorted(vars(resource).items()) if name.startswith("RLIMIT_"))
 
 
-def describe_this_process(arguments: list[str]) -> dict[str, object]:
+def describe_this_process(arguments: list[str]) -> dict[str, Any]:
     """What a child of this process would inherit, but for its descriptors."""
     with open("/proc/self/oom_score_adj") as file:
         oom_score_adj = int(file.read())
@@ -79,12 +83,13 @@ def is_running(pid: int) -> bool:
 def main() -> None:
     """Stand in for one worker, from its start to its end."""
     path, arguments = sys.argv[1], sys.argv[2:]
-    request = marshal.dumps(describe_this_process(arguments))
+    described = describe_this_process(arguments)
+    request = json.dumps(described).encode()
     connection, answer = ask(path, request)
     if answer is None:  # The server died. The launcher answers now, and stops the run.
         connection, answer = ask(path, request)
     if answer is not None and answer[0] == ORDINARY:
-        os.umask(marshal.loads(request)["umask"])
+        os.umask(described["umask"])
         os.execv(sys.executable, [sys.executable, *arguments])
     if answer is None or answer[0] == REFUSED:
         sys.exit("EntropyForkError: the fork server of this run has ended, so Ray cannot start another worker.")
