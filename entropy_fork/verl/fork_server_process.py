@@ -183,15 +183,8 @@ class Server:
         """Fork a worker, or say why not. Returns its request in the worker, None in the server."""
         connection.settimeout(REQUEST_SECONDS)
         try:
-            head, descriptors, *_ = socket.recv_fds(connection, self.shim.LENGTH.size, 3)
-            (length,) = self.shim.LENGTH.unpack(head)
-            data = b""
-            while len(data) < length:
-                data += (part := connection.recv(length - len(data)))
-                if not part:
-                    raise ConnectionError("half a request")
-            request: dict[str, Any] = json.loads(data)
-        except (OSError, ValueError, EOFError, self.shim.struct.error) as error:
+            request, descriptors = self.receive(connection)
+        except (OSError, ValueError) as error:
             print(f"a request did not arrive: {error!r}", flush=True)
             connection.close()
             return None
@@ -220,6 +213,24 @@ class Server:
             for descriptor in descriptors:
                 os.close(descriptor)
         return None
+
+    def receive(self, connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+        """A request, and the descriptors that came with it.
+
+        Raises:
+            ValueError: it does not arrive whole.
+            OSError: the connection breaks.
+        """
+        head, descriptors, *_ = socket.recv_fds(connection, self.shim.LENGTH.size, 3)
+        if len(head) < self.shim.LENGTH.size:
+            raise ValueError("it has no length")
+        (length,) = self.shim.LENGTH.unpack(head)
+        data = bytearray()
+        while len(data) < length:
+            if not (part := connection.recv(length - len(data))):
+                raise ValueError(f"{len(data)} of {length} bytes")
+            data += part
+        return json.loads(data), descriptors
 
     def complete(self, request: dict[str, Any]) -> None:
         """With the first request: import the rest in its environment."""
