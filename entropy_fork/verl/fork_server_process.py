@@ -119,9 +119,15 @@ def leave_rays_generator_alone(actor: Any) -> None:
         actor.ActorClassID = types.SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
 
 
-def end_with_launcher() -> None:
-    """Have the kernel say so when the launcher is gone: SIGTERM, which only wakes the server."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
+def end_with_launcher(settings: Settings) -> None:
+    """End as soon as the launcher is gone, also while importing: the kernel sends SIGTERM then."""
+
+    def end(*_: object) -> None:
+        if os.getppid() != settings.launcher:
+            shutil.rmtree(settings.folder, ignore_errors=True)
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -259,7 +265,8 @@ class Server:
     def let_go(self) -> None:
         """In a worker: keep nothing of the server's."""
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         self.selector.close()
         for connection in (self.woken, self.wake, self.listener, *self.workers.values()):
             connection.close()
@@ -336,7 +343,7 @@ def main() -> None:
     """Import, serve, and in a worker: become it."""
     settings = Settings(**json.loads(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher. It ends the run, and then this ends.
-    end_with_launcher()
+    end_with_launcher(settings)
     shim = load_shim()
     environment = dict(os.environ)
     imports = Imports(settings.path)
