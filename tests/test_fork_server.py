@@ -258,6 +258,7 @@ def test_a_server_that_dies_is_one_clear_error(new_launcher, script, environment
     launcher.process.wait(10)
     errors = launcher.process.stderr.read()
     assert launcher.process.returncode == 1
+    assert not launcher.folder.exists()
     assert errors.count("EntropyForkError") == 1
     assert "Traceback" not in errors
     assert f"(pid {launcher.server}) was killed by signal 9." in errors

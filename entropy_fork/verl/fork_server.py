@@ -174,6 +174,7 @@ class ForkServer:
             sys.excepthook = lambda *_: None  # The error has been printed. Where the signal arrives says nothing.
             signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)  # As Ctrl-C: the run ends, and Ray with it.
             time.sleep(GRACE_SECONDS)
+        self._tidy()
         os._exit(1)  # Ray's processes end with this one.
 
 
