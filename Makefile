@@ -14,6 +14,11 @@ VENV := .venv
 VLLM_VENV := .venv-vllm
 # The version that was tested; where the package index offers a CPU build of it, pip takes that.
 TORCH ?= torch==2.13.0
+# OpenMP's threads sleep while they wait, so that they leave the cores to others.
+ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT),)
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))

@@ -29,12 +29,15 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
     """Options of the command itself. Each command imports verl: with one that we refuse, it could only fail."""
     import contextlib
     import importlib.metadata
+    import os
 
+    from entropy_fork.cores import waiting_passively
     from entropy_fork.supported import why_unsupported
 
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout on PYTHONPATH tells when imported
         if problem := why_unsupported(importlib.metadata.version("verl")):
             _fail(problem)
+    os.environ.update(waiting_passively(os.environ))  # before torch is imported: OpenMP reads it once
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Training and evaluation data as verl's parquet.")

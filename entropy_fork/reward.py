@@ -13,13 +13,13 @@ a reward worker, or be run as code. This module imports neither math-verify nor 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from entropy_fork.cores import available_cores
 from entropy_fork.judge import Verdict, judges
 
 #: processor seconds for one comparison
@@ -29,7 +29,7 @@ TIMEOUT = 5.0
 MEMORY_MIB = 512
 
 #: processes that compare, of one reward worker
-PROCESSES = min(4, os.cpu_count() or 1)
+PROCESSES = min(4, available_cores())
 
 #: longer contents of a box are wrong without being parsed, unless they are the ground truth to the letter
 MAX_CHARACTERS = 1000

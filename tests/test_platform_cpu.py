@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import inspect
-import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
+from entropy_fork.cores import available_cores
 from entropy_fork.verl import platform_cpu, vllm_cpu
 from entropy_fork.verl.agent_loop import answer_seed
 from entropy_fork.verl.checkpoint_engine_cpu import RayCheckpointEngine
@@ -121,7 +121,7 @@ def test_a_process_group_of_one(tmp_path: Any) -> None:
     )
     try:
         assert "gloo" in torch.distributed.get_backend()
-        assert torch.get_num_threads() == os.cpu_count()
+        assert torch.get_num_threads() == available_cores()
     finally:
         torch.distributed.destroy_process_group()
 

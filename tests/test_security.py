@@ -61,6 +61,7 @@ ALLOWED = {
     ("entropy_fork/evaluation/run.py", "trust_remote_code"): "the value that the user gives vLLM, or False",
     ("entropy_fork/analysis/sampling.py", "pickle.load"): "vLLM's process reads what its parent wrote, from their pipe",
     ("entropy_fork/verl/platform_cpu.py", "from_pretrained"): "hands on verl's own arguments",
+    ("entropy_fork/verl/worker_shim.py", "os.execv"): "becomes this Python with Ray's own arguments, without a shell",
 }
 
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}

@@ -20,6 +20,7 @@ import torch
 
 from entropy_fork import vllm_temperatures
 from entropy_fork.core.temperature import TwoTemperatures
+from entropy_fork.cores import share_cores
 from entropy_fork.evaluation.checkpoint import code_refused
 from entropy_fork.verl import vllm_cpu
 from entropy_fork.verl.errors import EntropyForkError
@@ -168,6 +169,8 @@ class TransformersEngine:
     def __init__(self, folder: Path, sampling: Sampling, dtype: str, end_ids: Sequence[int], batch_size: int):
         from transformers import AutoModelForCausalLM
 
+        if "OMP_NUM_THREADS" not in os.environ:
+            share_cores()
         with code_refused(folder):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False

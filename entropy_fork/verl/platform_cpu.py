@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
-from entropy_fork.verl import vllm_cpu
+from entropy_fork.cores import share_cores
+from entropy_fork.verl import fork_server, vllm_cpu
 from entropy_fork.verl.errors import EntropyForkError
 
 #: Ray counts logical accelerators under this name only (verl/single_controller/ray/base.py: _check_resource_available)
@@ -158,6 +159,7 @@ def register() -> None:
         ("verl.workers.rollout.replica", _extend_replicas),
         ("verl.trainer.ppo.v1.replay_buffer", _extend_replay_buffer),
         ("verl.utils.fsdp_utils", _extend_fsdp_utils),
+        ("ray", fork_server.extend_ray),
     ):
         wrapt.register_post_import_hook(extend, module)
     if vllm_cpu.is_installed():
@@ -267,7 +269,7 @@ def _extend_distributed(module: Any) -> None:
         if isinstance(kwargs.get("backend"), str):
             kwargs["backend"] = ",".join(dict.fromkeys(kwargs["backend"].split(",")))
         result = wrapped(*args, **kwargs)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
+        share_cores(torch.distributed.get_world_size())
         return result
 
     module.torch.distributed.init_process_group = without_duplicates(torch.distributed.init_process_group)

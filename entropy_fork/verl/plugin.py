@@ -34,7 +34,7 @@ def _check_verl(version: str) -> None:
 # Before the imports of what holds on to verl, which in another verl would fail with a reason that helps nobody.
 _check_verl(verl.__version__)
 
-from entropy_fork.verl import config, launch, platform_cpu  # noqa: E402
+from entropy_fork.verl import config, fork_server, launch, platform_cpu  # noqa: E402
 
 
 @wrapt.decorator
@@ -47,7 +47,10 @@ def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[n
         platform_cpu.check_before_training(root)
     else:
         platform_cpu.check_opted_in(root)
+        fork_server.check_opted_in(root)
     config.check_before_training(root)
+    if ON_CPU:
+        fork_server.choose(root)
     return result
 
 
@@ -66,6 +69,7 @@ def register_on_import(extended: str, ours: str) -> None:
 
 def _register() -> None:
     config.register_schema()
+    fork_server.register_schema()
     launch.guard_pickling()
     wrapt.register_post_import_hook(_extend_validation, "verl.utils.config")
     wrapt.register_post_import_hook(launch.extend_run_ppo, "verl.trainer.main_ppo")

@@ -20,6 +20,7 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
 
+from entropy_fork.cores import share_cores
 from entropy_fork.generation import Answer, Request, generate
 from entropy_fork.verl.errors import EntropyForkError, process_name
 
@@ -56,7 +57,7 @@ class TransformersServer:
 
         self.config = config
         hf_config = omega_conf_to_dataclass(model_config).hf_config
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_replicas_here))
+        share_cores(num_replicas_here)
         # Only the architecture: the weights arrive with the first sync, before the first request.
         with torch.device("cpu"):
             self.model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa")

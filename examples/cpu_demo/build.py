@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -17,6 +18,10 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
+
+from entropy_fork.cores import share_cores, waiting_passively
+
+os.environ.update(waiting_passively(os.environ))  # before torch is imported: OpenMP reads it once
 
 import torch
 import typer
@@ -373,7 +378,7 @@ def main(
     train_problems: Annotated[int, typer.Option(min=1)] = Settings.train_problems,
     test_problems: Annotated[int, typer.Option(min=1)] = Settings.test_problems,
     warmup_problems: Annotated[int, typer.Option(min=1)] = Settings.warmup_problems,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default, one per core.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever stands at the output.")] = False,
 ) -> None:
     """Build the tiny model and the problems of the CPU demo."""
@@ -382,6 +387,8 @@ def main(
     transformers_logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        share_cores()
     settings = Settings(
         seed=seed,
         steps=steps,

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from entropy_fork.cores import waiting_passively
+
 STEP = re.compile(r"step:(\d+) - (.*)")
 NUMBER = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?|nan|inf)\)?(?: - |\s*$)")
 ACCURACY = "val-core/cpu_demo/acc/mean@"  # and the number of answers to each question
@@ -104,6 +106,7 @@ def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, 
     """
     environment = {
         **os.environ,
+        **waiting_passively(os.environ),
         "VERL_PLATFORM": "cpu",
         "TENSORBOARD_DIR": str(output.resolve() / "tensorboard"),
         "PYTHONWARNINGS": "ignore",
