@@ -40,7 +40,6 @@ from entropy_fork.verl.config import (
     moved,
     read_config,
 )
-from entropy_fork.verl.data_files import check_data_files
 from entropy_fork.verl.errors import EntropyForkError
 
 #: the share of the accelerator's memory above which a plan that fits is called tight: what no formula here counts
@@ -191,7 +190,6 @@ def what_the_launcher_says(config: DictConfig) -> list[Problem]:
         lambda: config.actor_rollout_ref.rollout.name,
         lambda: platform_cpu.check_before_training(config) if plugin.ON_CPU else None,
         lambda: check_before_training(config),
-        lambda: check_data_files(config),  # also where the run itself has not asked for this guard
         mask_check,
     ):
         try:

@@ -17,6 +17,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from entropy_fork.memory import Layout
 from entropy_fork.model_shape import ModelShape
+from entropy_fork.verl.config import read_guards
+from entropy_fork.verl.data_files import check_data_files
+from entropy_fork.verl.errors import EntropyForkError
 
 ACTOR, ROLLOUT, REF = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.ref"
 
@@ -338,9 +341,14 @@ def _rollout(config: DictConfig, layout: Layout, model: ModelShape | None) -> It
 
 
 def _data(config: DictConfig, layout: Layout, model: ModelShape | None) -> Iterator[Problem]:
-    """trainer_base.py: steps_per_epoch is a whole number of batches, and it is divided by."""
+    """Files that verl stumbles over. And steps_per_epoch is a whole number of batches, and it is divided by."""
     import pyarrow.parquet as pq
 
+    try:
+        if not read_guards(config).data_files:  # with the guard, the launcher says it
+            check_data_files(config)
+    except EntropyForkError as error:
+        yield Problem(str(error), IN_RAY)
     files: Any = config.data.train_files
     files = list(files) if isinstance(files, (list, ListConfig)) else [files]
     paths = [os.path.expanduser(str(file)) for file in files]
@@ -348,7 +356,7 @@ def _data(config: DictConfig, layout: Layout, model: ModelShape | None) -> Itera
         return
     try:
         rows = sum(pq.read_metadata(path).num_rows for path in paths)
-    except (OSError, ValueError):  # said by check_before_training
+    except (OSError, ValueError):  # said above
         return
     most = config.data.get("train_max_samples", -1)
     rows = min(rows, most) if most and most > 0 else rows

@@ -149,12 +149,12 @@ def spans_after(page: Path) -> set[str]:
 
 
 @cache
-def keys() -> set[str]:
-    """The keys of the config node, read in the source: importing it would import all of verl."""
+def keys(schema: str) -> set[str]:
+    """The keys of a config node, read in the source: importing it would import all of verl."""
     for node in ast.parse((REPOSITORY / "entropy_fork/verl/config.py").read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == "EntropyForkConfig":
+        if isinstance(node, ast.ClassDef) and node.name == schema:
             return {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
-    raise AssertionError("EntropyForkConfig is not in verl/config.py")
+    raise AssertionError(f"{schema} is not in verl/config.py")
 
 
 @every_page
@@ -162,8 +162,11 @@ def test_every_key_preset_recipe_and_cluster_exists(page: Path) -> None:
     text = "\n".join(code(page))
     for key, is_set in re.findall(r"(?<![\w/.:])\+{0,2}entropy_fork\.([a-z]\w*)(=?)", text):
         is_module = any((REPOSITORY / "entropy_fork" / name).exists() for name in (key, f"{key}.py"))
-        assert key in keys() or (is_module and not is_set), f"entropy_fork.{key}"
-    for group, names in re.findall(r"(?<![\w.])\+?(recipe|cluster|template|entropy_fork)=([\w,]+)", text):
+        assert key in keys("EntropyForkConfig") or (is_module and not is_set), f"entropy_fork.{key}"
+    for key in re.findall(r"entropy_fork_guards\.([a-z]\w*)", text):
+        assert key in keys("GuardsConfig"), f"entropy_fork_guards.{key}"
+    groups = "recipe|cluster|template|entropy_fork|entropy_fork_guards"
+    for group, names in re.findall(rf"(?<![\w.])\+?({groups})=([\w,]+)", text):
         for name in names.split(","):
             file = REPOSITORY / "recipes" / group / f"{name}.yaml"
             assert file.is_file() or name in ("NAME", "KEY"), f"{group}={name}"

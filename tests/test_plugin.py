@@ -53,6 +53,7 @@ for module in sys.argv[1:]:
     os._exit(0)
 """
     touching_verl = [name for name in MODULES if name.startswith("entropy_fork.verl.") and not name.endswith("plugin")]
+    touching_verl += ["entropy_fork.output_folder", "entropy_fork.asked_for"]
     result = python("-c", script, *touching_verl)
     assert result.returncode == 0, result.stderr[-2000:]
 

@@ -62,6 +62,11 @@ LINES: list[tuple[str, tuple[str, ...], bool]] = [
     ("bypass mode", (*WHOLE, "algorithm.rollout_correction.bypass_mode=true"), True),
     ("a loss that cannot be masked", (*WHOLE, "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"), True),
     ("own loss", (*WHOLE, "actor_rollout_ref.actor.policy_loss.loss_mode=mine"), True),
+    (
+        "own loss under a name of ours",
+        (*WHOLE, "actor_rollout_ref.actor.policy_loss.loss_mode=reinforce", "actor_rollout_ref.actor.ppo_epochs=2"),
+        True,
+    ),
     ("own estimator", (*WHOLE, "algorithm.adv_estimator=mine"), True),
     ("own estimators under names of ours", (*WHOLE, "algorithm.adv_estimator=q_value"), True),
     ("one answer", (*WHOLE, *ONE_ANSWER), True),

@@ -335,11 +335,12 @@ def test_a_process_that_was_just_being_started_is_found_by_what_it_holds(monkeyp
 @pytest.mark.parametrize(
     ("arguments", "launcher"),
     [
-        (["-m", "a=1,2"], "entropy_fork"),
-        (["--config-name=ppo_megatron_trainer", "a=1,2", "--multirun"], "entropy_fork"),
-        (["a=1,2", "hydra.mode=MULTIRUN"], "entropy_fork"),
-        (["a=1"], "basic"),
-        (["--cfg", "job", "a=1"], "basic"),
+        (["-m", "+recipe=dapo", "a=1,2"], "entropy_fork"),
+        (["--config-name=ppo_megatron_trainer", "entropy_fork.top_ratio=0.1,0.2", "--multirun"], "entropy_fork"),
+        (["+entropy_fork=global,off", "hydra.mode=MULTIRUN"], "entropy_fork"),
+        (["+recipe=dapo", "a=1"], "basic"),
+        (["--cfg", "job", "+recipe=dapo"], "basic"),
+        (["-m", "a=1,2"], "basic"),  # nothing of ours: as in stock verl
     ],
 )
 def test_the_launcher_is_the_default_of_sweeps_alone(

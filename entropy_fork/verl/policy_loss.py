@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from verl.trainer.ppo.core_algos import get_policy_loss_fn, register_policy_loss
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn, register_policy_loss
 from verl.utils import tensordict_utils as tu
 
 from entropy_fork.verl.config import MASKABLE_LOSSES, NODE, guarded_name
@@ -163,7 +163,6 @@ def kept_means(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-@register_policy_loss("reinforce")
 def reinforce(**arguments: Any) -> tuple[Tensor, dict[str, Any]]:
     """-Ψ_t log π(a_t | s_t), for one gradient step per batch (``config.py: check_on_policy``).
 
@@ -171,6 +170,9 @@ def reinforce(**arguments: Any) -> tuple[Tensor, dict[str, Any]]:
     """
     return get_policy_loss_fn("gpg")(**arguments)
 
+
+if "reinforce" not in POLICY_LOSS_REGISTRY:  # a module of the user's may have registered its own
+    register_policy_loss("reinforce")(reinforce)
 
 for _name in MASKABLE_LOSSES:
     register_policy_loss(guarded_name(_name))(_guarded(_name))

@@ -17,7 +17,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from entropy_fork.asked_for import NODE
-from entropy_fork.output_folder import write_whole
 from entropy_fork.verl.errors import EntropyForkError
 
 #: beside ``actor`` in the folder of a checkpoint
@@ -35,6 +34,8 @@ Selection = dict[str, Any] | str
 
 def write_selection(folder: Path, selection: Selection) -> None:
     """Write what a run trains on into the folder of its checkpoint."""
+    from entropy_fork.output_folder import write_whole  # which imports entropy_fork.verl, and may be what does so first
+
     write_whole(folder / FILE, json.dumps({"trained_on": selection}, indent=1) + "\n")
 
 

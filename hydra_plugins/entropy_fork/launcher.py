@@ -1,8 +1,8 @@
 """Hydra's launcher for sweeps of verl: every job in a process and a Ray session of its own. See docs/sweeps.md.
 
 Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. For main_ppo under
-``-m`` it is the default (see :func:`make_default`), in place of Hydra's ``basic``, with which no second job of verl's
-can run. All of the work is in ``entropy_fork.verl.sweep``, imported when a sweep starts: Hydra imports this module in
+``-m`` with anything of ours in the line it is the default (see :func:`make_default`), in place of Hydra's ``basic``,
+with which no second job of verl's can run. All of the work is in ``entropy_fork.verl.sweep``, imported when a sweep starts: Hydra imports this module in
 every application of the environment.
 """
 
@@ -22,6 +22,8 @@ from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from entropy_fork.asked_for import on_command_line
 
 if TYPE_CHECKING:
     from entropy_fork.verl.ray_cluster import Usage
@@ -44,11 +46,16 @@ ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=DEFAULTS, p
 
 
 def make_default() -> None:
-    """Let a sweep use this launcher where no other is asked for. ``hydra/launcher=basic`` still is Hydra's own."""
+    """Let a sweep of a line that names anything of ours use this launcher where it names no other.
+
+    ``hydra/launcher=basic`` still is Hydra's own, and so is the launcher of a line that names nothing of ours.
+    """
     from hydra._internal.utils import get_args_parser
 
     arguments, _ = get_args_parser().parse_known_args(sys.argv[1:])
-    if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
+    is_sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
+    users_folder = Path(arguments.config_dir).absolute() if arguments.config_dir else None
+    if is_sweep and on_command_line(sys.argv[1:], users_folder):
         config = HydraConf()
         config.defaults = [{"launcher": NAME} if entry == {"launcher": "basic"} else entry for entry in config.defaults]
         ConfigStore.instance().store(group="hydra", name="config", node=config, provider="hydra")
