@@ -35,6 +35,7 @@ def test_a_control_groups_limit_counts(tmp_path: Path, files: dict[str, str], co
     assert available_cores(tmp_path) == cores
 
 
+@pytest.mark.process
 def test_the_cores_that_a_process_may_run_on_count() -> None:
     program = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
     program += "from entropy_fork.cores import available_cores; print(available_cores())"

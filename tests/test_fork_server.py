@@ -40,6 +40,8 @@ sys.stdin.read()
 INHERITED = """
 import gc, json, os, resource, signal, stat, sys, threading
 import __main__
+
+pytestmark = pytest.mark.process
 print(json.dumps({
     "arguments": sys.argv, "original": sys.orig_argv, "name": __name__, "file": __file__, "main": __main__.__file__,
     "environment": dict(os.environ), "directory": os.getcwd(), "path": sys.path, "flags": str(sys.flags),

@@ -2,8 +2,8 @@
 
 Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. For main_ppo under
 ``-m`` with anything of ours in the line it is the default (see :func:`make_default`), in place of Hydra's ``basic``,
-with which no second job of verl's can run. All of the work is in ``entropy_fork.verl.sweep``, imported when a sweep starts: Hydra imports this module in
-every application of the environment.
+with which no second job of verl's can run. All of the work is in ``entropy_fork.verl.sweep``, imported when a sweep
+starts: Hydra imports this module in every application of the environment.
 """
 
 from __future__ import annotations
