@@ -24,6 +24,8 @@ from entropy_fork.verl import fork_server, plugin
 from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.fork_server_process import OF_A_WORKER, OF_THE_RUN
 
+pytestmark = pytest.mark.process
+
 #: A launcher: starts the server, says how to ask it for a worker, and waits.
 LAUNCHER = """
 import json, os, signal, sys
@@ -40,8 +42,6 @@ sys.stdin.read()
 INHERITED = """
 import gc, json, os, resource, signal, stat, sys, threading
 import __main__
-
-pytestmark = pytest.mark.process
 print(json.dumps({
     "arguments": sys.argv, "original": sys.orig_argv, "name": __name__, "file": __file__, "main": __main__.__file__,
     "environment": dict(os.environ), "directory": os.getcwd(), "path": sys.path, "flags": str(sys.flags),
