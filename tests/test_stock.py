@@ -161,3 +161,26 @@ def test_off_is_the_node_and_nothing_else(verdicts: dict[str, dict[str, Any]]) -
     assert off.pop("entropy_fork")["enabled"] is False
     assert off == stock
     assert verdicts["installed"]["off"]["runner"] == verdicts["installed"]["plain"]["runner"]
+
+
+def test_a_program_pickles_what_it_imports_of_verl(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Ray sends a task runner of ``__main__`` by value, together with the functions of verl that it calls."""
+    script = """
+import inspect, pickle
+import cloudpickle
+from verl.trainer.main_ppo import run_ppo
+from verl.utils.config import validate_config
+
+class TaskRunner:
+    def run(self, config):
+        validate_config(config, False, False)
+        run_ppo(config, TaskRunner)
+
+for function in (run_ppo, validate_config):
+    assert pickle.loads(pickle.dumps(function)) is function
+    print(function.__module__, inspect.signature(function))
+cloudpickle.dumps(TaskRunner)
+"""
+    said = [python("-c", script, VERL_PLATFORM="", VERL_USE_EXTERNAL_PLUGINS=plugins) for plugins in ("auto", "none")]
+    assert [child.returncode for child in said] == [0, 0], said[0].stderr[-3000:]
+    assert said[0].stdout == said[1].stdout
