@@ -184,3 +184,28 @@ cloudpickle.dumps(TaskRunner)
     said = [python("-c", script, VERL_PLATFORM="", VERL_USE_EXTERNAL_PLUGINS=plugins) for plugins in ("auto", "none")]
     assert [child.returncode for child in said] == [0, 0], said[0].stderr[-3000:]
     assert said[0].stdout == said[1].stdout
+
+
+@pytest.mark.parametrize("plugins", ["auto", "another"])
+def test_a_program_that_only_composes_a_config(
+    python: Callable[..., subprocess.CompletedProcess[str]], plugins: str
+) -> None:
+    """Its arguments are its own (``-c`` is ``--cfg`` for Hydra), and it may compose a thousand times."""
+    script = """
+import argparse, pickle
+import verl
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra_plugins.entropy_fork import EntropyForkSearchPath
+parser = argparse.ArgumentParser()
+parser.add_argument("-c")
+file = parser.parse_args().c
+with initialize_config_dir(verl.__path__[0] + "/trainer/config", version_base=None):
+    config = compose("ppo_trainer")
+for _ in range(1100):  # what Hydra does at each start
+    EntropyForkSearchPath().manipulate_search_path(ConfigSearchPathImpl())
+pickle.dumps(config)
+print("COMPOSED", file)
+"""
+    composed = python("-c", script, "-c", "mine.yaml", VERL_PLATFORM="", VERL_USE_EXTERNAL_PLUGINS=plugins)
+    assert "COMPOSED mine.yaml" in composed.stdout, composed.stderr[-3000:]
