@@ -35,6 +35,14 @@ def test_a_pickled_config_is_typed_and_asks_for_the_guarded_loss() -> None:
     assert loss_mode(pickle.loads(pickle.dumps(arrived))) == guarded_name("vanilla")
 
 
+def test_a_read_only_config_takes_its_guard_along() -> None:
+    config = root(top_ratio=0.1)
+    OmegaConf.set_readonly(config, True)
+    arrived = pickle.loads(pickle.dumps(config))
+    assert (is_typed(arrived), loss_mode(arrived)) == (True, guarded_name("vanilla"))
+    assert OmegaConf.is_readonly(config)
+
+
 def test_what_does_not_ask_is_pickled_as_it_is() -> None:
     off = pickle.loads(pickle.dumps(root(enabled=False)))
     assert loss_mode(off) == "vanilla"

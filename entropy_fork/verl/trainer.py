@@ -3,8 +3,9 @@
 Hook: verl's base class of V1 trainers (``verl/trainer/ppo/v1/trainer_base.py: PPOTrainer``). verl has no hook between
 the advantages and the update, and a registry of trainers cannot serve: verl's own classes stay importable, so a task
 runner that derives its trainer from one of them would train without the mask. So :func:`install` puts our mixins
-*below* ``PPOTrainer``: its own version of each method that a mixin extends moves into a base class behind them. Whoever
-builds or derives a trainer, under whatever name, comes by here. The mixins do nothing unless the config asks for it.
+*below* ``PPOTrainer``: its own version of each method that a mixin extends moves into a base class behind them, and
+what it keeps under that name calls the mixins. Whoever builds or derives a trainer, under whatever name, comes by here.
+The mixins do nothing unless the config asks for it.
 
 At the moment of the hook everything is on the driver's side: verl has computed the old policy's log-probs *and* its
 entropies over all ranks (``_compute_old_log_prob``), and has laid the rows out so that each data-parallel rank gets one
@@ -18,8 +19,9 @@ worker: see ``gradient_step.py``. The driver then sends the rule, and who each r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import ray
@@ -296,8 +298,20 @@ def install() -> None:
     moved = {"__slots__": (), "__module__": PPOTrainer.__module__} | {name: stock[name] for name in EXTENDED}
     behind = type(PPOTrainer)("StockPPOTrainer", PPOTrainer.__bases__, moved)
     for name in extended:
-        delattr(PPOTrainer, name)
+        setattr(PPOTrainer, name, _by_the_mixins(stock[name]))
     PPOTrainer.__bases__ = (*mixins, behind)
+
+
+def _by_the_mixins(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of PPOTrainer's: of a trainer the mixins', of anything else, which tests pass as ``self``, verl's."""
+
+    @wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not issubclass(type(self), PPOTrainer):
+            return stock(self, *args, **kwargs)
+        return getattr(super(PPOTrainer, self), stock.__name__)(*args, **kwargs)
+
+    return method
 
 
 #: what the mixins extend of verl's PPOTrainer
