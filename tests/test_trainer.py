@@ -6,24 +6,28 @@ import inspect
 import math
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hook import Masked, run_hook
+from hook import Masked, Stock, run_hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPActorConfig
 
 from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.statistics import Pool
 from entropy_fork.verl import trainer
-from entropy_fork.verl.config import EntropyForkConfig
+from entropy_fork.verl.config import EntropyForkConfig, guarded_name
 from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.policy_loss import weights_written
 
 
 def make_rows(num_rows: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -219,6 +223,50 @@ def test_a_trainer_whose_advantages_are_its_own_stops(monkeypatch: pytest.Monkey
     batch = SimpleNamespace(keys=["u_0_0"], extra_info={})
     with pytest.raises(EntropyForkError, match=r"Theirs in .* pid \d+.*no token weights.*super\(\)._compute_advantage"):
         this._update_actor(this._compute_advantage(batch, {}), {})
+
+
+@pytest.mark.parametrize("importance", [None, 0.5])
+def test_a_trainer_that_writes_over_the_weights_stops(
+    monkeypatch: pytest.MonkeyPatch, importance: float | None
+) -> None:
+    """Importance weights of its own in the same field: the batch is the weighed one, and its weights are gone."""
+    batches = []
+
+    class Updating(Stock):
+        def _update_actor(self, batch: Any, metrics: dict[str, float]) -> Any:
+            """Metrics as the guarded loss gives them."""
+            fields = trainer.tq.kv_batch_get(keys=batch.keys, select_fields=["response_mask", "rollout_is_weights"])
+            mask, weights = (fields[name].values()[None] for name in ("response_mask", "rollout_is_weights"))
+            with weights_written():
+                _, said = get_policy_loss_fn(guarded_name("vanilla"))(
+                    old_log_prob=torch.zeros_like(weights),
+                    log_prob=torch.zeros_like(weights),
+                    advantages=torch.ones_like(weights),
+                    response_mask=mask,
+                    config=FSDPActorConfig(
+                        strategy="fsdp2", rollout_n=1, ppo_mini_batch_size=1, ppo_micro_batch_size_per_gpu=1
+                    ),
+                    rollout_is_weights=weights,
+                )
+            metrics.update({f"actor/{name.removeprefix('actor/')}": value for name, value in said.items()})
+            return batch
+
+    class Theirs(trainer.TokenWeights, Updating):
+        def _compute_advantage(self, batch: Any, metrics: dict[str, float]) -> Any:
+            batch = super()._compute_advantage(batch, metrics)
+            batch.extra_info = {}
+            batches.append((self, batch))
+            return batch
+
+    data, _ = run_hook(monkeypatch, trainer_class=Theirs, importance=importance)
+    ((this, batch),) = batches
+    metrics: dict[str, float] = {}
+    this._update_actor(batch, metrics)
+    assert metrics["entropy_fork/ppo_kl"] == 0.0
+    assert "actor/entropy_fork/loss_dropped" not in metrics
+    data["rollout_is_weights"].values().fill_(0.5)
+    with pytest.raises(EntropyForkError, match=r"tokens .* weight 0.*trained on all of them.*wrote the field"):
+        this._update_actor(batch, {})
 
 
 def test_a_batch_without_entropies_stops_with_the_name_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

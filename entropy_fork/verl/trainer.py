@@ -63,6 +63,7 @@ class TokenWeights:
     def __init__(self, config: Any):
         self.entropy_fork = read_config(config)
         self.weighed_keys: list[str] = []  # the rows of the batch that has weights
+        self.num_dropped = 0  # of its tokens, those of weight 0, where the driver has written the weights
         if self.entropy_fork is not None:
             check_maskable(config, self.entropy_fork)
             guard_loss(config)  # what the workers will be given
@@ -137,6 +138,12 @@ class TokenWeights:
         prefix = f"actor/{NODE}/"
         ours = {key.removeprefix("actor/"): metrics.pop(key) for key in list(metrics) if key.startswith(prefix)}
         metrics.update(kept_means(ours))
+        if self.num_dropped and not ours[f"{NODE}/loss_dropped"]:
+            raise EntropyForkError(
+                f"{self.num_dropped} tokens of this batch were given the weight 0, but the actor's update of step "
+                f"{self.global_steps} trained on all of them: something wrote the field rollout_is_weights again after "  # type: ignore[attr-defined]
+                f"verl's _compute_advantage. Write importance weights of your own before it, or multiply them in."
+            )
         if in_worker and self.entropy_fork.pool != "batch":  # which was selected, and reported, on the driver
             tally = tally_of(ours, num_rows // (config.actor.ppo_mini_batch_size * config.rollout.n))
             metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
@@ -157,7 +164,7 @@ class TokenWeights:
         rows, offsets = self._rows(batch, metrics)
         metrics[f"{NODE}/top_ratio"] = rule.selector.top_ratio
         in_worker = self.entropy_fork.in_worker(actor.shuffle)
-        written = {}
+        written, num_dropped = {}, 0
         if in_worker:
             written[ROW_IDENTITY] = _nested(torch.stack([rows.order, rows.seeds], dim=1).flatten(), 2)
         if not in_worker or rule.pool == "batch":  # a worker sees no more than its mini-batch
@@ -170,6 +177,7 @@ class TokenWeights:
             if in_worker:
                 written[KEPT] = torch.nested.nested_tensor_from_jagged(kept.to(torch.uint8), offsets)
             else:
+                num_dropped = int(tally.num_tokens - tally.num_kept)
                 weights = weigh_mini_batches(rows, kept, mini_batch, rule)
                 del rows, kept
                 importance = _fetch(batch, "rollout_is_weights")
@@ -177,7 +185,7 @@ class TokenWeights:
                     weights *= importance.values()
                     del importance
                 written["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(weights, offsets)
-        self.weighed_keys = list(batch.keys)
+        self.weighed_keys, self.num_dropped = list(batch.keys), num_dropped
         return tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
