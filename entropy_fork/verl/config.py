@@ -11,6 +11,7 @@ this plugin: a TaskRunner without it stops with ``No module named 'entropy_fork'
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -413,6 +414,16 @@ def check_before_training(config: DictConfig) -> None:
     if masked is not None:
         check_maskable(config, masked)
     check_dumpable(config)
+    global _checked
+    _checked = weakref.ref(config)
+
+
+_checked: weakref.ref[DictConfig] | None = None
+
+
+def was_checked(config: DictConfig) -> bool:
+    """Whether this config was the last to pass :func:`check_before_training`. Hydra's presets are typed before that."""
+    return _checked is not None and _checked() is config
 
 
 def check_resumable(config: DictConfig) -> str | None:
@@ -505,11 +516,6 @@ def make_typed(config: DictConfig) -> None:
             node = OmegaConf.to_container(config[name], resolve=True)
             with _changeable(config):
                 config[name] = OmegaConf.merge(OmegaConf.structured(schema), node)
-
-
-def is_typed(config: DictConfig) -> bool:
-    """Whether our nodes of a root config have their types; also True where there are none."""
-    return _has_type(config, NODE, EntropyForkConfig) and _has_type(config, GUARDS, GuardsConfig)
 
 
 def _has_type(config: DictConfig, name: str, schema: type) -> bool:

@@ -30,7 +30,7 @@ from entropy_fork.verl import config as checks
 def _checking_first(run_ppo: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(run_ppo)  # a function, not wrapt's proxy: programs pickle it with what refers to it
     def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
-        if not checks.is_typed(config):  # validate_config has not been called on it
+        if in_config(config) and not checks.was_checked(config):  # validate_config has not been called on it
             checks.check_before_training(config)
         return run_ppo(config, *args, **kwargs)
 
