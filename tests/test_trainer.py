@@ -194,6 +194,11 @@ def test_verls_methods_stay_verls_for_whoever_looks_at_them() -> None:
     bare = Bare()
     bare._load_checkpoint()  # a config that is not OmegaConf's
     assert bare.global_steps == 0
+    bare.config = OmegaConf.create({"trainer": {"critic_warmup": 0}})
+    bare.token_dump = "a folder"  # an attribute of the user's own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock, "_compute_advantage", lambda self, batch, metrics: batch)
+        assert bare._compute_advantage("batch", {}) == "batch"
 
 
 def test_verls_trainer_calls_what_is_extended() -> None:

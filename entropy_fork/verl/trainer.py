@@ -58,7 +58,7 @@ class TokenWeights:
     __slots__ = tuple[str, ...]()
 
     entropy_fork: EntropyForkConfig | None = None
-    token_dump: TokenDump | None = None
+    entropy_fork_dump: TokenDump | None = None
 
     def __init__(self, config: Any):
         self.entropy_fork = read_config(config)
@@ -71,7 +71,7 @@ class TokenWeights:
             reason = self.entropy_fork.dense_because(config, self.entropy_fork.selector_at(1).kept_share)
             where = "kept positions only" if reason is None else f"every position, because {reason}"
             print(f"entropy_fork: the LM head of an update computes {where}", flush=True)
-        self.token_dump = TokenDump.asked_for(config)
+        self.entropy_fork_dump = TokenDump.asked_for(config)
         super().__init__(config)  # type: ignore[call-arg]
 
     def _setup(self) -> None:
@@ -82,8 +82,8 @@ class TokenWeights:
             needs = (actor.policy_loss.loss_mode, self.entropy_fork.in_worker(actor.shuffle))
             workers = self.actor_rollout_wg.workers  # type: ignore[attr-defined]
             ray.get([worker.__ray_call__.remote(admit_worker, *needs) for worker in workers])
-        if self.token_dump is not None:
-            self.token_dump.start()
+        if self.entropy_fork_dump is not None:
+            self.entropy_fork_dump.start()
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         self._ask_for_head(batch)
@@ -113,8 +113,8 @@ class TokenWeights:
         if self.entropy_fork is not None and updates_actor:
             batch = self._write_token_weights(batch, metrics)
         # of the updates that separate_async takes in one step the first, whose policy the answers came from
-        if self.token_dump is not None and updates_actor and getattr(self, "local_trigger_step", 0) == 0:
-            self.token_dump.write(batch, self.global_steps, self.tokenizer)  # type: ignore[attr-defined]
+        if self.entropy_fork_dump is not None and updates_actor and getattr(self, "local_trigger_step", 0) == 0:
+            self.entropy_fork_dump.write(batch, self.global_steps, self.tokenizer)  # type: ignore[attr-defined]
         return batch
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
