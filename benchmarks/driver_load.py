@@ -151,7 +151,7 @@ def driver(overrides: list[str], keys: list[str], ranks: int, beside: bool) -> d
     this: Any = object.__new__(TRAINER_REGISTRY["sync"])  # without a model, without workers
     this.config = compose(overrides)
     this.entropy_fork = read_config(this.config)
-    this.token_dump = None
+    this.entropy_fork_dump = None
     this.global_steps = 1
     this.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda _: range(ranks))
     fields = ["advantages", "entropy", "index", "old_log_probs", "prompts", "response_mask", "rm_scores", "uid"]

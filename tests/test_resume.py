@@ -270,3 +270,34 @@ def test_the_guards_do_not_matter(line: Callable[..., Any]) -> None:
     guards = ["+entropy_fork_guards=off"]
     train(line(*GLOBAL, *guards))
     refused(line(*OFF, *guards), "was trained on")
+
+
+def test_a_run_without_the_node_that_saves_over_a_checkpoint_removes_what_is_no_longer_true(
+    line: Callable[..., Any],
+) -> None:
+    """Else the next masked run would go on from a model of all tokens, and take it for its own."""
+    folder = train(line(*GLOBAL))
+    assert train(line("trainer.resume_mode=disable")) == folder
+    assert not (folder / FILE).exists()
+
+
+@pytest.mark.parametrize("first", [OFF, []])
+def test_a_checkpoint_that_was_half_written_over_is_of_neither_selection(line: Callable[..., Any], first: Line) -> None:
+    """verl already points to it, and without the guard ``checkpoints`` nothing else says that it is not whole."""
+
+    class Killed(BaseException): ...
+
+    def die(this: Stock) -> None:
+        raise Killed
+
+    folder = train(line(*first))
+    again = line(*GLOBAL, "trainer.resume_mode=disable")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stock, "_save_checkpoint", die)
+        with pytest.raises(Killed):
+            train(again)
+    refused(line(*GLOBAL), "was trained on tokens of two selections")
+    refused(line(*OFF), "was trained on tokens of two selections")
+    train(again)
+    assert json.loads((folder / FILE).read_text())["trained_on"]["top_ratio"] == 0.2
+    assert resume(line(*GLOBAL)) == 1

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mini_batch import NUM_ROWS, VOCABULARY, Answers, keep_gradients, make_answers, make_batch, make_engine
 from processes import Processes
 from safetensors.torch import load_file
+from tensordict import TensorDict
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -732,3 +733,29 @@ def test_a_model_that_changes_its_logits_stops(models: dict[bool, str]) -> None:
     finally:
         world.close()
     assert "entropy_fork.sparse_head=false" in said
+
+
+def test_after_an_error_in_the_model_its_head_is_idle() -> None:
+    """Who calls the model next may do it without the engine, as a program that has caught an out-of-memory error."""
+    from entropy_fork.verl.sparse_head import RowsOfHead, SparseHead
+
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        )
+    )  # fmt: skip
+    head = RowsOfHead(model)
+
+    class Verls:
+        def forward_step(self, *_: Any) -> None:
+            head.rows, head.labels = torch.tensor([1, 2]), torch.tensor([2, 3])
+            assert model(input_ids=torch.arange(6)[None]).logits.shape == (1, 2, 1)
+            raise MemoryError
+
+    class Engine(SparseHead, Verls):
+        _rows_of_head = head
+
+    with pytest.raises(MemoryError):
+        Engine().forward_step(TensorDict({}), None, False)
+    assert model(input_ids=torch.arange(6)[None]).logits.shape == (1, 6, 32)

@@ -166,3 +166,51 @@ def test_off_is_the_node_and_nothing_else(verdicts: dict[str, dict[str, Any]]) -
     assert off.pop("entropy_fork")["enabled"] is False
     assert off == stock
     assert verdicts["installed"]["off"]["runner"] == verdicts["installed"]["plain"]["runner"]
+
+
+def test_a_program_pickles_what_it_imports_of_verl(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Ray sends a task runner of ``__main__`` by value, together with the functions of verl that it calls."""
+    script = """
+import inspect, pickle
+import cloudpickle
+from verl.trainer.main_ppo import run_ppo
+from verl.utils.config import validate_config
+
+class TaskRunner:
+    def run(self, config):
+        validate_config(config, False, False)
+        run_ppo(config, TaskRunner)
+
+for function in (run_ppo, validate_config):
+    assert pickle.loads(pickle.dumps(function)) is function
+    print(function.__module__, inspect.signature(function))
+cloudpickle.dumps(TaskRunner)
+"""
+    said = [python("-c", script, VERL_PLATFORM="", VERL_USE_EXTERNAL_PLUGINS=plugins) for plugins in ("auto", "none")]
+    assert [child.returncode for child in said] == [0, 0], said[0].stderr[-3000:]
+    assert said[0].stdout == said[1].stdout
+
+
+@pytest.mark.parametrize("plugins", ["auto", "another"])
+def test_a_program_that_only_composes_a_config(
+    python: Callable[..., subprocess.CompletedProcess[str]], plugins: str
+) -> None:
+    """Its arguments are its own (``-c`` is ``--cfg`` for Hydra), and it may compose a thousand times."""
+    script = """
+import argparse, pickle
+import verl
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra_plugins.entropy_fork import EntropyForkSearchPath
+parser = argparse.ArgumentParser()
+parser.add_argument("-c")
+file = parser.parse_args().c
+with initialize_config_dir(verl.__path__[0] + "/trainer/config", version_base=None):
+    config = compose("ppo_trainer")
+for _ in range(1100):  # what Hydra does at each start
+    EntropyForkSearchPath().manipulate_search_path(ConfigSearchPathImpl())
+pickle.dumps(config)
+print("COMPOSED", file)
+"""
+    composed = python("-c", script, "-c", "mine.yaml", VERL_PLATFORM="", VERL_USE_EXTERNAL_PLUGINS=plugins)
+    assert "COMPOSED mine.yaml" in composed.stdout, composed.stderr[-3000:]

@@ -158,7 +158,7 @@ def test_every_second_step_and_nothing_where_it_is_off(step: Any, tmp_path: Path
     for number in (2, 3, 4):
         step(number, masked)
     assert parts(tmp_path / "run" / "tokens") == [2, 4]
-    assert step(1, dump_every=0)["trainer"].token_dump is None
+    assert step(1, dump_every=0)["trainer"].entropy_fork_dump is None
     masked.local_trigger_step = 1  # a later update of the same step
     step(6, masked)
     assert parts(tmp_path / "run" / "tokens") == [2, 4]
@@ -211,7 +211,7 @@ def test_a_batch_without_entropies_is_an_error(step: Any, monkeypatch: pytest.Mo
     masked = step(2, dump_every=1, enabled=False)["trainer"]
     monkeypatch.setattr(token_dump.tq, "kv_batch_get", lambda **_: {"response_mask": [], "index": None})
     with pytest.raises(EntropyForkError, match=r"no entropies in .*dump_every=0 trains without"):
-        masked.token_dump.write(Batch(keys=["u_0_0"], tags=[{}], partition_id="train"), 3, Tokenizer())
+        masked.entropy_fork_dump.write(Batch(keys=["u_0_0"], tags=[{}], partition_id="train"), 3, Tokenizer())
 
 
 def test_the_defaults_dump_nothing() -> None:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import inspect
 import math
+import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hook import Masked, run_hook
+from hook import Masked, Stock, run_hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPActorConfig
 
 from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.statistics import Pool
 from entropy_fork.verl import trainer
-from entropy_fork.verl.config import EntropyForkConfig
+from entropy_fork.verl.config import EntropyForkConfig, guarded_name
 from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.policy_loss import weights_written
 
 
 def make_rows(num_rows: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -154,8 +159,46 @@ def test_every_trainer_of_verls_is_masked_whoever_derives_it() -> None:
         order = [kind.__name__ for kind in Derived.__mro__]
         assert order.index("PPOTrainer") < order.index("TokenWeights") < order.index("StockPPOTrainer")
         for name in trainer.EXTENDED:
-            owner = next(kind for kind in PPOTrainer.__mro__ if name in vars(kind))
-            assert owner.__module__.startswith("entropy_fork."), name
+            first = next(kind for kind in PPOTrainer.__mro__[1:] if name in vars(kind))
+            assert first.__module__.startswith("entropy_fork."), name
+
+    class Asked(Derived):
+        def __init__(self) -> None:  # as tests of verl's make a trainer
+            self.config = OmegaConf.create({"entropy_fork": {"top_ratio": 7}})
+
+    for method in ("_save_checkpoint", "_load_checkpoint"):
+        with pytest.raises(EntropyForkError, match="top_ratio must be in"):
+            getattr(Asked(), method)()
+
+
+def test_verls_methods_stay_verls_for_whoever_looks_at_them() -> None:
+    """verl's own tests call them with another ``self``, and programs read their signatures and replace them."""
+    (stock,) = [kind for kind in PPOTrainer.__mro__ if kind.__name__ == "StockPPOTrainer"]
+    for name in trainer.EXTENDED:
+        method = vars(PPOTrainer)[name]
+        assert inspect.signature(method) == inspect.signature(vars(stock)[name])
+        assert (method.__module__, method.__qualname__) == (PPOTrainer.__module__, f"PPOTrainer.{name}")
+        assert pickle.loads(pickle.dumps(method)) is method
+    plain = SimpleNamespace(config=SimpleNamespace(trainer=SimpleNamespace(resume_mode="disable")))
+    PPOTrainer._load_checkpoint(plain)  # a self that is no trainer
+    assert plain.global_steps == 0
+
+    class Bare(PPOTrainer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.config = plain.config
+
+        def on_sample_end(self) -> None: ...
+
+        def on_step_end(self) -> None: ...
+
+    bare = Bare()
+    bare._load_checkpoint()  # a config that is not OmegaConf's
+    assert bare.global_steps == 0
+    bare.config = OmegaConf.create({"trainer": {"critic_warmup": 0}})
+    bare.token_dump = "a folder"  # an attribute of the user's own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock, "_compute_advantage", lambda self, batch, metrics: batch)
+        assert bare._compute_advantage("batch", {}) == "batch"
 
 
 def test_verls_trainer_calls_what_is_extended() -> None:
@@ -167,7 +210,7 @@ def test_verls_trainer_calls_what_is_extended() -> None:
     assert "self._setup()\n        self.on_init_end()" in inspect.getsource(PPOTrainer.init)
     (stock,) = [kind for kind in PPOTrainer.__mro__ if kind.__name__ == "StockPPOTrainer"]
     assert set(trainer.EXTENDED) <= set(vars(stock))
-    assert not set(trainer.EXTENDED) & set(vars(PPOTrainer))
+    assert all(vars(PPOTrainer)[name].__wrapped__ is vars(stock)[name] for name in trainer.EXTENDED)
     assert "self.actor_rollout_wg.init_model()" in inspect.getsource(vars(stock)["_setup"])
 
 
@@ -185,6 +228,50 @@ def test_a_trainer_whose_advantages_are_its_own_stops(monkeypatch: pytest.Monkey
     batch = SimpleNamespace(keys=["u_0_0"], extra_info={})
     with pytest.raises(EntropyForkError, match=r"Theirs in .* pid \d+.*no token weights.*super\(\)._compute_advantage"):
         this._update_actor(this._compute_advantage(batch, {}), {})
+
+
+@pytest.mark.parametrize("importance", [None, 0.5])
+def test_a_trainer_that_writes_over_the_weights_stops(
+    monkeypatch: pytest.MonkeyPatch, importance: float | None
+) -> None:
+    """Importance weights of its own in the same field: the batch is the weighed one, and its weights are gone."""
+    batches = []
+
+    class Updating(Stock):
+        def _update_actor(self, batch: Any, metrics: dict[str, float]) -> Any:
+            """Metrics as the guarded loss gives them."""
+            fields = trainer.tq.kv_batch_get(keys=batch.keys, select_fields=["response_mask", "rollout_is_weights"])
+            mask, weights = (fields[name].values()[None] for name in ("response_mask", "rollout_is_weights"))
+            with weights_written():
+                _, said = get_policy_loss_fn(guarded_name("vanilla"))(
+                    old_log_prob=torch.zeros_like(weights),
+                    log_prob=torch.zeros_like(weights),
+                    advantages=torch.ones_like(weights),
+                    response_mask=mask,
+                    config=FSDPActorConfig(
+                        strategy="fsdp2", rollout_n=1, ppo_mini_batch_size=1, ppo_micro_batch_size_per_gpu=1
+                    ),
+                    rollout_is_weights=weights,
+                )
+            metrics.update({f"actor/{name.removeprefix('actor/')}": value for name, value in said.items()})
+            return batch
+
+    class Theirs(trainer.TokenWeights, Updating):
+        def _compute_advantage(self, batch: Any, metrics: dict[str, float]) -> Any:
+            batch = super()._compute_advantage(batch, metrics)
+            batch.extra_info = {}
+            batches.append((self, batch))
+            return batch
+
+    data, _ = run_hook(monkeypatch, trainer_class=Theirs, importance=importance)
+    ((this, batch),) = batches
+    metrics: dict[str, float] = {}
+    this._update_actor(batch, metrics)
+    assert metrics["entropy_fork/ppo_kl"] == 0.0
+    assert "actor/entropy_fork/loss_dropped" not in metrics
+    data["rollout_is_weights"].values().fill_(0.5)
+    with pytest.raises(EntropyForkError, match=r"tokens .* weight 0.*trained on all of them.*wrote the field"):
+        this._update_actor(batch, {})
 
 
 def test_a_batch_without_entropies_stops_with_the_name_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

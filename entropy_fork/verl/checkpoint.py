@@ -2,7 +2,8 @@
 
 Hook: the trainers of ``trainer.py``, around verl's ``_save_checkpoint`` and before its ``_load_checkpoint``. Nothing of
 verl's is saved or loaded here. In runs whose config has the mask's node, also with ``entropy_fork=off``, a file says
-what each checkpoint was trained on (``resume.py``). The rest is the guard ``checkpoints``.
+what each checkpoint was trained on (``resume.py``); a run without the node removes such a file where it saves over it,
+since it is no longer true. The rest is the guard ``checkpoints``.
 
 verl writes the files of a checkpoint one after another, then its step into ``latest_checkpointed_iteration.txt``, and
 resumes from the step that is in there. So a run that is killed while it saves goes on from the checkpoint before. Not
@@ -30,7 +31,7 @@ from ray.exceptions import RayTaskError
 from entropy_fork.output_folder import UNFINISHED
 from entropy_fork.verl.config import MASKED_STRATEGIES, check_resumable, read_guards, read_node
 from entropy_fork.verl.errors import EntropyForkError
-from entropy_fork.verl.resume import LATEST, checkpoint_to_resume, write_selection
+from entropy_fork.verl.resume import FILE, LATEST, MIXED, checkpoint_to_resume, says, write_selection
 
 #: the names of a rank's files by what ``checkpoint.load_contents`` asks for (verl's ``FSDPCheckpointManager``)
 SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
@@ -49,6 +50,7 @@ class WholeCheckpoints:
         # An asynchronous save is not over when verl returns; Megatron then points to it when it is.
         guarded = guarded and not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False)
         folder = Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
+        is_new = not folder.exists()
         try:
             if node is not None or guarded:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -56,9 +58,14 @@ class WholeCheckpoints:
                 (folder / UNFINISHED).write_text(
                     "entropy_fork: this checkpoint is being written, or its run ended there\n"
                 )
-            if node is not None:  # first, so that verl never points to a checkpoint that does not say it
-                write_selection(folder, node.selection())
+            # first, so that verl never points to a checkpoint that says something else, or nothing
+            if node is not None:
+                write_selection(folder, node.selection() if is_new or says(folder, node.selection()) else MIXED)
+            else:  # what a run with the node has left in a folder that is used again
+                (folder / FILE).unlink(missing_ok=True)
             super()._save_checkpoint()  # type: ignore[misc]
+            if node is not None and not is_new:
+                write_selection(folder, node.selection())
             if guarded:
                 (folder / UNFINISHED).unlink()
         except Exception as error:

@@ -11,13 +11,15 @@ this plugin: a TaskRunner without it stops with ``No module named 'entropy_fork'
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
 import verl
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 from packaging.version import Version
 
@@ -79,8 +81,13 @@ def guard_loss(config: DictConfig) -> None:
         config: the root of a config that asks for a mask.
     """
     policy_loss = config.actor_rollout_ref.actor.policy_loss
-    with open_dict(policy_loss):
+    with _changeable(policy_loss):
         policy_loss.loss_mode = guarded_name(policy_loss.get("loss_mode", "vanilla"))
+
+
+def _changeable(config: DictConfig) -> AbstractContextManager[Any]:
+    """Let a config be changed that takes no new keys, or that its owner has made read-only."""
+    return flag_override(config, ["struct", "readonly"], [False, False])
 
 
 def plain_name(loss_mode: str) -> str:
@@ -307,7 +314,7 @@ Schema = TypeVar("Schema", EntropyForkConfig, GuardsConfig)
 
 
 def _parsed(config: DictConfig, name: str, schema: type[Schema], way_out: str) -> Schema | None:
-    node = OmegaConf.select(config, name, default=None)
+    node = _node(config, name)
     if node is None:
         return None
     if not isinstance(node, DictConfig):
@@ -335,6 +342,11 @@ def _parsed(config: DictConfig, name: str, schema: type[Schema], way_out: str) -
     return parsed
 
 
+def _node(config: Any, name: str) -> Any:
+    """A node at the root; None where it is absent, as it is from what is no config of OmegaConf's."""
+    return OmegaConf.select(config, name, default=None) if OmegaConf.is_config(config) else None
+
+
 def moved(key: str) -> str:
     """What to write instead of a key that has another place now."""
     group, _ = MOVED[key].split(".")
@@ -359,6 +371,8 @@ def check_places(config: DictConfig) -> None:
     Raises:
         EntropyForkError: with the key, and what to write at the root instead.
     """
+    if not OmegaConf.is_config(config):
+        return
     for path, value in _misplaced(OmegaConf.to_container(config, resolve=False)):
         if path.rsplit(".")[-1] == GUARDS:
             raise EntropyForkError(f"'{path}' does nothing: '{GUARDS}' is read at the root of the config.")
@@ -400,6 +414,16 @@ def check_before_training(config: DictConfig) -> None:
     if masked is not None:
         check_maskable(config, masked)
     check_dumpable(config)
+    global _checked
+    _checked = weakref.ref(config)
+
+
+_checked: weakref.ref[DictConfig] | None = None
+
+
+def was_checked(config: DictConfig) -> bool:
+    """Whether this config was the last to pass :func:`check_before_training`. Hydra's presets are typed before that."""
+    return _checked is not None and _checked() is config
 
 
 def check_resumable(config: DictConfig) -> str | None:
@@ -490,17 +514,12 @@ def make_typed(config: DictConfig) -> None:
     for name, schema in ((NODE, EntropyForkConfig), (GUARDS, GuardsConfig)):
         if not _has_type(config, name, schema):
             node = OmegaConf.to_container(config[name], resolve=True)
-            with open_dict(config):
+            with _changeable(config):
                 config[name] = OmegaConf.merge(OmegaConf.structured(schema), node)
 
 
-def is_typed(config: DictConfig) -> bool:
-    """Whether our nodes of a root config have their types; also True where there are none."""
-    return _has_type(config, NODE, EntropyForkConfig) and _has_type(config, GUARDS, GuardsConfig)
-
-
 def _has_type(config: DictConfig, name: str, schema: type) -> bool:
-    node = OmegaConf.select(config, name, default=None)
+    node = _node(config, name)
     return node is None or (isinstance(node, DictConfig) and OmegaConf.get_type(node) is schema)
 
 

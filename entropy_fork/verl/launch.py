@@ -15,7 +15,10 @@ any process. Nothing can be noticed there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
+from typing import Any
 
 import wrapt
 from omegaconf import DictConfig
@@ -24,12 +27,14 @@ from entropy_fork.asked_for import in_config
 from entropy_fork.verl import config as checks
 
 
-@wrapt.decorator
-def _checking_first(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
-    config = kwargs["config"] if "config" in kwargs else args[0]
-    if not checks.is_typed(config):  # validate_config has not been called on it
-        checks.check_before_training(config)
-    return wrapped(*args, **kwargs)
+def _checking_first(run_ppo: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(run_ppo)  # a function, not wrapt's proxy: programs pickle it with what refers to it
+    def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if in_config(config) and not checks.was_checked(config):  # validate_config has not been called on it
+            checks.check_before_training(config)
+        return run_ppo(config, *args, **kwargs)
+
+    return checking
 
 
 def extend_run_ppo(module: ModuleType) -> None:

@@ -10,8 +10,11 @@ typed config node everywhere else (see ``config.py``).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import verl
 import wrapt
@@ -37,21 +40,25 @@ _check_verl(verl.__version__)
 from entropy_fork.verl import config, fork_server, launch, platform_cpu  # noqa: E402
 
 
-@wrapt.decorator
-def _also_check_entropy_fork(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..., Any]:
     """verl's checks, and those of ours that a run asks for: see ``entropy_fork/asked_for.py``."""
-    root = kwargs["config"] if "config" in kwargs else args[0]
-    config.check_first(root)
-    result = wrapped(*args, **kwargs)
-    if ON_CPU:
-        platform_cpu.check_before_training(root)
-    else:
-        platform_cpu.check_opted_in(root)
-        fork_server.check_opted_in(root)
-    config.check_before_training(root)
-    if ON_CPU:
-        fork_server.choose(root)
-    return result
+    checks = config
+
+    @wraps(validate_config)  # a function, not wrapt's proxy: programs pickle it with what refers to it
+    def validate(config: Any, *args: Any, **kwargs: Any) -> Any:
+        checks.check_first(config)
+        result = validate_config(config, *args, **kwargs)
+        if ON_CPU:
+            platform_cpu.check_before_training(config)
+        else:
+            platform_cpu.check_opted_in(config)
+            fork_server.check_opted_in(config)
+        checks.check_before_training(config)
+        if ON_CPU:
+            fork_server.choose(config)
+        return result
+
+    return validate
 
 
 def _extend_validation(module: ModuleType) -> None:

@@ -99,7 +99,9 @@ def _guarded(name: str) -> Callable[..., Any]:
         kept = (rollout_is_weights != 0) & response_mask.bool()
         if _sees_kept_only.get():
             metrics = _of_kept(metrics, float(kept.sum() / response_mask.sum()))
-        return loss, metrics | kept_sums(old_log_prob, log_prob.detach(), advantages, kept, config)
+        sums = kept_sums(old_log_prob, log_prob.detach(), advantages, kept, config)
+        sums[f"{NODE}/loss_dropped"] = float((response_mask.bool() & ~kept).sum())
+        return loss, metrics | sums
 
     return policy_loss
 

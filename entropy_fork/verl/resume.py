@@ -28,6 +28,9 @@ LATEST = "latest_checkpointed_iteration.txt"
 #: what a run without a mask trains on
 ALL_TOKENS = "all tokens"
 
+#: what a folder says while a checkpoint of another selection in it is written over, and after a kill in that time
+MIXED = "tokens of two selections (a run was stopped while it wrote over the checkpoint of another one)"
+
 #: A selection: the value of every key that changes it, or ``ALL_TOKENS``.
 Selection = dict[str, Any] | str
 
@@ -37,6 +40,14 @@ def write_selection(folder: Path, selection: Selection) -> None:
     from entropy_fork.output_folder import write_whole  # which imports entropy_fork.verl, and may be what does so first
 
     write_whole(folder / FILE, json.dumps({"trained_on": selection}, indent=1) + "\n")
+
+
+def says(folder: Path, selection: Selection) -> bool:
+    """Whether the file in a checkpoint's folder says that it was trained on this selection."""
+    try:
+        return read_selection(folder) == selection
+    except EntropyForkError:
+        return False
 
 
 def read_selection(folder: Path) -> Selection | None:

@@ -82,6 +82,10 @@ class RowsOfHead:
         self._head.forward = self._forward
         model.get_decoder().register_forward_hook(self._select)
 
+    def forget(self) -> None:
+        """Be idle again."""
+        self.rows = self.labels = self.log_probs = self.entropy = None
+
     @staticmethod
     def unsuitable(model: Any) -> str | None:
         """Why this model's head cannot be asked for single rows; None where it can: it computes ``x @ weight.T``."""
@@ -207,7 +211,12 @@ class SparseHead:
         self._where = self._where_wanted(micro_batch)
         if self._where == KEPT and loss_function is not None:
             loss_function = policy_loss.seeing_kept_only(loss_function)
-        return super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
+        try:
+            return super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
+        finally:  # also after an error: whoever calls the model next may not come by here
+            self._where = None
+            if self._rows_of_head is not None:
+                self._rows_of_head.forget()
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         """verl's, and for the head the rows that are wanted of it."""
@@ -265,7 +274,7 @@ class SparseHead:
                     f"the model does something to its logits after the LM head (a soft cap, a scale), which "
                     f"{NODE}.sparse_head does not know, in {process_name()}. Write {NODE}.sparse_head=false."
                 )
-        head.rows = head.log_probs = head.entropy = None
+        head.forget()
         positions = output_args[HEAD]
         model_output = {"log_probs": self._everywhere(log_probs, positions, output_args, micro_batch)}
         if self._where == KEPT:

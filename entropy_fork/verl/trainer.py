@@ -3,8 +3,9 @@
 Hook: verl's base class of V1 trainers (``verl/trainer/ppo/v1/trainer_base.py: PPOTrainer``). verl has no hook between
 the advantages and the update, and a registry of trainers cannot serve: verl's own classes stay importable, so a task
 runner that derives its trainer from one of them would train without the mask. So :func:`install` puts our mixins
-*below* ``PPOTrainer``: its own version of each method that a mixin extends moves into a base class behind them. Whoever
-builds or derives a trainer, under whatever name, comes by here. The mixins do nothing unless the config asks for it.
+*below* ``PPOTrainer``: its own version of each method that a mixin extends moves into a base class behind them, and
+what it keeps under that name calls the mixins. Whoever builds or derives a trainer, under whatever name, comes by here.
+The mixins do nothing unless the config asks for it.
 
 At the moment of the hook everything is on the driver's side: verl has computed the old policy's log-probs *and* its
 entropies over all ranks (``_compute_old_log_prob``), and has laid the rows out so that each data-parallel rank gets one
@@ -18,8 +19,9 @@ worker: see ``gradient_step.py``. The driver then sends the rule, and who each r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import ray
@@ -56,11 +58,12 @@ class TokenWeights:
     __slots__ = tuple[str, ...]()
 
     entropy_fork: EntropyForkConfig | None = None
-    token_dump: TokenDump | None = None
+    entropy_fork_dump: TokenDump | None = None
 
     def __init__(self, config: Any):
         self.entropy_fork = read_config(config)
         self.weighed_keys: list[str] = []  # the rows of the batch that has weights
+        self.num_dropped = 0  # of its tokens, those of weight 0, where the driver has written the weights
         if self.entropy_fork is not None:
             check_maskable(config, self.entropy_fork)
             guard_loss(config)  # what the workers will be given
@@ -68,7 +71,7 @@ class TokenWeights:
             reason = self.entropy_fork.dense_because(config, self.entropy_fork.selector_at(1).kept_share)
             where = "kept positions only" if reason is None else f"every position, because {reason}"
             print(f"entropy_fork: the LM head of an update computes {where}", flush=True)
-        self.token_dump = TokenDump.asked_for(config)
+        self.entropy_fork_dump = TokenDump.asked_for(config)
         super().__init__(config)  # type: ignore[call-arg]
 
     def _setup(self) -> None:
@@ -79,8 +82,8 @@ class TokenWeights:
             needs = (actor.policy_loss.loss_mode, self.entropy_fork.in_worker(actor.shuffle))
             workers = self.actor_rollout_wg.workers  # type: ignore[attr-defined]
             ray.get([worker.__ray_call__.remote(admit_worker, *needs) for worker in workers])
-        if self.token_dump is not None:
-            self.token_dump.start()
+        if self.entropy_fork_dump is not None:
+            self.entropy_fork_dump.start()
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         self._ask_for_head(batch)
@@ -110,8 +113,8 @@ class TokenWeights:
         if self.entropy_fork is not None and updates_actor:
             batch = self._write_token_weights(batch, metrics)
         # of the updates that separate_async takes in one step the first, whose policy the answers came from
-        if self.token_dump is not None and updates_actor and getattr(self, "local_trigger_step", 0) == 0:
-            self.token_dump.write(batch, self.global_steps, self.tokenizer)  # type: ignore[attr-defined]
+        if self.entropy_fork_dump is not None and updates_actor and getattr(self, "local_trigger_step", 0) == 0:
+            self.entropy_fork_dump.write(batch, self.global_steps, self.tokenizer)  # type: ignore[attr-defined]
         return batch
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -135,6 +138,12 @@ class TokenWeights:
         prefix = f"actor/{NODE}/"
         ours = {key.removeprefix("actor/"): metrics.pop(key) for key in list(metrics) if key.startswith(prefix)}
         metrics.update(kept_means(ours))
+        if self.num_dropped and not ours[f"{NODE}/loss_dropped"]:
+            raise EntropyForkError(
+                f"{self.num_dropped} tokens of this batch were given the weight 0, but the actor's update of step "
+                f"{self.global_steps} trained on all of them: something wrote the field rollout_is_weights again after "  # type: ignore[attr-defined]
+                f"verl's _compute_advantage. Write importance weights of your own before it, or multiply them in."
+            )
         if in_worker and self.entropy_fork.pool != "batch":  # which was selected, and reported, on the driver
             tally = tally_of(ours, num_rows // (config.actor.ppo_mini_batch_size * config.rollout.n))
             metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
@@ -155,7 +164,7 @@ class TokenWeights:
         rows, offsets = self._rows(batch, metrics)
         metrics[f"{NODE}/top_ratio"] = rule.selector.top_ratio
         in_worker = self.entropy_fork.in_worker(actor.shuffle)
-        written = {}
+        written, num_dropped = {}, 0
         if in_worker:
             written[ROW_IDENTITY] = _nested(torch.stack([rows.order, rows.seeds], dim=1).flatten(), 2)
         if not in_worker or rule.pool == "batch":  # a worker sees no more than its mini-batch
@@ -168,6 +177,7 @@ class TokenWeights:
             if in_worker:
                 written[KEPT] = torch.nested.nested_tensor_from_jagged(kept.to(torch.uint8), offsets)
             else:
+                num_dropped = int(tally.num_tokens - tally.num_kept)
                 weights = weigh_mini_batches(rows, kept, mini_batch, rule)
                 del rows, kept
                 importance = _fetch(batch, "rollout_is_weights")
@@ -175,7 +185,7 @@ class TokenWeights:
                     weights *= importance.values()
                     del importance
                 written["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(weights, offsets)
-        self.weighed_keys = list(batch.keys)
+        self.weighed_keys, self.num_dropped = list(batch.keys), num_dropped
         return tq.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
@@ -296,8 +306,20 @@ def install() -> None:
     moved = {"__slots__": (), "__module__": PPOTrainer.__module__} | {name: stock[name] for name in EXTENDED}
     behind = type(PPOTrainer)("StockPPOTrainer", PPOTrainer.__bases__, moved)
     for name in extended:
-        delattr(PPOTrainer, name)
+        setattr(PPOTrainer, name, _by_the_mixins(stock[name]))
     PPOTrainer.__bases__ = (*mixins, behind)
+
+
+def _by_the_mixins(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of PPOTrainer's: of a trainer the mixins', of anything else, which tests pass as ``self``, verl's."""
+
+    @wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not issubclass(type(self), PPOTrainer):
+            return stock(self, *args, **kwargs)
+        return getattr(super(PPOTrainer, self), stock.__name__)(*args, **kwargs)
+
+    return method
 
 
 #: what the mixins extend of verl's PPOTrainer

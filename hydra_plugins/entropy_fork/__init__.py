@@ -11,7 +11,9 @@ groups on the search path Hydra takes ``+recipe=x`` for a plain new key and trai
 from __future__ import annotations
 
 import functools
+import io
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,15 +55,24 @@ class EntropyForkSearchPath(SearchPathPlugin):
             _refuse_a_node_in_a_file()
 
 
+#: attribute of a function that was wrapped by :func:`_refuse_a_node_in_a_file`
+CHECKS = "_checks_for_entropy_fork"
+
+
 def _is_active() -> bool:
     return "entropy_fork.verl.plugin" in sys.modules and _unmasked_application() is None
 
 
 def _users_folder() -> Path | None:
-    """The folder of ``--config-dir``."""
+    """The folder of ``--config-dir``; None where the arguments are not Hydra's: a program may only compose a config."""
     from hydra._internal.utils import get_args_parser
 
-    folder = get_args_parser().parse_known_args(sys.argv[1:])[0].config_dir
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            folder = get_args_parser().parse_known_args(sys.argv[1:])[0].config_dir
+    except SystemExit:
+        return None
     return Path(folder).absolute() if folder else None
 
 
@@ -75,25 +86,30 @@ def _refuse_a_node_in_a_file() -> None:
     """The command line says nothing of ours, but a config file of the user's may, and Hydra reads it after this.
 
     ``run_ppo`` is the last that main_ppo, and a program with a task runner of its own, does before Ray starts (verl 0.8
-    to 0.9.1). Whatever the program does then, it pickles the config for another process.
+    to 0.9.1). Whatever the program does then, it pickles the config for another process. Each is wrapped once, however
+    often a program composes a config.
     """
     main = sys.modules["__main__"]
-    if run_ppo := getattr(main, "run_ppo", None):
+    if (run_ppo := getattr(main, "run_ppo", None)) and not hasattr(run_ppo, CHECKS):
 
         @functools.wraps(run_ppo)
         def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
             _refuse_if_inactive(config)
             return run_ppo(config, *args, **kwargs)
 
+        setattr(checking, CHECKS, True)
         main.run_ppo = checking  # type: ignore[attr-defined]
 
     get_state = DictConfig.__getstate__
+    if hasattr(get_state, CHECKS):
+        return
 
     @functools.wraps(get_state)
     def checking_first(self: DictConfig) -> Any:
         _refuse_if_inactive(self)
         return get_state(self)
 
+    setattr(checking_first, CHECKS, True)
     DictConfig.__getstate__ = checking_first  # type: ignore[assignment, method-assign]
 
 
