@@ -7,6 +7,7 @@ PRESET ?= global
 SEED ?= 1
 STEPS ?= 30
 ROLLOUT ?= transformers
+MINUTES ?= 10
 # Versions of verl for 'make versions'; without, those that are supported and the newest beyond them.
 VERL ?=
 
@@ -23,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder experiment test versions faults lint docs browser clean-demo clean
+.PHONY: demo smoke ladder experiment test fuzz versions faults lint docs browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
@@ -45,6 +46,10 @@ experiment: $(VENV)/.installed-dev
 test: $(VENV)/.installed-dev lint docs browser
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not e2e and not fault" --numprocesses 2 --dist loadfile
 	$(VENV)/bin/python -m pytest -m e2e
+
+# New examples for the property tests, for so many minutes; a failure says how to replay it.
+fuzz: $(VENV)/.installed-dev
+	$(VENV)/bin/python tests/fuzz.py --minutes $(MINUTES)
 
 # What breaks in a long run, each in a real run that is broken so: see docs/faults.md.
 faults: $(VENV)/.installed-dev

@@ -29,8 +29,10 @@ import ray
 import torch
 import transfer_queue as tq
 import typer
-from report import chip, print_table, write_csv
+from report import CONSOLE, chip, print_table, write_csv
 from tensordict import NonTensorStack, TensorDict
+
+from entropy_fork.progress import task
 
 CONFIGS = {
     "global": ["+entropy_fork=global"],
@@ -216,16 +218,20 @@ def main(
             logging_level="error",
         )
         tq.init(compose([*base, "transfer_queue.backend.SimpleStorage.num_data_storage_units=2"]).transfer_queue)
-        keys = put(prompts, n, lengths, random, with_scores=beside)
+        with task("making up answers", console=CONSOLE):
+            keys = put(prompts, n, lengths, random, with_scores=beside)
         if beside:
             configs = {"verl": CONFIGS["global"], **configs}
-        for name, overrides in configs.items():
-            measured = ray.get(driver.remote(base + overrides, keys, ranks, name == "verl"))
-            rows += [
-                {"config": name, "stage": stage, "seconds": seconds, "peak_bytes": peak}
-                for stage, seconds, peak in [*measured["stages"], ("all", measured["seconds"], measured["peak"])]
-            ]
-            print_stages(name, rows, tokens)
+        with task("configs", len(configs), console=CONSOLE) as shown:
+            for name, overrides in configs.items():
+                shown.update(note=name)
+                measured = ray.get(driver.remote(base + overrides, keys, ranks, name == "verl"))
+                rows += [
+                    {"config": name, "stage": stage, "seconds": seconds, "peak_bytes": peak}
+                    for stage, seconds, peak in [*measured["stages"], ("all", measured["seconds"], measured["peak"])]
+                ]
+                print_stages(name, rows, tokens)
+                shown.advance()
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,7 @@ import typer
 
 from entropy_fork.analysis.measure import Measurer, TokenIds
 from entropy_fork.analysis.table import read_answers, read_manifest
+from entropy_fork.progress import task, track
 from entropy_fork.verl import vllm_cpu
 
 
@@ -33,8 +34,9 @@ def main(
         for one in islice(read_answers(folder), answers)
         if one.prompt_ids is not None
     ]
-    measurer = Measurer(Path(model), "float32")
-    measured = measurer.measure(texts)
+    with task("measuring"):
+        measurer = Measurer(Path(model), "float32")
+        measured = measurer.measure(texts)
     vocabulary = measurer.weight.shape[0]
     longest = max(len(text.prompt) + len(text.response) for text in texts)
     settings = {}
@@ -56,7 +58,7 @@ def main(
     )
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=vocabulary)
     entropy, log_prob, ranks, tokens = 0.0, 0.0, 0, 0
-    for text, ours in zip(texts, measured, strict=True):
+    for text, ours in track("answers of vLLM", list(zip(texts, measured, strict=True))):
         ids = np.concatenate([text.prompt, text.response]).tolist()
         (output,) = engine.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
         rows = output.prompt_logprobs[len(text.prompt) :]

@@ -22,6 +22,8 @@ from typing import Annotated, Any
 import typer
 from report import chip, median_and_spread, print_table, write_csv
 
+from entropy_fork.progress import task
+
 #: the first step pays for what is done once
 SKIP = 1
 
@@ -60,10 +62,10 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of plugin_cost.csv.")] = Path("docs/performance"),
 ) -> None:
     """Run with ρ = 1.0 and without the node, print the table, write the CSV."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, task("run with ρ = 1.0"):
         ours = train(["entropy_fork.top_ratio=1.0"], world, steps, Path(folder))
         entries = [line.split() for file in Path(folder).iterdir() for line in file.read_text().splitlines()]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, task("run of stock verl"):
         stock = train(["~entropy_fork", "~entropy_fork_guards"], world, steps, Path(folder))
     driver = [float(seconds) for name, seconds in entries if name == "_write_token_weights"][SKIP:]
     loss = [float(seconds) for name, seconds in entries if name == "kept_sums"]

@@ -14,6 +14,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from entropy_fork.progress import track
+
+#: where tables and progress go
+CONSOLE = Console()
+
 
 def seconds_in_turn(sides: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each side, ``repeats`` times after one that does not count.
@@ -21,7 +26,7 @@ def seconds_in_turn(sides: dict[str, Callable[[], Any]], repeats: int, device: s
     The sides take turns, so that whatever else the machine does falls on all of them alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
+    for repeat in track("repeats", range(repeats + 1), console=CONSOLE):
         for name, run in sides.items():
             gc.collect()
             _wait(device)
@@ -72,7 +77,7 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row.values())
-    Console().print(table)
+    CONSOLE.print(table)
 
 
 def pyplot() -> Any:
@@ -80,6 +85,6 @@ def pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        Console().print("matplotlib is not installed: no plot")
+        CONSOLE.print("matplotlib is not installed: no plot")
         return None
     return plt

@@ -20,6 +20,7 @@ import typer
 from playwright.sync_api import Page, sync_playwright
 
 from entropy_fork.analysis.table import AnswerTokens, write_manifest, write_part
+from entropy_fork.progress import task, track
 from entropy_fork.report import page as report_page
 
 VOCABULARY = 30_000
@@ -74,12 +75,14 @@ def main(
         file = Path(place) / "report.html"
         make(Path(place) / "tokens", answers, tokens)
         began = time.process_time()
-        report_page.write(report_page.Settings(file, tokens=[Path(place) / "tokens"], answers=answers))
+        with task("report") as shown:
+            settings = report_page.Settings(file, tokens=[Path(place) / "tokens"], answers=answers)
+            report_page.write(settings, shown.say)
         print(f"{answers} answers of {tokens:,} tokens: {file.stat().st_size / 1e6:.1f} MB")
         print(f"written in {time.process_time() - began:.1f} s of CPU")
         opened = playwright.chromium.launch(executable_path=browser, args=FLAGS)
         page = opened.new_page()
-        loads = [ready(page, file) for _ in range(repeats)]
+        loads = [ready(page, file) for _ in track("opening it", range(repeats))]
         print(f"first answer shown after {statistics.median(loads):.0f} ms ({min(loads):.0f} to {max(loads):.0f})")
         for event, what in (("next", "another answer shown"), ("slider", "slider to recoloured")):
             taken = [page.evaluate(TO_FRAME, event) for _ in range(min(repeats, answers - 1))]

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from entropy_fork import judge
+from entropy_fork.progress import track
 from entropy_fork.reward import MEMORY_MIB, PROCESSES, TIMEOUT, compute_score
 
 TEXT = "We add {both} sides, and so on, \\frac{1}{2} at a time. " * 1100
@@ -68,7 +69,7 @@ def throughput(count: int) -> Table:
     for kind, (answer, truth) in KINDS.items():
         number = count if kind in list(KINDS)[:2] else count // 20
         rates = []
-        for threads in (1, 8):
+        for threads in track(kind, (1, 8)):
             # So that the processes that compare are there, as they are after the first step.
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda i: compute_score("", rf"\boxed{{x+{i}}}", f"{i}+y"), range(-start, -start + 16)))
@@ -85,7 +86,7 @@ def worst_times() -> Table:
     """Seconds by the clock and of the processor for each answer that would hang or blow up."""
     table = Table("answer", "seconds", "processor seconds", "stopped", title=f"limit: {TIMEOUT} processor seconds")
     pool = judge.judges(1, MEMORY_MIB)
-    for name, answer in PATHOLOGICAL.items():
+    for name, answer in track("answers that would hang", PATHOLOGICAL.items()):
         pool.compare("x", "y", TIMEOUT)  # a process is there
         before, begin = _children_seconds(pool), time.perf_counter()
         score = compute_score("", rf"\boxed{{{answer}}}", r"3\sqrt{2}+x", processes=1)
@@ -108,7 +109,7 @@ def _children_seconds(pool: judge.Judges) -> float:
 def memory(seconds: float) -> Table:
     """The largest resident size of the process that compares an answer that needs gigabytes."""
     table = Table("memory_mib", "peak, MiB", "seconds", "stopped by the timer", title="2^{2^{36}}, resident memory")
-    for memory_mib in (72, 128, 256, MEMORY_MIB, 4096):
+    for memory_mib in track("limits of memory", (72, 128, 256, MEMORY_MIB, 4096)):
         pool = judge.Judges(1, memory_mib)
         pool.compare("x", "y", seconds)
         pid, peak, done = pool._idle[0]._process.pid, 0, threading.Event()

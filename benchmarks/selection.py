@@ -20,6 +20,7 @@ from rich.table import Table
 from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.statistics import Tally
+from entropy_fork.progress import track
 
 RULES = {
     "global": Rule(Selector(0.2)),
@@ -54,7 +55,7 @@ def main(
     table = Table(title=f"{entropy.numel():,} tokens, {responses:,} responses, {torch.get_num_threads()} threads")
     for column in ("rule", "select, s", "weigh, s", "count, s", "kept"):
         table.add_column(column, justify="left" if column == "rule" else "right")
-    for name, rule in RULES.items():
+    for name, rule in track("rules", RULES.items()):
         times = [time.perf_counter()]
         kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
         times.append(time.perf_counter())

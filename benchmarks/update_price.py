@@ -29,6 +29,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from entropy_fork.core.batch import Rule
 from entropy_fork.core.selection import Selector
+from entropy_fork.progress import track
 from entropy_fork.verl.gradient_step import ROW_IDENTITY, RULE
 
 TOP20 = Selector(0.2)
@@ -141,7 +142,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         engine = build(folder, hidden, layers, vocabulary)
     num_parameters = sum(parameter.numel() for parameter in engine.module.parameters())
-    for repeat in range(repeats + 1):
+    for repeat in track("repeats", range(repeats + 1)):
         for name, rule in RULES.items():
             torch.manual_seed(repeat)
             data = mini_batch(rows, prompt, response, vocabulary, per_micro_batch, rule)

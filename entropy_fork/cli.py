@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 import entropy_fork
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from entropy_fork.progress import Task
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,13 +89,14 @@ def data_prepare(
     """Turn data sets into verl's parquet: cleaned, deduplicated, with a manifest and a list of unusable rows."""
     from rich.console import Console
 
-    from entropy_fork.data.prepare import check_free, prepare
-    from entropy_fork.data.read import from_files, from_hub
-    from entropy_fork.data.sources import named
-    from entropy_fork.verl.errors import EntropyForkError
-
     console = Console(stderr=True)
-    try:
+    with _at_work("data prepare", console):
+        from entropy_fork.data.prepare import check_free, prepare
+        from entropy_fork.data.read import from_files, from_hub
+        from entropy_fork.data.sources import named
+        from entropy_fork.progress import paused
+        from entropy_fork.verl.errors import EntropyForkError
+
         sources = named(names)
         if local is not None and len(sources) != 1:
             raise EntropyForkError("--from names the files of one data set: write one SOURCE with it")
@@ -97,15 +105,14 @@ def data_prepare(
         for source in sources:
             check_free(output.absolute() / source.name, overwrite)
         for source in sources:
-            rows = from_hub(source, revision) if local is None else from_files(source, local)
+            with paused(lines_too=False):  # the hub's libraries have bars of their own
+                rows = from_hub(source, revision) if local is None else from_files(source, local)
             manifest = prepare(source, rows, output, console, limit=limit, overwrite=overwrite)
             dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items())
             file = output / source.name / manifest["file"]
             typer.echo(
                 f"{file}: {manifest['rows_out']:,} of {manifest['rows_in']:,} rows ({dropped or 'none dropped'})"
             )
-    except EntropyForkError as error:
-        _fail(error)
 
 
 class EngineName(str, Enum):
@@ -153,10 +160,8 @@ def evaluate(
     """Accuracy with its uncertainty, length and pass@k of a checkpoint, per benchmark and on average."""
     from rich.console import Console
 
-    from entropy_fork.verl.errors import EntropyForkError
-
     console = Console()
-    try:
+    with _at_work("evaluate", console, goes_on_in=output):
         from entropy_fork.evaluation import report, run
         from entropy_fork.evaluation.engines import Sampling, parse_arguments
 
@@ -176,11 +181,6 @@ def evaluate(
         )
         evaluation = run.evaluate(settings, console)
         report.write(evaluation, output, compare and compare.value)
-    except EntropyForkError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.secho(f"stopped; the same command goes on with what is in {output}", err=True)
-        raise typer.Exit(130) from None
     for table in report.tables(evaluation, compare and compare.value):
         console.print(table.rich())
     console.print(
@@ -240,17 +240,17 @@ def analyze(
     """Entropy, log-prob and rank of every response token, and what they say: distribution, forks, words, parts."""
     from rich.console import Console
 
-    from entropy_fork.verl.errors import EntropyForkError
-
     console = Console()
-    try:
+    with _at_work("analyze", console, goes_on_in=output):
         from entropy_fork.analysis import report_files
 
         report_files.check_installed()
         from entropy_fork.analysis import run
         from entropy_fork.analysis.summary import summarise
+        from entropy_fork.analysis.table import parts
         from entropy_fork.evaluation.engines import Sampling, parse_arguments
         from entropy_fork.evaluation.run import Settings as Drawing
+        from entropy_fork.progress import task
 
         drawing = None
         if prompts:
@@ -264,14 +264,10 @@ def analyze(
             batch_tokens, merged,
         )  # fmt: skip
         run.analyze(settings, console)
-        with console.status("summary and figures"):
-            summary = summarise(output, min_count)
+        with task("summary", len(parts(output))) as shown:
+            summary = summarise(output, min_count, advance=shown.advance)
+        with task("figures"):
             report_files.write_summary(summary, output)
-    except EntropyForkError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.secho(f"stopped; the same command goes on with what is in {output}", err=True)
-        raise typer.Exit(130) from None
     _print_tables(console, report_files.summary_tables(summary))
     console.print(f"written: {output / report_files.SUMMARY}, *.csv, {report_files.FIGURES}/", soft_wrap=True,
                   highlight=False, markup=False)  # fmt: skip
@@ -288,21 +284,16 @@ def compare(
     """Checkpoints of one run on the same texts: do the forks stay, and where does the entropy change?"""
     from rich.console import Console
 
-    from entropy_fork.verl.errors import EntropyForkError
-
     console = Console()
-    try:
+    with _at_work("compare", console):
         from entropy_fork.analysis import report_files
 
         report_files.check_installed()
         from entropy_fork.analysis.compare import compare as compare_folders
 
-        with console.status("reading"):
-            comparison = compare_folders(folders, top_ratio)
-            if output is not None:
-                report_files.write_comparison(comparison, output)
-    except EntropyForkError as error:
-        _fail(error)
+        comparison = compare_folders(folders, top_ratio)
+        if output is not None:
+            report_files.write_comparison(comparison, output)
     _print_tables(console, report_files.comparison_tables(comparison))
 
 
@@ -332,10 +323,7 @@ def report(
     """One self-contained HTML file: coloured tokens, the analyses' figures and tables, training curves."""
     from rich.console import Console
 
-    from entropy_fork.verl.errors import EntropyForkError
-
-    console = Console(stderr=True)
-    try:
+    with _at_work("report", Console(stderr=True)) as shown:
         from entropy_fork.report import curves, page
 
         settings = page.Settings(
@@ -349,10 +337,7 @@ def report(
             answers=answers,
             title=title,
         )
-        with console.status("report") as status:
-            page.write(settings, status.update)
-    except EntropyForkError as error:
-        _fail(error)
+        page.write(settings, shown.say)
     typer.echo(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -394,14 +379,13 @@ def temperatures(
     """One temperature above an entropy and another below it (the paper's Eq. 5): accuracy over either of them."""
     from rich.console import Console
 
-    from entropy_fork.verl.errors import EntropyForkError
-
     console = Console()
-    try:
+    with _at_work("temperatures", console, goes_on_in=output):
         from entropy_fork.core.temperature import PAPER_THRESHOLD
         from entropy_fork.evaluation import run
         from entropy_fork.evaluation import temperatures as sweeping
         from entropy_fork.evaluation.engines import Sampling, parse_arguments
+        from entropy_fork.verl.errors import EntropyForkError
 
         if threshold is not None and like is not None:
             raise EntropyForkError("--threshold and --like both name τ: write one of them")
@@ -428,11 +412,6 @@ def temperatures(
             vllm=parse_arguments(vllm or []),
         )
         points = sweeping.run_sweep(settings, sweep, console)
-    except EntropyForkError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        typer.secho(f"stopped; the same command goes on with what is in {output}", err=True)
-        raise typer.Exit(130) from None
     console.print(sweeping.table(points).rich())
     console.print(
         f"written: {output / sweeping.CSV}, {sweeping.JSON}, {', '.join(sweeping.PLOTS)}",
@@ -463,13 +442,10 @@ def plan(
 
     entropy-fork plan +recipe=qwen3_14b_20k +cluster=paper_16x8 entropy_fork.top_ratio=0.1
     """
-    from entropy_fork import plan as planning
-    from entropy_fork.verl.errors import EntropyForkError
+    with _at_work("plan"):
+        from entropy_fork import plan as planning
 
-    try:
         made = planning.make_plan([*(overrides or []), *context.args], config_name, model_config, gpu_memory_gib)
-    except EntropyForkError as error:
-        _fail(error)
     if json:
         _print_json(made.to_json())
     else:
@@ -495,14 +471,42 @@ def doctor(
 
     entropy-fork doctor +recipe=qwen3_14b_20k entropy_fork.top_ratio=0.1
     """
-    from entropy_fork import doctor as doctoring
+    with _at_work("doctor"):
+        from entropy_fork import doctor as doctoring
 
-    found = doctoring.diagnose([*(overrides or []), *context.args], address, config_name)
+        found = doctoring.diagnose([*(overrides or []), *context.args], address, config_name)
     if json:
         _print_json(found.to_json())
     else:
         doctoring.print_diagnosis(found)
     raise typer.Exit(code=1 if found.problems else 0)
+
+
+@contextmanager
+def _at_work(what: str, console: Console | None = None, goes_on_in: Path | None = None) -> Iterator[Task]:
+    """Show that a command is at work, its imports included; an error of ours becomes one line and an exit status.
+
+    Args:
+        what: the command.
+        console: as for :func:`entropy_fork.progress.task`.
+        goes_on_in: the folder with which the same command goes on when it was stopped.
+    """
+    from entropy_fork.progress import task
+
+    try:
+        with task(what, console=console) as shown:
+            yield shown
+    except Exception as error:
+        from entropy_fork.verl.errors import EntropyForkError  # imports verl, which takes long
+
+        if isinstance(error, EntropyForkError):
+            _fail(error)
+        raise
+    except KeyboardInterrupt:
+        if goes_on_in is None:
+            raise
+        typer.secho(f"stopped; the same command goes on with what is in {goes_on_in}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _print_tables(console: Any, tables: list[tuple[str, Any]]) -> None:

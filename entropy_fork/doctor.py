@@ -23,6 +23,7 @@ from entropy_fork import probe as probe_module
 from entropy_fork.asked_for import recipes_dir
 from entropy_fork.plan import compose, what_the_launcher_says
 from entropy_fork.probe import PACKAGES, probe
+from entropy_fork.progress import task
 from entropy_fork.supported import SUPPORTED
 from entropy_fork.verl.config import EntropyForkConfig, read_config
 from entropy_fork.verl.errors import EntropyForkError
@@ -61,18 +62,22 @@ def diagnose(overrides: list[str], address: str | None = None, config_name: str 
 
 def _diagnose(overrides: list[str], address: str | None, config_name: str) -> Diagnosis:
     found = Diagnosis(needs=_needs_of_verl())
-    found.processes["this process"] = probe()
-    _search_path(found)
+    with task("this process"):
+        found.processes["this process"] = probe()
+        _search_path(found)
     config = None
     if overrides:
         try:
             config = compose(overrides, config_name)
-            found.problems += [f"this command line: {problem.message}" for problem in what_the_launcher_says(config)]
+            with task("this command line, and its data"):
+                problems = what_the_launcher_says(config)
+            found.problems += [f"this command line: {problem.message}" for problem in problems]
             found.mask = sentences(read_config(config))
         except EntropyForkError as error:
             if not any(str(error) in problem for problem in found.problems):
                 found.problems.append(f"this command line: {error}")
-    _ask_workers(found, address, config)
+    with task("a worker of Ray" if address is None else f"a worker of each node of {address}"):
+        _ask_workers(found, address, config)
     where: dict[str, list[str]] = {}
     for name, answer in found.processes.items():
         for problem in _of_process(answer, found.needs):

@@ -6,8 +6,11 @@ What a page of HTML does with it is in ``report/page.py``, and what the reward d
 from __future__ import annotations
 
 import re
+import unicodedata
 from contextlib import suppress
 from typing import Any
+
+from rich.cells import cell_len
 
 #: what a spreadsheet takes for the beginning of a formula, the wide forms of Chinese and Japanese input among them
 _FORMULA = tuple("=+-@\t＝＋－＠")
@@ -17,16 +20,27 @@ _MARKDOWN = re.compile(r"[\\`|<>\[\]&!]")
 
 
 def visible(text: str, kept: str = "") -> str:
-    """Each character that does not print as itself by its number, as ``\\x1b``, which begins a terminal's commands.
+    """Each character that cannot be seen by itself as its number: ``\\x1b``, which begins a terminal's commands.
+
+    So are accents that combine with the letter before them, zero-width characters, variation selectors and skin tones:
+    alone they vanish from a table, and behind a letter two texts would look like one.
 
     Args:
         text: from a model, a data set or a file's name.
         kept: characters that are left as they are.
     """
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(
-        character if character.isprintable() or character in kept else character.encode("unicode_escape").decode()
+        character if _is_seen(character) or character in kept else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def _is_seen(character: str) -> bool:
+    """Whether it has a place of its own on a terminal."""
+    is_mark = unicodedata.category(character).startswith("M")
+    return character.isprintable() and not is_mark and cell_len(character) > 0
 
 
 def spreadsheet_cell(value: Any) -> Any:

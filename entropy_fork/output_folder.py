@@ -1,4 +1,7 @@
-"""What commands that fill a folder share: files are whole, one process writes at a time, and nothing is mixed."""
+"""What commands that fill a folder share: files are whole, one process writes at a time, and nothing is mixed.
+
+The error is imported where it is raised: it brings verl's plugin along, which needs this module.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
-
-from entropy_fork.verl.errors import EntropyForkError
 
 #: in the folder of verl's checkpoint while a run writes it (``verl/checkpoint.py``), and for good if that run is killed
 UNFINISHED = "unfinished"
@@ -38,6 +39,8 @@ def lock(file: IO[Any], folder: Path) -> None:
     Raises:
         EntropyForkError: another process holds it.
     """
+    from entropy_fork.verl.errors import EntropyForkError
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -59,6 +62,8 @@ def refuse_other(folder: Path, what: str, there: dict[str, Any], now: dict[str, 
         if there.get(name) != now.get(name)
     ]
     if different:
+        from entropy_fork.verl.errors import EntropyForkError
+
         raise EntropyForkError(
             f"{folder} holds {what}, and the two must not be mixed:\n"
             + "\n".join(different)

@@ -28,6 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from entropy_fork import memory
 from entropy_fork.memory import DTYPE_BYTES, GIB, Head, Layout, Phase
 from entropy_fork.model_shape import ModelShape, find_model_shape
+from entropy_fork.progress import task
 from entropy_fork.rejections import Problem, accelerators_per_engine, find_problems, needs_reference, rows_of_batch
 from entropy_fork.verl import platform_cpu, plugin
 from entropy_fork.verl.config import (
@@ -121,7 +122,8 @@ def make_plan(
     """
     config = compose(overrides, config_name)
     plan = Plan(command=" ".join(overrides), accelerator_bytes=round(gpu_memory_gib * GIB))
-    plan.problems += what_the_launcher_says(config)
+    with task("checks of the launcher, and of the data"):
+        plan.problems += what_the_launcher_says(config)
     _fill_in(config)
     try:
         OmegaConf.resolve(config)

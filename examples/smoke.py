@@ -22,6 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from entropy_fork.progress import task
+
 RECIPES = [f"qwen3_{size}_{length}" for length in ("20k", "29k") for size in ("8b", "14b", "32b")]
 BUILDER = Path(__file__).parent / "cpu_demo" / "build.py"
 TIMEOUT_SECONDS = 900
@@ -90,6 +92,7 @@ def main(
     """Build the demo's world where it is not there yet, run every recipe, and show a table."""
     console = Console()
     world, logs = (directory / "world").absolute(), (directory / "smoke").absolute()
+    console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
     subprocess.run([sys.executable, str(BUILDER), "--output", str(world)], check=True)
     logs.mkdir(parents=True, exist_ok=True)
 
@@ -97,13 +100,15 @@ def main(
         "recipe", "", "s", "kept share by step", "groups dropped", "lowest reward by step", "tokens per answer"
     )
     runs = []
-    for name in recipe or RECIPES:
-        with console.status(f"{name} ({len(runs) + 1} of {len(recipe or RECIPES)})"):
+    with task("recipes", len(recipe or RECIPES), console=console) as shown:
+        for name in recipe or RECIPES:
+            shown.update(note=name)
             runs.append(train(name, world, logs / f"{name}.log", override or []))
-        table.add_row(*runs[-1].row())
-        if runs[-1].status:
-            console.print(f"{name} failed; the end of {logs / name}.log:", style="red", highlight=False)
-            console.print("\n".join(runs[-1].output.splitlines()[-15:]), markup=False, highlight=False)
+            shown.advance()
+            table.add_row(*runs[-1].row())
+            if runs[-1].status:
+                console.print(f"{name} failed; the end of {logs / name}.log:", style="red", highlight=False)
+                console.print("\n".join(runs[-1].output.splitlines()[-15:]), markup=False, highlight=False)
     console.print(table)
     raise typer.Exit(int(any(run.status for run in runs)))
 

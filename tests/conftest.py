@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 # Before anything imports verl: the platform is resolved once in a process.
 os.environ["VERL_PLATFORM"] = "cpu"
 
-# How long an example takes says something about the machine's load, not about the code.
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
+# How long an example takes says something about the machine's load, not about the code. The examples follow from each
+# test's source and from hypothesis, so that a clone, CI and this folder draw the same; 'make fuzz' draws new ones.
+settings.register_profile("same examples", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.register_profile("fuzz", deadline=None, derandomize=False, database=None, print_blob=True)
+settings.load_profile("same examples")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -118,7 +118,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 def run(*arguments: str | Path) -> str:
     result = CliRunner().invoke(app, ["data", *map(str, arguments)])
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def refused(*arguments: str | Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import pickle
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -53,8 +54,10 @@ for module in sys.argv[1:]:
     os._exit(0)
 """
     touching_verl = [name for name in MODULES if name.startswith("entropy_fork.verl.") and not name.endswith("plugin")]
-    touching_verl += ["entropy_fork.output_folder", "entropy_fork.asked_for"]
-    result = python("-c", script, *touching_verl)
+    text = "".join(file.read_text(encoding="utf-8") for file in (PACKAGE / "verl").glob("*.py"))
+    needed_there = sorted(set(re.findall(r"from (entropy_fork\.[a-z_]+) import", text)) & set(MODULES))
+    assert "entropy_fork.output_folder" in needed_there
+    result = python("-c", script, *touching_verl, *needed_there)
     assert result.returncode == 0, result.stderr[-2000:]
 
 

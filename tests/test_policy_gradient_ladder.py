@@ -80,7 +80,7 @@ def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
         (output / "gradients.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     console = Console(width=200)
     rungs = [rung for rung in ladder.RUNGS if rung.number in (1, 7)]
-    climbed = [ladder.climb(rung, tmp_path, tmp_path, 2, 1, [], ladder.progress_bar(console)) for rung in rungs]
+    climbed = [ladder.climb(rung, tmp_path, tmp_path, 2, 1, [], console) for rung in rungs]
     with console.capture() as captured:
         console.print(ladder.table(climbed))
     rows = [line for line in captured.get().splitlines() if "50.0%" in line]

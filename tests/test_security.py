@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -540,7 +541,8 @@ HOSTILE_TEXTS = [
     r"$\frac{$", "$x$ and $\\undefined$", "a_b^c", "_hidden", "</script><script>window.hacked = 1</script>",
     "<img src=http://example.org/x onerror='window.hacked = 2'>", "![x](http://example.org/x)", "a|b\nc|d",
     "[x](javascript:window.hacked=3)", "\u2028\u2029\u202e\ufeff", "\ud800", "\x00", "{0.__class__}", "%s%n", "`id`",
-    "&lt;b&gt;", "https://example.org",
+    "&lt;b&gt;", "https://example.org", "\U0001f3fb", "\u0301", "e\u0301", "1\ufe0f", "\u200b\u034f", "\u3164",
+    "\u0947", "\U000e0101",
 ]  # fmt: skip
 
 
@@ -555,6 +557,24 @@ def test_a_terminal_shows_text(text: str) -> None:
     assert "\x1b]" not in out.getvalue()
     assert all(character.isprintable() or character == "\n" for character in plain)
     assert plain.replace(" ", "").replace("\n", "").count(visible(text).replace(" ", "")) >= 2 or len(text) > 100
+
+
+def test_what_takes_no_place_on_a_terminal_is_shown_by_its_number() -> None:
+    """Of all of Unicode, by what the standard itself calls them; and what has a place of its own stays."""
+    for character in map(chr, range(0x110000)):
+        name, category = unicodedata.name(character, ""), unicodedata.category(character)
+        hidden = category in {"Cc", "Cf", "Cn", "Co", "Cs", "Mc", "Me", "Mn", "Zl", "Zp"}
+        hidden |= unicodedata.combining(character) != 0
+        hidden |= name.startswith(("EMOJI MODIFIER", "COMBINING ", "ZERO WIDTH ", "VARIATION SELECTOR"))
+        if hidden:
+            shown = visible(character)
+            assert re.fullmatch(r"\\[\x20-\x7e]+", shown), hex(ord(character))
+            assert shown.encode().decode("unicode_escape") == character
+        elif category in {"Lu", "Ll", "Nd", "Sm", "Sc", "Pd"}:
+            assert visible(character) == character, name
+    for text in ("Ångström", "日本語", "한국어", "русский", "½ × √2 ≤ ∞", "€", "👩", "🇩🇪", "a b"):
+        assert visible(text) == text
+    assert visible("👩🏻\u200d💻 e\u0301") == r"👩\U0001f3fb\u200d💻 e\u0301"
 
 
 def test_an_error_carries_no_commands_for_the_terminal(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from entropy_fork.analysis import table
 from entropy_fork.analysis.measure import Measurer
@@ -27,6 +26,7 @@ from entropy_fork.evaluation import run as evaluation
 from entropy_fork.evaluation.answers import ANSWERS
 from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.output_folder import lock, refuse_other
+from entropy_fork.progress import task
 from entropy_fork.verl.errors import EntropyForkError
 
 #: a part ends with the answer that reaches either: this much is in memory, and this much is lost at most when killed
@@ -134,7 +134,7 @@ def analyze(settings: Settings, console: Console) -> dict[str, Any]:
         }
         table.write_manifest(output, manifest)
         _measure(settings, checkpoint, source, temperature, console)
-        with console.status(f"marking the top {settings.top_ratio:.0%} of all tokens"):
+        with task(f"marking the top {settings.top_ratio:.0%} of all tokens", console=console):
             top = select_top(output, settings.top_ratio)
         counts = {"answers": len(source), "tokens": top.num_tokens, "selected": top.num_selected}
         table.write_manifest(output, manifest | {"complete": True, "threshold": top.threshold, **counts})
@@ -185,7 +185,7 @@ def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, tempera
     first, start = _whole_parts(output)
     if start == len(source):
         return
-    with console.status(f"looking at {escape(str(checkpoint.path))}; shards are merged by verl's model merger"):
+    with task(f"looking at {checkpoint.path}; shards are merged by verl's model merger", console=console):
         folder = checkpoint.merge(settings.merged or output / MERGED)
     if isinstance(source, Prompts):
         source.draw(folder, console)
@@ -193,18 +193,17 @@ def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, tempera
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with console.status(f"loading {escape(str(folder))}"):
+    with task(f"loading {folder}", console=console):
         measurer = Measurer(folder, settings.dtype, temperature, settings.batch_tokens)
         with code_refused(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    with evaluation.progress_bar(console) as progress:
-        bar = progress.add_task("answers measured", total=len(source), completed=start, note="")
+    with task("answers measured", len(source), completed=start, console=console) as shown:
         began, tokens = time.monotonic(), 0
         for number, texts in enumerate(_in_parts(source.texts(tokenizer, start)), start=first):
             table.write_part(output, number, _measured(measurer, texts))
             tokens += sum(len(text.ids.response) for text in texts)
             speed = tokens / (time.monotonic() - began)
-            progress.update(bar, advance=len(texts), note=f"{speed:,.0f} tokens/s")
+            shown.advance(len(texts), f"{speed:,.0f} tokens/s")
 
 
 def _whole_parts(output: Path) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 
 from entropy_fork.analysis.measure import TokenIds
 from entropy_fork.analysis.sources import Text
@@ -26,6 +25,7 @@ from entropy_fork.evaluation.answers import AnswerStore
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.evaluation.engines import choose_engine
 from entropy_fork.evaluation.questions import read_questions
+from entropy_fork.progress import paused, task
 from entropy_fork.reward import compute_score
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -119,9 +119,10 @@ def _draw_elsewhere(prompts: Prompts, folder: Path, quiet: bool) -> None:
 
     One of those ends without the exit handlers that stop vLLM's own processes, and waits for them for ever.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=pickle.dumps((prompts, folder, quiet)), stdout=subprocess.PIPE
-    )
+    with paused():  # the child shows how far it is
+        done = subprocess.run(
+            [sys.executable, "-m", __name__], input=pickle.dumps((prompts, folder, quiet)), stdout=subprocess.PIPE
+        )
     if done.returncode == REFUSED:
         raise EntropyForkError(done.stdout.decode(errors="replace").strip().rsplit(MARK, 1)[-1])
     if done.returncode:
@@ -145,13 +146,12 @@ def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
     """Runs in this process or in a child."""
     settings, console = prompts.settings, Console(stderr=True, quiet=quiet)
     with prompts._store() as store:
-        with console.status(f"loading {escape(str(folder))} into {prompts.engine}"):
+        with task(f"loading {folder} into {prompts.engine}", console=console):
             engine, jobs, _ = evaluation.open_engine(
                 settings, prompts.engine, folder, prompts.template, prompts.questions
             )
         began, tokens = time.monotonic(), 0
-        with evaluation.progress_bar(console) as progress:
-            bar = progress.add_task("answers drawn", total=len(jobs), completed=len(store.records), note="")
+        with task("answers drawn", len(jobs), completed=len(store.records), console=console) as shown:
             wanted = {(job.question, job.sample) for job in jobs} - store.records.keys()
             for batch in engine.answers(jobs, lambda job: (job.question, job.sample) in wanted):
                 drawn = [
@@ -161,7 +161,7 @@ def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
                 store.append(drawn)
                 tokens += sum(len(one.token_ids) for one in drawn)
                 speed = tokens / (time.monotonic() - began)
-                progress.update(bar, advance=len(drawn), note=f"{speed:,.0f} tokens/s")
+                shown.advance(len(drawn), f"{speed:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

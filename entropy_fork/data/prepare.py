@@ -19,12 +19,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import entropy_fork
 from entropy_fork.data.read import Rows, sha256
 from entropy_fork.data.sources import Source
 from entropy_fork.data.template import INSTRUCTION, user_message
+from entropy_fork.progress import Task, task, track
 from entropy_fork.reward import compare, compute_score, last_boxed
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -104,9 +104,8 @@ def prepare(
     """
     folder = output.absolute() / source.name
     check_free(folder, overwrite)
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bar, console=console) as progress:
-        prepared = clean(source, rows, progress, limit)
+    with task(source.name, console=console):
+        prepared = clean(source, rows, limit)
     if not prepared.kept:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in prepared.dropped.most_common())
         raise EntropyForkError(
@@ -138,16 +137,15 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise EntropyForkError(f"{folder} is there. Write --overwrite to replace it, or another --output.")
 
 
-def clean(source: Source, rows: Rows, progress: Progress, limit: int | None = None) -> Prepared:
+def clean(source: Source, rows: Rows, limit: int | None = None) -> Prepared:
     """Tell usable rows from others and keep one row of each question, in the order of the source."""
-    reading = progress.add_task(f"{source.name}: reading", total=rows.total)
-    distinct = distinct_rows(_counted(rows.batches, progress, reading))
+    with task(f"{source.name}: reading", rows.total) as reading:
+        distinct = distinct_rows(_counted(rows.batches, reading))
     rows_in = sum(values["copies"] for values in distinct)
-    progress.update(reading, total=rows_in)
 
     questions: dict[str, list[Row]] = {}
     rejected: list[Row] = []
-    for values in progress.track(distinct, description=f"{source.name}: checking"):
+    for values in track(f"{source.name}: checking", distinct):
         row = checked(**values)
         if row.unusable is None:
             questions.setdefault(normalised(row.question), []).append(row)
@@ -156,7 +154,7 @@ def clean(source: Source, rows: Rows, progress: Progress, limit: int | None = No
 
     kept: list[Row] = []
     dropped: Counter[str] = Counter()
-    for same in questions.values():
+    for same in track(f"{source.name}: comparing answers", questions.values()):
         if any(not agree(same[0].answer, other.answer) for other in same[1:]):
             # Which one is right cannot be told, and a wrong one would reward wrong answers.
             rejected += [_unusable(row, "conflicting_answers") for row in same]
@@ -172,10 +170,10 @@ def clean(source: Source, rows: Rows, progress: Progress, limit: int | None = No
     return Prepared(kept, rejected, +dropped, rows_in)
 
 
-def _counted(batches: Iterable[pa.Table], progress: Progress, task: Any) -> Iterator[pa.Table]:
+def _counted(batches: Iterable[pa.Table], reading: Task) -> Iterator[pa.Table]:
     for batch in batches:
         yield batch
-        progress.advance(task, len(batch))
+        reading.advance(len(batch))
 
 
 def distinct_rows(batches: Iterable[pa.Table]) -> list[dict[str, Any]]:

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import entropy_fork
 from entropy_fork.asked_for import preset_names
@@ -32,6 +30,7 @@ from entropy_fork.evaluation.engines import (
 )
 from entropy_fork.evaluation.questions import Question, checksum, read_questions
 from entropy_fork.evaluation.statistics import Summary, summarise
+from entropy_fork.progress import task
 from entropy_fork.reward import compute_score
 from entropy_fork.verl.errors import EntropyForkError
 
@@ -113,9 +112,9 @@ def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened
     with AnswerStore(settings.output, identity, notes, Record) as store:
         wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
         if missing := wanted - store.records.keys():
-            with console.status(f"looking at {escape(str(checkpoint.path))}; shards are merged by verl's model merger"):
+            with task(f"looking at {checkpoint.path}; shards are merged by verl's model merger", console=console):
                 folder = checkpoint.merge(settings.merged or settings.output / "merged")
-            with console.status(f"loading {escape(str(folder))} into {engine_name}"):
+            with task(f"loading {folder} into {engine_name}", console=console):
                 opened = (opening or open_engine)(settings, engine_name, folder, template, questions)
             _answer(opened, questions, store, missing, console)
         if settings.merged is None:
@@ -275,8 +274,7 @@ def _answer(
             generated.above,
         )
 
-    with progress_bar(console) as progress:
-        bar = progress.add_task("answers", total=len(jobs), completed=len(jobs) - len(missing), note="")
+    with task("answers", len(jobs), completed=len(jobs) - len(missing), console=console) as shown:
         began, tokens = time.monotonic(), 0
         right = sum(record.score for record in store.records.values())
         for batch in engine.answers(jobs, lambda job: (job.question, job.sample) in missing):
@@ -285,21 +283,7 @@ def _answer(
             tokens += sum(record.tokens for record in records)
             right += sum(record.score for record in records)
             share, speed = right / len(store.records), tokens / (time.monotonic() - began)
-            note = f"{share:.1%} right  {speed:,.0f} tokens/s"
-            progress.update(bar, advance=len(records), note=note)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar with a count, a note and the time that is left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+            shown.advance(len(records), f"{share:.1%} right  {speed:,.0f} tokens/s")
 
 
 def _summaries(questions: Sequence[Question], store: AnswerStore[Record], k: int) -> dict[str, Summary]:

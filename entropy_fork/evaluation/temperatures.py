@@ -28,6 +28,7 @@ from entropy_fork.evaluation.run import Evaluation, Opened, Settings, evaluate, 
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
 from entropy_fork.foreign_text import spreadsheet_cell
 from entropy_fork.output_folder import write_whole
+from entropy_fork.progress import task
 from entropy_fork.verl.errors import EntropyForkError
 
 CSV, JSON, PLOTS = "temperatures.csv", "temperatures.json", ("temperatures.png", "temperatures.svg")
@@ -144,10 +145,12 @@ def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]
         return opened
 
     evaluations = {}
-    for number, (pair, job) in enumerate(zip(pairs, jobs, strict=True), start=1):
-        console.print(f"T_high {pair.high:g}, T_low {pair.low:g} ({number} of {len(pairs)})", highlight=False)
-        evaluations[pair] = evaluate(job, console, open_once)
-        report.write(evaluations[pair], job.output, None)
+    with task("temperatures", len(pairs), console=console) as shown:
+        for pair, job in zip(pairs, jobs, strict=True):
+            shown.update(note=f"T_high {pair.high:g}, T_low {pair.low:g}")
+            evaluations[pair] = evaluate(job, console, open_once)
+            report.write(evaluations[pair], job.output, None)
+            shown.advance()
     if settings.merged is None:
         shutil.rmtree(merged, ignore_errors=True)
     results = [Point(varied, pair, evaluations[pair]) for varied, pair in points]

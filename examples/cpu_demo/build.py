@@ -27,7 +27,6 @@ import torch
 import typer
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rollouts import Score, roll_out, score
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,6 +42,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 from world import Problem, demonstrate, draw_problems
+
+from entropy_fork.progress import task, track
 
 DATA_SOURCE = "cpu_demo"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -227,19 +228,9 @@ def warm_up(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.steps // 20, settings.steps)
-    progress = Progress(
-        TextColumn("warm-up"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
     losses = []
     model.train()
-    with progress:
-        task = progress.add_task("warm-up", total=settings.steps, loss=float("nan"))
+    with task("warm-up", settings.steps, console=console) as shown:
         for _ in range(settings.steps):
             batch = collate(tokenizer, rng.sample(problems, settings.batch_size), rng, settings.hint_rate)
             loss = model(**batch, use_cache=False).loss
@@ -249,7 +240,7 @@ def warm_up(
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())
-            progress.update(task, advance=1, loss=losses[-1])
+            shown.advance(note=f"loss {losses[-1]:.3f}")
     model.eval()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
@@ -307,7 +298,8 @@ def build(output: Path, settings: Settings, console: Console, *, overwrite: bool
     output.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.new.", dir=output.parent))
     try:
-        report = build_into(workspace, settings, console)
+        with task("the demo's world", console=console):
+            report = build_into(workspace, settings, console)
         workspace.chmod(0o755)
         put_in_place(workspace, output)
     finally:
@@ -335,13 +327,17 @@ def build_into(folder: Path, settings: Settings, console: Console) -> Report:
     tokenizer.save_pretrained(folder / "model")
 
     questions = [problem.prompt for problem in problems.test]
+    sampled, greedy = (
+        score(problems.test, roll_out(model, tokenizer, questions, greedy=is_greedy), tokenizer.eos_token_id)
+        for is_greedy in track("answers to the test's problems", (False, True), console=console)
+    )
     report = Report(
         parameters=model.num_parameters(),
         vocabulary=len(tokenizer),
         warmup_seconds=seconds,
         warmup_loss=loss,
-        sampled=score(problems.test, roll_out(model, tokenizer, questions), tokenizer.eos_token_id),
-        greedy=score(problems.test, roll_out(model, tokenizer, questions, greedy=True), tokenizer.eos_token_id),
+        sampled=sampled,
+        greedy=greedy,
     )
     manifest = {"checksum": settings.checksum, "settings": asdict(settings), "report": asdict(report)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

@@ -21,10 +21,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from entropy_fork.cores import waiting_passively
+from entropy_fork.progress import task
 
 STEP = re.compile(r"step:(\d+) - (.*)")
 NUMBER = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?|nan|inf)\)?(?: - |\s*$)")
@@ -145,40 +145,33 @@ def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, 
         raise typer.Exit(process.returncode)
 
 
-def progress_bar(console: Console) -> Progress:
-    """What :func:`train` puts its steps on."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def build_world(world: Path, console: Console) -> None:
+    """The demo's world, where it is not there yet."""
+    console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
+    builder = Path(__file__).with_name("build.py")
+    subprocess.run([sys.executable, str(builder), "--output", str(world)], check=True)
 
 
 def train(
     arguments: list[str],
     output: Path,
     steps: int,
-    progress: Progress,
+    console: Console,
     more_environment: Mapping[str, str] | None = None,
 ) -> Run:
-    """Train, with a line of metrics per step above a bar of its own, which goes when the run has ended."""
+    """Train, with a line of metrics per step."""
     run, began = Run(), time.monotonic()
-    task = progress.add_task("training", total=steps, note="starting Ray and the workers")
-    for line in lines_of(arguments, output, more_environment or {}):
-        if not (found := STEP.search(line)):
-            continue
-        step = int(found[1])
-        values = {name: float(value) for name, value in NUMBER.findall(found[2])}
-        run.metrics.setdefault(step, {}).update(values)
-        if step == 1:
-            run.seconds_to_first_step = time.monotonic() - began
-        progress.console.print(f"step {step:3d}  {one_line(values)}", highlight=False, soft_wrap=True)
-        progress.update(task, completed=step, note="")
-    progress.remove_task(task)
+    with task("training", steps, note="starting Ray and the workers", console=console) as shown:
+        for line in lines_of(arguments, output, more_environment or {}):
+            if not (found := STEP.search(line)):
+                continue
+            step = int(found[1])
+            values = {name: float(value) for name, value in NUMBER.findall(found[2])}
+            run.metrics.setdefault(step, {}).update(values)
+            if step == 1:
+                run.seconds_to_first_step = time.monotonic() - began
+            console.print(f"step {step:3d}  {one_line(values)}", highlight=False, soft_wrap=True)
+            shown.update(step, note="")
     return run
 
 
@@ -251,16 +244,14 @@ def main(
         console.print("VERL_PLATFORM=cpu " + shlex.join(["python", *arguments[1:]]), soft_wrap=True, highlight=False)
         return
     began = time.monotonic()
-    builder = Path(__file__).with_name("build.py")
-    subprocess.run([sys.executable, str(builder), "--output", str(directory / "world")], check=True)
+    build_world(directory / "world", console)
     finished = output / "metrics.json"
     if finished.exists():
         console.print(f"{output} is a finished run; 'make clean-demo' removes it, another seed starts another.")
         show(Run.load(finished), output, preset, console)
         return
     output.mkdir(parents=True, exist_ok=True)
-    with progress_bar(console) as progress:
-        run = train(arguments, output, steps, progress)
+    run = train(arguments, output, steps, console)
     run.seconds = time.monotonic() - began
     run.save(finished)
     show(run, output, preset, console)

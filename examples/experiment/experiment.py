@@ -11,7 +11,6 @@ import csv
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,12 +23,13 @@ import numpy as np
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+
+from entropy_fork.progress import task
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "cpu_demo"))
-from run import Run, progress_bar, train  # noqa: E402
+from run import Run, build_world, train  # noqa: E402
 
 #: answers to each of the held-out problems at a validation
 ANSWERS = 2
@@ -98,7 +98,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def train_once(
-    arm: Arm, seed: int, world: Path, folder: Path, steps: int, extra: list[str], progress: Progress
+    arm: Arm, seed: int, world: Path, folder: Path, steps: int, extra: list[str], console: Console
 ) -> Trained:
     """A run from its beginning to its end. Half a run leaves nothing that could be taken for a whole one."""
     output = folder / f"{arm.name}-seed{seed}"
@@ -123,7 +123,7 @@ def train_once(
         ],
         output,
         steps,
-        progress,
+        console,
     )
     run.seconds = time.monotonic() - began
     missing = set(range(1, steps + 1)) - set(run.metrics)
@@ -253,22 +253,21 @@ def main(
     if unknown := set(arm or ()) - set(names):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: the arms are {', '.join(names)}", param_hint="--arm")
     world = directory / "world"
-    subprocess.run([sys.executable, str(HERE.parent / "cpu_demo" / "build.py"), "--output", str(world)], check=True)
+    build_world(world, console)
     folder = directory / f"experiment-{steps}steps"
     # A seed of every arm before the next seed: what was interrupted can be compared as far as it went.
     keep_to(folder, override or [])
     wanted = [(one, seed) for seed in range(1, seeds + 1) for one in ARMS if not arm or one.name in arm]
     trained, made = [], 0
-    with progress_bar(console) as progress:
-        everything = progress.add_task("runs", total=len(wanted), note="")
+    with task("runs", len(wanted), console=console) as everything:
         for one, seed in wanted:
             if (finished := folder / f"{one.name}-seed{seed}" / "metrics.json").exists():
                 trained.append(Trained(one, seed, Run.load(finished)))
             elif at_most is None or made < at_most:
                 console.rule(f"{one.name} ({one.tokens}), seed {seed}: {' '.join(one.overrides)}")
-                trained.append(train_once(one, seed, world, folder, steps, override or [], progress))
+                trained.append(train_once(one, seed, world, folder, steps, override or [], console))
                 made += 1
-            progress.update(everything, completed=len(trained))
+            everything.update(len(trained))
     if not trained:
         console.print("no run is there yet")
         return

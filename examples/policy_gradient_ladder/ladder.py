@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+
+from entropy_fork.progress import task
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "cpu_demo"))
-from run import Run, accuracy_of, progress_bar, train  # noqa: E402
+from run import Run, accuracy_of, build_world, train  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,7 @@ class Climbed:
         return [line["variance"] for line in self.gradients]
 
 
-def climb(
-    rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: list[str], progress: Progress
-) -> Climbed:
+def climb(rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: list[str], console: Console) -> Climbed:
     """One run, or what is left of it where it was run before."""
     output = folder / f"{rung.number}"
     finished, gradients = output / "metrics.json", output / "gradients.jsonl"
@@ -96,7 +94,7 @@ def climb(
             ],
             output,
             steps,
-            progress,
+            console,
             {
                 "VERL_USE_EXTERNAL_MODULES": "gradient_variance",
                 "PYTHONPATH": str(HERE),
@@ -176,14 +174,15 @@ def main(
     """Build the demo's world where it is not there yet, train with each form, and show a table."""
     console = Console()
     world = directory / "world"
-    subprocess.run([sys.executable, str(HERE.parent / "cpu_demo" / "build.py"), "--output", str(world)], check=True)
+    build_world(world, console)
     folder = directory / f"ladder-seed{seed}-{steps}steps"
     climbed = []
-    with progress_bar(console) as progress:
-        for rung in RUNGS:
-            if not form or rung.number in form:
-                console.rule(f"{rung.label}: {' '.join(rung.overrides)}")
-                climbed.append(climb(rung, world, folder, steps, seed, override or [], progress))
+    rungs = [rung for rung in RUNGS if not form or rung.number in form]
+    with task("forms", len(rungs), console=console) as shown:
+        for rung in rungs:
+            console.rule(f"{rung.label}: {' '.join(rung.overrides)}")
+            climbed.append(climb(rung, world, folder, steps, seed, override or [], console))
+            shown.advance()
     console.print(table(climbed))
     write_csv(climbed, folder / "ladder.csv")
     draw(climbed, folder)
