@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder experiment test fuzz versions faults lint docs browser clean-demo clean
+.PHONY: demo smoke ladder experiment check test test-all rest fuzz versions faults lint docs browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
@@ -42,10 +42,29 @@ ladder: $(VENV)/.installed-dev
 experiment: $(VENV)/.installed-dev
 	$(VENV)/bin/python examples/experiment/experiment.py
 
-# First what shares the cores well, file by file, a thread each; then the real runs of main_ppo, one at a time.
+# Three tiers; each prints the time that it may take on two idle cores beside the time that it took.
+# What shares the cores well runs file by file, a thread each; real runs of main_ppo run one at a time.
+UNIT := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+BEGAN := $(shell date +%s)
+took = @echo "$(1) took $$(( ($$(date +%s) - $(BEGAN)) / 60 )) min of the $(2) min that it may take"
+
+# The unit tests that start no process, lint and types.
+check: $(VENV)/.installed-dev lint
+	$(UNIT) -m "not process and not e2e and not fault"
+	$(call took,make check,3)
+
+# All unit tests, the docs, and the real runs that prove the main job.
 test: $(VENV)/.installed-dev lint docs browser
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not e2e and not fault" --numprocesses 2 --dist loadfile
-	$(VENV)/bin/python -m pytest -m e2e
+	$(UNIT) -m "not e2e and not fault"
+	$(VENV)/bin/python -m pytest -m "e2e and main_job"
+	$(call took,make test,15)
+
+# Everything, but for what 'make versions' and 'make faults' do.
+test-all: test rest
+	$(call took,make test-all,35)
+
+rest: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m "e2e and not main_job"
 
 # New examples for the property tests, for so many minutes; a failure says how to replay it.
 fuzz: $(VENV)/.installed-dev

@@ -24,6 +24,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from entropy_fork.progress import task
+
 #: between two looks at all processes, and between two looks at their memory, which is slower
 LOOK_SECONDS, MEMORY_SECONDS = 0.1, 1.0
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -101,7 +103,7 @@ def main(
     """Run one step of the demo's recipe in turn without and with the fork server."""
     costs: dict[str, list[Cost]] = {side: [] for side in SIDES}
     console = Console()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, task("runs", total=2 * repeats, console=console) as shown:
         for _ in range(repeats):
             for side, value in SIDES.items():
                 arguments = [
@@ -111,7 +113,7 @@ def main(
                     "trainer.resume_mode=disable", f"hydra.run.dir={folder}/hydra",
                 ]  # fmt: skip
                 costs[side].append(measure(arguments, Path(folder) / "log.txt"))
-                console.print(f"{side} the fork server: {costs[side][-1].wall:.1f} s", highlight=False)
+                shown.advance(1, note=f"{side} the fork server: {costs[side][-1].wall:.1f} s")
     table = Table(title=f"one step, median of {repeats} runs of each side, {os.cpu_count()} cores")
     for column in ("fork server", "wall, s", "processor, s", "peak memory, GiB", "processes at the peak"):
         table.add_column(column, justify="left" if column == "fork server" else "right")

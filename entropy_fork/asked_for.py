@@ -1,4 +1,4 @@
-"""What of ours a run asks for. Every check of ours belongs to one of these, and a run that asks for none meets none.
+"""What a run can ask this package for. Each check belongs to one row. A run that asks for nothing is not checked.
 
 | a run asks for | by | and then |
 |---|---|---|

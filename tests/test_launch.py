@@ -43,6 +43,11 @@ def test_a_read_only_config_takes_its_guard_along() -> None:
     assert OmegaConf.is_readonly(config)
 
 
+def test_a_config_without_a_loss_gets_the_guarded_default() -> None:
+    config = OmegaConf.create({"actor_rollout_ref": {"actor": {"strategy": "fsdp2"}}, "entropy_fork": {}})
+    assert loss_mode(pickle.loads(pickle.dumps(config))) == guarded_name("vanilla")
+
+
 def test_what_does_not_ask_is_pickled_as_it_is() -> None:
     off = pickle.loads(pickle.dumps(root(enabled=False)))
     assert loss_mode(off) == "vanilla"

@@ -31,6 +31,7 @@ def load(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
     return [torch.load(file) for file in sorted(folder.glob(f"{kind}-*.pt"))]
 
 
+@pytest.mark.main_job
 def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Two FSDP ranks, dynamic batches, two mini-batches: what the loss sees is what the driver selected."""
     ranks = 2
@@ -155,6 +156,7 @@ def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path:
 ENTROPY_ERROR, PARAMETER_ERROR = 1e-4, 2e-5
 
 
+@pytest.mark.main_job
 def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded: Recorded, world: Path) -> None:  # type: ignore[no-untyped-def]
     """The same recorded answers, without the plugin's config node and with ρ = 1.0: the same parameters bit for bit."""
     stock = main_ppo("~entropy_fork", "~entropy_fork_guards", *recorded.replay, folder="stock")
@@ -238,6 +240,7 @@ def tokens_of(run: Finished, step: int) -> list[Token]:
     )
 
 
+@pytest.mark.main_job
 def test_the_papers_equation_with_a_critic_a_reference_and_a_resume(main_ppo) -> None:  # type: ignore[no-untyped-def]
     """The current policy's entropies over the mini-batch, beside a critic, a KL loss, an entropy bonus and validation.
 

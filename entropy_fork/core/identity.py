@@ -1,9 +1,9 @@
 """Who a row of the batch is: the same in every run, on any number of ranks and wherever the row lies.
 
-Draws by lot and ties between rows must not follow what a run makes up. verl names a row ``{uid}_{session}_{output}``,
-and its uid is random. The data set's index is not enough either: it is 0 where the data set has none, two files may
-both count from 0, and a prompt may be drawn twice. So a row is named by its prompt's tokens and its index, by which
-occurrence of that prompt in the batch it belongs to, and by its session and output.
+Random draws and ties between rows must not depend on names that each run invents. verl names a row
+``{uid}_{session}_{output}``, and its uid is random. The data set's index is not enough either: it is 0 where the data
+set has none, two files may both count from 0, and a prompt may be drawn twice. So a row is named by its prompt's tokens
+and its index, by which occurrence of that prompt in the batch it belongs to, and by its session and output.
 """
 
 from __future__ import annotations

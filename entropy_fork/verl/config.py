@@ -70,7 +70,7 @@ def averages_by_sequence(loss_mode: str, version: str) -> bool:
 
 
 def guarded_name(loss_mode: str) -> str:
-    """The name under which ``policy_loss.py`` registers a loss of verl's with its guard; of a guarded one, its own."""
+    """The name of a loss with its guard (``policy_loss.py``). A name that has the guard is returned as it is."""
     return f"{NODE}/{plain_name(loss_mode)}"
 
 
@@ -80,9 +80,20 @@ def guard_loss(config: DictConfig) -> None:
     Args:
         config: the root of a config that asks for a mask.
     """
-    policy_loss = config.actor_rollout_ref.actor.policy_loss
-    with _changeable(policy_loss):
-        policy_loss.loss_mode = guarded_name(policy_loss.get("loss_mode", "vanilla"))
+    actor = config.actor_rollout_ref.actor
+    loss_mode = guarded_name(OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla"))
+    with _changeable(actor):
+        OmegaConf.update(actor, "policy_loss.loss_mode", loss_mode, force_add=True)
+
+
+def is_guarded(config: DictConfig) -> bool:
+    """Whether a root config may leave its process: our nodes are typed, and a mask asks for the guarded loss."""
+    if not (_has_type(config, NODE, EntropyForkConfig) and _has_type(config, GUARDS, GuardsConfig)):
+        return False
+    if (node := _node(config, NODE)) is None or not node.enabled:
+        return True
+    loss_mode = OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.loss_mode", default="")
+    return str(loss_mode).startswith(f"{NODE}/")
 
 
 def _changeable(config: DictConfig) -> AbstractContextManager[Any]:

@@ -71,8 +71,8 @@ def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
     engine = getattr(actor, "engine", None)
     if in_worker and not isinstance(engine, ForkingTokens):
         raise EntropyForkError(
-            f"a mask was asked for that is made in the engine, but the engine of {process_name()} is "
-            f"{_full_name(type(engine))}, not entropy_fork's. Unset VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR and "
+            f"the mask that was asked for is made in the training engine, but the engine of {process_name()} is "
+            f"{_full_name(type(engine))}, which cannot make it. Unset VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR and "
             f"build the engine by verl's EngineRegistry, or write {NODE}.entropy=old {NODE}.pool=mini_batch "
             f"actor_rollout_ref.actor.shuffle=False, which works in every engine."
         )

@@ -186,7 +186,7 @@ def tally_of(metrics: dict[str, float], num_mini_batches: int) -> Tally:
 
 @contextmanager
 def _without_training(engine: Any) -> Iterator[None]:
-    """verl's mode of a pass without gradients in the middle of its training mode: no dropout, no activation offload.
+    """Switch to verl's eval mode for one pass during training: no dropout, no activation offload.
 
     Weights and optimizer stay on the device. Afterwards, also after an error, all is as before.
     """

@@ -4,7 +4,7 @@ Hook: none. A program with a task runner of its own starts it by verl's ``run_pp
 without it. So two things are wrapped:
 
 - ``run_ppo``, where a program that does not call verl's ``validate_config`` comes by: our checks, before Ray starts.
-- What every launch does at last, pickling the config. A root config with a node of ours leaves its process typed: a
+- Pickling the config, which every launch ends with. A root config with a node of ours leaves its process typed: a
   process without this plugin cannot unpickle it. And it asks for the guarded loss, which refuses a batch without token
   weights, whatever the trainer is. OmegaConf has no hook for that, so ``DictConfig.__getstate__`` is wrapped. A config
   without a node of ours is not touched.
@@ -44,7 +44,7 @@ def extend_run_ppo(module: ModuleType) -> None:
 
 @wrapt.decorator
 def _with_guard(wrapped, instance: DictConfig, args, kwargs):  # type: ignore[no-untyped-def]
-    if in_config(instance):
+    if in_config(instance) and not checks.is_guarded(instance):
         checks.make_typed(instance)
         if checks.read_config(instance) is not None:
             checks.guard_loss(instance)

@@ -107,7 +107,7 @@ def _guarded(name: str) -> Callable[..., Any]:
 
 
 def _of_kept(metrics: dict[str, Any], share: float) -> dict[str, Any]:
-    """verl's means over all tokens, to which a dropped one has added 0, as means over the kept ones."""
+    """Turn verl's means over all tokens into means over the kept ones. A dropped token has added 0."""
     return {name: value / share if share else 0.0 for name, value in metrics.items()}
 
 

@@ -106,21 +106,24 @@ def check_same_selection(trainer: DictConfig, now: Selection, defaults: dict[str
         return None
     then = read_selection(folder)
     if then is None:
-        return f"{folder} does not say which tokens it was trained on (stock verl's do not); this run goes on from it"
+        return (
+            f"{folder} does not say which tokens it was trained on (stock verl's checkpoints never do); this run "
+            f"continues from it"
+        )
     if isinstance(then, dict):
         then = {**defaults, **then}
     if then == now:
         return None
     raise EntropyForkError(
         f"{folder} was trained on {_in_words(then, now, defaults)}, and this run on {_in_words(now, then, defaults)}: "
-        f"it would go on from a model of the other kind. Write trainer.experiment_name=NAME for a run of its own"
+        f"it would continue the other run's model. Write trainer.experiment_name=NAME for a run of its own"
         f"{_folder_too(trainer)}, trainer.resume_mode=disable to begin again in this folder, or "
         f"{NODE}.resume_other_selection=true to go on from that checkpoint on purpose."
     )
 
 
 def _in_words(selection: Selection, other: Selection, defaults: dict[str, Any]) -> str:
-    """What the selection is known by, and whatever is unusual in it or differs from the other."""
+    """The selection in words: top_ratio, select, and each key that is not its default or differs from the other's."""
     if isinstance(selection, str):
         return selection
     beside = other if isinstance(other, dict) else {}

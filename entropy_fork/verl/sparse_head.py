@@ -227,7 +227,7 @@ class SparseHead:
         if self._where is not None:
             following = output_args["input_ids_rmpad_rolled"]
             positions = self._local(micro_batch, self._where, len(following))
-            if not len(positions):  # A rank still needs a row, for its part in the gradient: 0, which nothing looks at.
+            if not len(positions):  # Every rank must run the head: row 0, whose result is not used.
                 positions = positions.new_zeros(1)
             output_args[HEAD] = positions
             if _is_fused(micro_batch):  # verl's own products, see core/head.py: FEWEST_ROWS

@@ -54,7 +54,7 @@ from entropy_fork.verl.waiting import WatchedWaiting
 class TokenWeights:
     """Mixin below verl's trainer: after the advantages, the token weights."""
 
-    # No attributes of its own: :func:`install` needs that of a base class. (Not (), which mypy takes for verl's, too.)
+    # Python lets :func:`install` change __bases__ only if the mixins add no slots. (mypy would apply () to verl.)
     __slots__ = tuple[str, ...]()
 
     entropy_fork: EntropyForkConfig | None = None
@@ -75,7 +75,7 @@ class TokenWeights:
         super().__init__(config)  # type: ignore[call-arg]
 
     def _setup(self) -> None:
-        """verl's, which ends with all workers there: each must be able to apply the mask before anything is sampled."""
+        """verl's setup. Then each worker says, before the first rollout, whether it can apply the mask."""
         super()._setup()  # type: ignore[misc]
         if self.entropy_fork is not None:
             actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
