@@ -333,7 +333,14 @@ def test_recipes_name_only_keys_that_verl_has(compose: Compose, name: str) -> No
     """A recipe is merged without a struct: a mistyped key of verl's would be one more key, and do nothing."""
     stock = OmegaConf.to_container(compose("model_engine=megatron" if "megatron" in name else "model_engine=dp"))
     recipe = OmegaConf.to_container(compose(f"+{name}"))
-    ours = {"entropy_fork", "entropy_fork_guards", "demo", "reward.reward_kwargs", "ray_kwargs.ray_init"}
+    ours = {
+        "entropy_fork",
+        "entropy_fork_guards",
+        "cpu_platform",
+        "demo",
+        "reward.reward_kwargs",
+        "ray_kwargs.ray_init",
+    }
     if verl.__version__ == "0.9.0" and name == "recipe=ladder_cpu":  # which says that it needs 0.9.1
         ours.add("actor_rollout_ref.actor.fsdp_config.use_no_sync_for_gradient_accumulation")
     open_by_design = {"actor_rollout_ref.model.override_config", "critic.model.override_config"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +72,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
 
 
+@pytest.mark.process
 def test_a_seed_of_fuzz_draws_the_same_again_and_another_one_others(tmp_path: Path) -> None:
     fuzz = ("--hypothesis-profile", "fuzz", "--hypothesis-seed")
     one, again, other = (examples(tmp_path, *fuzz, seed) for seed in ("1", "1", "2"))
@@ -78,6 +80,7 @@ def test_a_seed_of_fuzz_draws_the_same_again_and_another_one_others(tmp_path: Pa
     assert examples(tmp_path) == examples(tmp_path) != one
 
 
+@pytest.mark.process
 def test_what_fuzz_finds_can_be_replayed(tmp_path: Path) -> None:
     (tmp_path / "test_rare.py").write_text(RARE)
     fuzz = [sys.executable, str(TESTS / "fuzz.py"), "--minutes", "5", str(tmp_path / "test_rare.py")]
@@ -94,6 +97,7 @@ def test_what_fuzz_finds_can_be_replayed(tmp_path: Path) -> None:
     assert blob.findall(found.stdout) == blob.findall(replayed.stdout) != []
 
 
+@pytest.mark.process
 def test_fuzz_ends_in_time(tmp_path: Path) -> None:
     (tmp_path / "test_slow.py").write_text("import time\nfrom hypothesis import given, strategies as st\n"
                                            "@given(st.none())\ndef test_slow(_): time.sleep(60)\n")  # fmt: skip

@@ -144,6 +144,7 @@ def test_a_failure_ends_the_display() -> None:
     assert progress._display is None
 
 
+@pytest.mark.process
 def test_a_redirected_run_says_lines_on_stderr_alone(tmp_path: Path) -> None:
     """A whole process, whose work holds its main thread."""
     script = (
@@ -155,6 +156,7 @@ def test_a_redirected_run_says_lines_on_stderr_alone(tmp_path: Path) -> None:
     assert re.fullmatch(r"0:00:0\d  inner  0/7\n(0:00:\d\d  inner  0/7\n)+", done.stderr), done.stderr
 
 
+@pytest.mark.process
 def test_a_file_gets_the_results_and_a_terminal_the_bar(tmp_path: Path) -> None:
     """``command > file`` on a terminal: what is printed during the work is not drawn above the bar, as rich would."""
     script = (

@@ -219,8 +219,8 @@ def test_a_checkpoint_that_does_not_say_is_taken_with_a_line_in_the_log(
         capsys.readouterr()
         assert resume(line(*words)) == 1
         assert re.findall(r"entropy_fork: .*", capsys.readouterr().out) == [
-            f"entropy_fork: {folder} does not say which tokens it was trained on (stock verl's do not); this run goes "
-            f"on from it"
+            f"entropy_fork: {folder} does not say which tokens it was trained on (stock verl's checkpoints never do); "
+            f"this run continues from it"
         ]
     capsys.readouterr()
     assert resume(line()) == 1
