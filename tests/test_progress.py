@@ -259,7 +259,7 @@ def test_there_is_one_way_to_show_progress() -> None:
 
 
 def test_every_script_that_takes_long_says_how_far_it_is() -> None:
-    """Those that only compute what is on paper, or start a command that says it, need not."""
+    """Except those that are quick, or that start a command which says it."""
     uses: Callable[[Path], bool] = lambda file: "entropy_fork.progress import" in file.read_text("utf-8")  # noqa: E731
     by_report = {"lm_head.py", "top_ratio.py"}  # seconds_in_turn, in benchmarks/report.py
     quick = {"token_budget.py", "plugin_timer.py", "prepare_data.py"}

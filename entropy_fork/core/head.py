@@ -68,7 +68,7 @@ def in_chunks(
     labels: Tensor,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, ...]:
-    """What is measured of every row of logits, of which no more than a chunk exists at once.
+    """Measure every row of logits, a chunk of rows at a time; no more rows exist at once.
 
     Args:
         measure: from logits, shape (n, vocabulary), and their labels, shape (n,), to tensors of shape (n,).

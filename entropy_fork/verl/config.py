@@ -156,7 +156,7 @@ class EntropyForkConfig:
     resume_other_selection: bool = False
 
     def selection(self) -> Selection:
-        """What is trained on, resolved: two runs with equal ones train on the same kind of tokens.
+        """What the run trains on, resolved. Two runs with equal selections train on the same kind of tokens.
 
         A key that the others make meaningless has its default value.
         """
@@ -504,7 +504,7 @@ def check_complete(config: DictConfig) -> None:
 
 
 def check_first(config: DictConfig) -> None:
-    """What is said before verl looks at the config, because verl would stumble over it with a reason that misleads.
+    """The checks that run before verl's own, because verl's message for these faults misleads.
 
     Raises:
         EntropyForkError: with what is wrong and what to write instead.
