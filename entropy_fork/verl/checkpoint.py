@@ -1,4 +1,4 @@
-"""No checkpoint of another selection is resumed unasked, and no half-written one is taken for a good one.
+"""Refuses to resume a checkpoint of another selection, or one that was not written to its end.
 
 Hook: the trainers of ``trainer.py``, around verl's ``_save_checkpoint`` and before its ``_load_checkpoint``. Nothing of
 verl's is saved or loaded here. In runs whose config has the mask's node, also with ``entropy_fork=off``, a file says

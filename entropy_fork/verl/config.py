@@ -480,7 +480,7 @@ OPEN_KEYS = {
 
 
 def check_complete(config: DictConfig) -> None:
-    """Refuse a run of a recipe that is not whole. Made before verl looks at the config, at a missing key first.
+    """Refuse a recipe's run that lacks a key. Runs before verl's own checks, whose message would mislead.
 
     Raises:
         EntropyForkError: with groups in an order in which the recipe would undo the cluster, or with the keys that are

@@ -88,7 +88,7 @@ class RowsOfHead:
 
     @staticmethod
     def unsuitable(model: Any) -> str | None:
-        """Why this model's head cannot be asked for single rows; None where it can: it computes ``x @ weight.T``."""
+        """Why the head cannot compute single rows, or None. Only a head that computes ``x @ weight.T`` can."""
         if hasattr(model.config, "vision_config"):
             return "a model that sees has its own forward pass"
         head = model.get_output_embeddings()
