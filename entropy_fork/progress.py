@@ -233,7 +233,7 @@ def _display_on(console: Console) -> _Display:
     bars = None
     if screen.is_interactive and not screen.quiet:
         what, said = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[said]"))
-        # What is printed goes above the bar, but what goes to a file must go there.
+        # rich prints above the bar. Output that the user sent to a file must still go to that file.
         bars = Progress(
             what, BarColumn(), said, TimeElapsedColumn(), TimeRemainingColumn(), console=screen,
             refresh_per_second=4, transient=True,

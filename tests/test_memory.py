@@ -269,7 +269,7 @@ def test_a_sparse_head_is_the_dense_one_on_fewer_tokens_up_to_a_limit() -> None:
 
 
 def test_a_sparse_head_with_gradients_holds_as_many_rows_as_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three times as many, its peak is that of the limit; only log-probabilities are kept beside."""
+    """Three times as many rows as the limit have the limit's peak, plus their log-probabilities."""
     monkeypatch.setattr(sparse_head, "ROWS_KEPT", 128)
     peaks = []
     for tokens in (128, 384):

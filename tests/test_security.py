@@ -560,7 +560,7 @@ def test_a_terminal_shows_text(text: str) -> None:
 
 
 def test_what_takes_no_place_on_a_terminal_is_shown_by_its_number() -> None:
-    """Of all of Unicode, by what the standard itself calls them; and what has a place of its own stays."""
+    """Goes over all of Unicode, by the standard's own categories. A character with a place of its own stays."""
     for character in map(chr, range(0x110000)):
         name, category = unicodedata.name(character, ""), unicodedata.category(character)
         hidden = category in {"Cc", "Cf", "Cn", "Co", "Cs", "Mc", "Me", "Mn", "Zl", "Zp"}

@@ -137,7 +137,7 @@ def test_a_band_by_threshold_is_never_empty(pool: tuple, band: tuple[float, floa
     [(0, (0, 0)), (1, (0, 1)), (2, (1, 2)), (5, (1, 2)), (6, (1, 2)), (10, (1, 2)), (11, (2, 3)), (20, (2, 4))],
 )
 def test_the_band_between_the_top_10_and_the_top_20_percent(num_tokens: int, ranks: tuple[int, int]) -> None:
-    """Of 2 to 5 tokens both tops are one token; the band is then the one below it."""
+    """In a pool of 2 to 5 tokens both tops are one token. The band is then the token below it."""
     assert ranks_kept(num_tokens, Selector(0.2, "band", band_from=0.1)) == ranks
 
 

@@ -302,7 +302,7 @@ def install() -> None:
     extended = {name for name in EXTENDED if name in stock}
     # A method that itself calls super() would come back to the mixins from below.
     if extended != set(EXTENDED) or any("__class__" in stock[name].__code__.co_freevars for name in extended):
-        raise EntropyForkError(f"verl's PPOTrainer is not as entropy_fork knows it: {', '.join(EXTENDED)} in one class")
+        raise EntropyForkError(f"verl's PPOTrainer has changed: entropy_fork extends its {', '.join(EXTENDED)}")
     moved = {"__slots__": (), "__module__": PPOTrainer.__module__} | {name: stock[name] for name in EXTENDED}
     behind = type(PPOTrainer)("StockPPOTrainer", PPOTrainer.__bases__, moved)
     for name in extended:
