@@ -34,7 +34,7 @@ from rich.table import Table
 from rich.text import Text
 from uv import find_uv_bin
 
-from entropy_fork.supported import SUPPORTED, TESTED, why_unsupported
+from entropy_fork.common.supported import SUPPORTED, TESTED, why_unsupported
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = os.environ.get("TORCH", "torch==2.13.0")

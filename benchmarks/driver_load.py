@@ -32,7 +32,7 @@ import typer
 from report import CONSOLE, chip, print_table, write_csv
 from tensordict import NonTensorStack, TensorDict
 
-from entropy_fork.progress import task
+from entropy_fork.common.progress import task
 
 CONFIGS = {
     "global": ["+entropy_fork=global"],

@@ -17,9 +17,9 @@ import numpy as np
 import typer
 
 from entropy_fork.analysis.measure import Measurer, TokenIds
-from entropy_fork.analysis.table import read_answers, read_manifest
-from entropy_fork.progress import task, track
-from entropy_fork.verl import vllm_cpu
+from entropy_fork.common.progress import task, track
+from entropy_fork.sampling import vllm_cpu
+from entropy_fork.tokens.store import read_answers, read_manifest
 
 
 def main(

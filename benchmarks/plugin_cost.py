@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from report import chip, median_and_spread, print_table, write_csv
 
-from entropy_fork.progress import task
+from entropy_fork.common.progress import task
 
 #: the first step pays for what is done once
 SKIP = 1

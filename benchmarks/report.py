@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from entropy_fork.progress import track
+from entropy_fork.common.progress import track
 
 #: where tables and progress go
 CONSOLE = Console()

@@ -19,9 +19,9 @@ import numpy as np
 import typer
 from playwright.sync_api import Page, sync_playwright
 
-from entropy_fork.analysis.table import AnswerTokens, write_manifest, write_part
-from entropy_fork.progress import task, track
+from entropy_fork.common.progress import task, track
 from entropy_fork.report import page as report_page
+from entropy_fork.tokens.store import AnswerTokens, write_manifest, write_part
 
 VOCABULARY = 30_000
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]

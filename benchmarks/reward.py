@@ -20,9 +20,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from entropy_fork import judge
-from entropy_fork.progress import track
-from entropy_fork.reward import MEMORY_MIB, PROCESSES, TIMEOUT, compute_score
+from entropy_fork.common.progress import track
+from entropy_fork.reward import judge
+from entropy_fork.reward.score import MEMORY_MIB, PROCESSES, TIMEOUT, compute_score
 
 TEXT = "We add {both} sides, and so on, \\frac{1}{2} at a time. " * 1100
 

@@ -17,10 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.common.progress import track
+from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
-from entropy_fork.core.statistics import Tally
-from entropy_fork.progress import track
+from entropy_fork.core.tally import Tally
 
 RULES = {
     "global": Rule(Selector(0.2)),

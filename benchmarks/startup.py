@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from entropy_fork.progress import task
+from entropy_fork.common.progress import task
 
 #: between two looks at all processes, and between two looks at their memory, which is slower
 LOOK_SECONDS, MEMORY_SECONDS = 0.1, 1.0

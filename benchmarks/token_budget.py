@@ -2,8 +2,8 @@
 
     python benchmarks/token_budget.py
 
-Nothing is run: these are the formulas of entropy_fork/memory.py (its docstrings say what is exact and what is an
-estimate), with flash attention's cross entropy, and for the FLOPs, per token and with activation checkpointing,
+Nothing is run: these are the formulas of entropy_fork/preflight/memory.py (its docstrings say what is exact and what is
+an estimate), with flash attention's cross entropy, and for the FLOPs, per token and with activation checkpointing,
 
     body    8 P + 8 layers · heads · head_dim · L    P: parameters between embedding and head. L: the sequence's length,
                                                      of which a causal mask needs half. Forward, once more for the
@@ -22,10 +22,10 @@ from typing import Annotated
 import typer
 from report import print_table, write_csv
 
-from entropy_fork import memory
-from entropy_fork.core.head import ROWS_KEPT
-from entropy_fork.memory import GIB, Head, Layout
-from entropy_fork.model_shape import ModelShape, find_model_shape
+from entropy_fork.core.lm_head import ROWS_KEPT
+from entropy_fork.preflight import memory
+from entropy_fork.preflight.memory import GIB, Head, Layout
+from entropy_fork.preflight.model_shape import ModelShape, find_model_shape
 
 #: as in recipes/cluster: accelerators, sequence parallelism
 CLUSTERS = {"paper_16x8": (128, 8), "node_8": (8, 4)}

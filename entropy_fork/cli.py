@@ -15,7 +15,7 @@ import entropy_fork
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from entropy_fork.progress import Task
+    from entropy_fork.common.progress import Task
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,8 +38,8 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_version, i
     import importlib.metadata
     import os
 
-    from entropy_fork.cores import waiting_passively
-    from entropy_fork.supported import why_unsupported
+    from entropy_fork.common.cores import waiting_passively
+    from entropy_fork.common.supported import why_unsupported
 
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a checkout on PYTHONPATH tells when imported
         if problem := why_unsupported(importlib.metadata.version("verl")):
@@ -91,11 +91,11 @@ def data_prepare(
 
     console = Console(stderr=True)
     with _at_work("data prepare", console):
+        from entropy_fork.common.errors import EntropyForkError
+        from entropy_fork.common.progress import paused
         from entropy_fork.data.prepare import check_free, prepare
         from entropy_fork.data.read import from_files, from_hub
         from entropy_fork.data.sources import named
-        from entropy_fork.progress import paused
-        from entropy_fork.verl.errors import EntropyForkError
 
         sources = named(names)
         if local is not None and len(sources) != 1:
@@ -247,10 +247,10 @@ def analyze(
         report_files.check_installed()
         from entropy_fork.analysis import run
         from entropy_fork.analysis.summary import summarise
-        from entropy_fork.analysis.table import parts
+        from entropy_fork.common.progress import task
         from entropy_fork.evaluation.engines import Sampling, parse_arguments
         from entropy_fork.evaluation.run import Settings as Drawing
-        from entropy_fork.progress import task
+        from entropy_fork.tokens.store import parts
 
         drawing = None
         if prompts:
@@ -381,11 +381,11 @@ def temperatures(
 
     console = Console()
     with _at_work("temperatures", console, goes_on_in=output):
-        from entropy_fork.core.temperature import PAPER_THRESHOLD
+        from entropy_fork.common.errors import EntropyForkError
         from entropy_fork.evaluation import run
         from entropy_fork.evaluation import temperatures as sweeping
         from entropy_fork.evaluation.engines import Sampling, parse_arguments
-        from entropy_fork.verl.errors import EntropyForkError
+        from entropy_fork.sampling.temperature import PAPER_THRESHOLD
 
         if threshold is not None and like is not None:
             raise EntropyForkError("--threshold and --like both name τ: write one of them")
@@ -443,13 +443,13 @@ def plan(
     entropy-fork plan +recipe=qwen3_14b_20k +cluster=paper_16x8 entropy_fork.top_ratio=0.1
     """
     with _at_work("plan"):
-        from entropy_fork import plan as planning
+        from entropy_fork.preflight import plan as planning
 
         made = planning.make_plan([*(overrides or []), *context.args], config_name, model_config, gpu_memory_gib)
     if json:
         _print_json(made.to_json())
     else:
-        from entropy_fork.plan_tables import print_plan
+        from entropy_fork.preflight.tables import print_plan
 
         print_plan(made)
     raise typer.Exit(code=1 if made.errors else 0)
@@ -472,7 +472,7 @@ def doctor(
     entropy-fork doctor +recipe=qwen3_14b_20k entropy_fork.top_ratio=0.1
     """
     with _at_work("doctor"):
-        from entropy_fork import doctor as doctoring
+        from entropy_fork.preflight import doctor as doctoring
 
         found = doctoring.diagnose([*(overrides or []), *context.args], address, config_name)
     if json:
@@ -488,16 +488,16 @@ def _at_work(what: str, console: Console | None = None, goes_on_in: Path | None 
 
     Args:
         what: the command.
-        console: as for :func:`entropy_fork.progress.task`.
+        console: as for :func:`entropy_fork.common.progress.task`.
         goes_on_in: the folder with which the same command goes on when it was stopped.
     """
-    from entropy_fork.progress import task
+    from entropy_fork.common.progress import task
 
     try:
         with task(what, console=console) as shown:
             yield shown
     except Exception as error:
-        from entropy_fork.verl.errors import EntropyForkError  # imports verl, which takes long
+        from entropy_fork.common.errors import EntropyForkError  # imports verl, which takes long
 
         if isinstance(error, EntropyForkError):
             _fail(error)
@@ -524,7 +524,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 
 def _fail(error: Exception | str) -> NoReturn:
-    from entropy_fork.foreign_text import visible
+    from entropy_fork.common.foreign_text import visible
 
     typer.secho(f"error: {visible(str(error), kept=chr(10))}", fg="red", err=True)
     raise typer.Exit(code=1) from None

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from entropy_fork.progress import task
+from entropy_fork.common.progress import task
 
 RECIPES = [f"qwen3_{size}_{length}" for length in ("20k", "29k") for size in ("8b", "14b", "32b")]
 BUILDER = Path(__file__).parent / "cpu_demo" / "build.py"

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from rows import jagged, make_rows
 from tensordict import NonTensorStack, TensorDict
 
-from entropy_fork.core.batch import Rows
+from entropy_fork.core.responses import Rows
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from entropy_fork.core.batch import Rows, Rule
 from entropy_fork.core.ranks import Ranks, select_over_ranks
+from entropy_fork.core.responses import Rows, Rule
 from entropy_fork.core.selection import Selector
-from entropy_fork.core.statistics import Pool
+from entropy_fork.core.tally import Pool
 from entropy_fork.core.weighting import Counts, token_weights
 
 TOP20 = Selector(0.2)

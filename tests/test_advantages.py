@@ -17,7 +17,8 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_
 from verl.trainer.ppo.v1 import utils
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
-from entropy_fork.asked_for import preset_names
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.recipes import preset_names
 from entropy_fork.core import returns
 from entropy_fork.verl.config import (
     ESTIMATORS,
@@ -27,7 +28,6 @@ from entropy_fork.verl.config import (
     check_on_policy,
     read_config,
 )
-from entropy_fork.verl.errors import EntropyForkError
 
 ROWS, WIDTH, GROUP = 6, 9, 3
 ALGORITHM = OmegaConf.create({"gamma": 0.9, "lam": 0.8})

@@ -22,15 +22,16 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from entropy_fork.analysis import report_files, run, table
+from entropy_fork.analysis import report_files, run
 from entropy_fork.analysis.compare import compare
 from entropy_fork.analysis.measure import Measurer, TokenIds
 from entropy_fork.analysis.sources import Rollouts
 from entropy_fork.analysis.summary import summarise
 from entropy_fork.cli import app
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation.engines import Sampling
 from entropy_fork.evaluation.run import Settings as Drawing
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.tokens import store
 from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
 QUIET = Console(quiet=True)
@@ -126,7 +127,7 @@ def test_the_forks_of_a_model_by_construction_are_found(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
 
-    answers = list(table.read_answers(folder))
+    answers = list(store.read_answers(folder))
     assert len(answers) == 22 * 3
     is_fork = []
     for answer in answers:
@@ -145,10 +146,10 @@ def test_the_forks_of_a_model_by_construction_are_found(
     ratio = (forks - 0.5) / tokens
     result = CliRunner().invoke(app, [*arguments, "--top-ratio", repr(ratio)])
     assert result.exit_code == 0, result.output
-    for answer, expected_forks in zip(table.read_answers(folder), is_fork, strict=True):
+    for answer, expected_forks in zip(store.read_answers(folder), is_fork, strict=True):
         assert answer.selected is not None
         assert answer.selected.tolist() == expected_forks.tolist()
-    manifest = table.read_manifest(folder)
+    manifest = store.read_manifest(folder)
     assert (manifest["tokens"], manifest["selected"]) == (tokens, forks)
     assert manifest["threshold"] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -180,7 +181,7 @@ def test_checkpoints_on_the_same_tokens(
     """In the final model eight successors of g are four; the answers are the final model's, as in the paper."""
     run.analyze(settings(model=final, output=tmp_path / "late"), QUIET)
     run.analyze(settings(like=tmp_path / "late", output=tmp_path / "early"), QUIET)
-    late, early = (list(table.read_answers(tmp_path / name)) for name in ("late", "early"))
+    late, early = (list(store.read_answers(tmp_path / name)) for name in ("late", "early"))
     for one, other in zip(late, early, strict=True):
         assert (one.pieces, one.answer, one.score) == (other.pieces, other.answer, other.score)
         before = ("=" + "".join(one.pieces))[:-1]
@@ -218,13 +219,13 @@ def test_a_comparison_is_what_its_definitions_say(tmp_path: Path) -> None:
     entropies = [[np.round(draw.gamma(1, 1, n), 1).astype(np.float32) for n in lengths] for _ in range(3)]
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder, size, rows in zip(folders, (30, 7, 11), entropies, strict=True):
-        table.write_manifest(folder, {"source": "model", "temperature": 1.0, "model": "m"})
+        store.write_manifest(folder, {"source": "model", "temperature": 1.0, "model": "m"})
         for start in range(0, 30, size):
             part = [
-                table.AnswerTokens("p", "t", ids[n], ["x"] * len(ids[n]), rows[n], -rows[n], answer=n)
+                store.AnswerTokens("p", "t", ids[n], ["x"] * len(ids[n]), rows[n], -rows[n], answer=n)
                 for n in range(start, min(30, start + size))
             ]
-            table.write_part(folder, start // size, part)
+            store.write_part(folder, start // size, part)
     found = compare(folders, top_ratio=0.3)
 
     positions = np.concatenate([np.arange(n) for n in lengths])
@@ -314,7 +315,7 @@ def test_a_stopped_analysis_goes_on_and_gives_the_same_files(
     asked = settings()
     run.analyze(asked, QUIET)
     expected = contents(tmp_path / "out")
-    assert len(table.parts(tmp_path / "out")) == 9
+    assert len(store.parts(tmp_path / "out")) == 9
 
     def stops(after: int, function: Callable[..., Any]) -> Callable[..., Any]:
         calls = iter(range(after))
@@ -374,7 +375,7 @@ def test_texts_are_read_as_they_are_measured(
             yield text
 
     written: list[tuple[int, int]] = []
-    real_write = table.write_part
+    real_write = store.write_part
 
     def write(folder: Path, number: int, answers: Any) -> None:
         written.append((len(answers), len(made)))
@@ -427,7 +428,7 @@ def test_nothing_is_mixed(settings: Callable[..., run.Settings], final: Path, tm
         run.analyze(replace(asked, output=tmp_path / "other"), QUIET)
     with pytest.raises(EntropyForkError, match="is a file"):
         run.analyze(replace(asked, output=tmp_path / "other" / "thesis.txt"), QUIET)
-    table.write_manifest(tmp_path / "run", {"source": "training"})
+    store.write_manifest(tmp_path / "run", {"source": "training"})
     with pytest.raises(EntropyForkError, match="holds the tokens of a training run"):
         run.analyze(replace(asked, output=tmp_path / "run"), QUIET)
 
@@ -469,7 +470,7 @@ def test_the_dumps_of_a_run_are_measured_by_step(settings: Callable[..., run.Set
     rows = {2: [("1=", "acac\u2028" + "<"), ("=", ""), ("2=", "bce")], 10: [("1=", "ac"), ("3=", "bcf")]}
     dump = dumped(tmp_path / "dump", rows)
     run.analyze(settings(rollouts=dump), QUIET)
-    found = list(table.read_answers(tmp_path / "out"))
+    found = list(store.read_answers(tmp_path / "out"))
     assert [(one.step, one.prompt, one.text) for one in found] == [(s, *row) for s in (2, 10) for row in rows[s]]
     assert [one.score for one in found] == [0, 1, 2, 0, 1]
     assert [one.ground_truth for one in found] == [None, "7", "7", None, "7"]
@@ -479,9 +480,9 @@ def test_the_dumps_of_a_run_are_measured_by_step(settings: Callable[..., run.Set
     assert [(row["step"], row["tokens"]) for row in summary["steps"]] == [(2, 9), (10, 5)]
 
     run.analyze(settings(rollouts=dump, steps=(10,), limit=1, output=tmp_path / "one"), QUIET)
-    assert [one.text for one in table.read_answers(tmp_path / "one")] == ["ac"]
+    assert [one.text for one in store.read_answers(tmp_path / "one")] == ["ac"]
     run.analyze(settings(like=tmp_path / "out", limit=3, output=tmp_path / "three"), QUIET)
-    assert [one.step for one in table.read_answers(tmp_path / "three")] == [2, 2, 2]
+    assert [one.step for one in store.read_answers(tmp_path / "three")] == [2, 2, 2]
 
 
 def test_files_that_are_no_dumps_are_named(settings: Callable[..., run.Settings], tmp_path: Path) -> None:
@@ -527,7 +528,7 @@ def test_folders_that_do_not_compare_are_named(
         with pytest.raises(EntropyForkError, match=message):
             compare(folders)
     like = run_to(settings(like=hot, output=tmp_path / "like"))
-    assert table.read_manifest(like)["temperature"] == 2.0
+    assert store.read_manifest(like)["temperature"] == 2.0
     assert compare([hot, like])["checkpoints"][1]["overlap_base"] == 1
 
     foreign = tmp_path / "foreign"

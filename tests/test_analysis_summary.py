@@ -24,9 +24,9 @@ from entropy_fork.analysis.order_statistics import order_statistics, percentile_
 from entropy_fork.analysis.parts_of_text import KINDS, kinds_of_tokens, sections_of_tokens
 from entropy_fork.analysis.select import find_top, select_top, top_masks
 from entropy_fork.analysis.summary import BELOW, PERCENTILES, summarise
-from entropy_fork.analysis.table import AnswerTokens, read_answers, write_manifest, write_part
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.selection import Selector, select_tokens
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.tokens.store import AnswerTokens, read_answers, write_manifest, write_part
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 #: few different values, so that many are equal; as entropies in 16 bits are

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from entropy_fork.analysis.table import (
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.tokens.store import (
     AnswerTokens,
     parts,
     read_answers,
@@ -24,7 +25,6 @@ from entropy_fork.analysis.table import (
     write_part,
     write_selected,
 )
-from entropy_fork.verl.errors import EntropyForkError
 
 HOSTILE = [
     "<script>alert(1)</script>",

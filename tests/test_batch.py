@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from entropy_fork.core.batch import Rule
+from entropy_fork.core.responses import Rule
 from entropy_fork.core.selection import Selector
 
 

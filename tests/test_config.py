@@ -15,7 +15,8 @@ import verl
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf, open_dict
 
-from entropy_fork.asked_for import preset_names
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.recipes import preset_names
 from entropy_fork.verl.config import (
     MASKABLE_LOSSES,
     EntropyForkConfig,
@@ -26,7 +27,6 @@ from entropy_fork.verl.config import (
     read_guards,
     selection_name,
 )
-from entropy_fork.verl.errors import EntropyForkError
 
 Compose = Callable[..., Any]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from entropy_fork.cores import PASSIVE_WAITING, available_cores, waiting_passively
+from entropy_fork.common.cores import PASSIVE_WAITING, available_cores, waiting_passively
 
 ALL = len(os.sched_getaffinity(0))
 
@@ -38,7 +38,7 @@ def test_a_control_groups_limit_counts(tmp_path: Path, files: dict[str, str], co
 @pytest.mark.process
 def test_the_cores_that_a_process_may_run_on_count() -> None:
     program = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-    program += "from entropy_fork.cores import available_cores; print(available_cores())"
+    program += "from entropy_fork.common.cores import available_cores; print(available_cores())"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "1\n"
 
 

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from entropy_fork.analysis.table import AnswerTokens, write_manifest, write_part
+from entropy_fork.tokens.store import AnswerTokens, write_manifest, write_part
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "cpu_demo"
 MODULES = ("world", "rollouts", "build", "forks", "picture")

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from entropy_fork.cli import app
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.data.prepare import SCHEMA, agree, clean_answer, distinct_rows, normalised
 from entropy_fork.data.read import COLUMNS, sha256
 from entropy_fork.data.sources import SOURCES, TEST
 from entropy_fork.data.template import INSTRUCTION, chat_template
 from entropy_fork.reward import compute_score
-from entropy_fork.verl.errors import EntropyForkError
 
 DAPO = SOURCES["dapo_math_17k"]
 

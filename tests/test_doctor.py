@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from entropy_fork import doctor
-from entropy_fork.doctor import Diagnosis, sentences
-from entropy_fork.probe import PACKAGES, probe
+from entropy_fork.preflight import doctor
+from entropy_fork.preflight.doctor import Diagnosis, sentences
+from entropy_fork.preflight.probe import PACKAGES, probe
 from entropy_fork.verl.config import EntropyForkConfig
 
 

@@ -10,7 +10,7 @@ from hook import NUM_ROWS, Masked, run_hook
 from live_bytes import LiveBytesWithNumpy
 from rows import jagged
 
-from entropy_fork.core.batch import Rows
+from entropy_fork.core.responses import Rows
 from entropy_fork.core.selection import MANY
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig

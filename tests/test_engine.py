@@ -12,9 +12,9 @@ from verl.utils import tensordict_utils as tu
 from verl.workers import engine_workers
 from verl.workers.engine.base import EngineRegistry
 
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.verl.config import guarded_name
 from entropy_fork.verl.engine import ForkingTokens, admit_worker
-from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.policy_loss import WEIGHED, _written
 
 VANILLA = guarded_name("vanilla")

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from typer.testing import CliRunner
 
 from entropy_fork.cli import app
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation import engines, run
 from entropy_fork.evaluation.answers import AnswerStore, Record
 from entropy_fork.evaluation.checkpoint import Checkpoint, fold_adapter
 from entropy_fork.evaluation.engines import Generated, Job, Sampling
 from entropy_fork.evaluation.questions import read_questions
-from entropy_fork.verl.errors import EntropyForkError
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
 QUIET = Console(quiet=True)

@@ -28,12 +28,13 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from rows import jagged
 from test_main_ppo import load, spy_environment
 
-from entropy_fork.analysis.table import read_answers
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.output_folder import UNFINISHED
 from entropy_fork.evaluation.checkpoint import Checkpoint
-from entropy_fork.output_folder import UNFINISHED
-from entropy_fork.verl import checkpoint, token_dump, waiting
+from entropy_fork.tokens.store import read_answers
+from entropy_fork.verl import token_dump
 from entropy_fork.verl.config import EntropyForkConfig, check_before_training
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.guards import checkpoint, waiting
 
 TESTS = Path(__file__).parent
 LATEST = "latest_checkpointed_iteration.txt"
@@ -481,8 +482,8 @@ import asyncio, os, signal, tempfile, time
 from types import SimpleNamespace
 import ray
 from omegaconf import OmegaConf
-from entropy_fork.verl.errors import EntropyForkError
-from entropy_fork.verl.waiting import Watch
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.verl.guards.waiting import Watch
 
 @ray.remote(num_cpus=0, max_concurrency=10)
 class Server:
@@ -589,18 +590,18 @@ def test_verls_replay_buffers_ask_through_the_watch(
 
 
 def test_a_request_that_fails_or_is_given_up_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    from entropy_fork.verl import rollout_cpu
+    from entropy_fork.verl.cpu import rollout
 
     def generate(model: Any, requests: list[Any], *_: Any) -> list[Any]:
         time.sleep(0.1)
         if requests[0].prompt_ids == [13]:
             raise RuntimeError("no memory")
-        return [rollout_cpu.Answer(token_ids=[7]) for request in requests if request.prompt_ids != [14]]
+        return [rollout.Answer(token_ids=[7]) for request in requests if request.prompt_ids != [14]]
 
-    monkeypatch.setattr(rollout_cpu, "generate", generate)
+    monkeypatch.setattr(rollout, "generate", generate)
 
     async def ask() -> None:
-        server = rollout_cpu.TransformersServer.__new__(rollout_cpu.TransformersServer)
+        server = rollout.TransformersServer.__new__(rollout.TransformersServer)
         server.config = SimpleNamespace(prompt_length=8, response_length=8, max_num_seqs=4)
         server.model, server.end_ids, server.global_steps, server._waiting = None, [], 1, []
         server._arrived, server._open, server._computing = asyncio.Event(), asyncio.Event(), asyncio.Lock()

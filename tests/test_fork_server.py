@@ -19,10 +19,11 @@ import pytest
 from hydra.errors import HydraException
 from verl.utils.config import validate_config
 
-from entropy_fork.cores import PASSIVE_WAITING
-from entropy_fork.verl import fork_server, plugin
-from entropy_fork.verl.errors import EntropyForkError
-from entropy_fork.verl.fork_server_process import OF_A_WORKER, OF_THE_RUN
+from entropy_fork.common.cores import PASSIVE_WAITING
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.verl import plugin
+from entropy_fork.verl.cpu import fork_server
+from entropy_fork.verl.cpu.fork_server_process import OF_A_WORKER, OF_THE_RUN
 
 pytestmark = pytest.mark.process
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_fork.core.randomness import uniform_numbers
-from entropy_fork.generation import Answer, Request, generate
+from entropy_fork.sampling.generation import Answer, Request, generate
 
 VOCABULARY, END = 50, 7
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from rows import jagged
 from tensordict import NonTensorStack, TensorDict
 
-from entropy_fork.core.batch import Rows
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.identity import Identity, row_order, row_seeds
+from entropy_fork.core.responses import Rows
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig
-from entropy_fork.verl.errors import EntropyForkError
 
 
 @dataclass(frozen=True)

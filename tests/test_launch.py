@@ -10,8 +10,8 @@ from subprocess import CompletedProcess
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.verl.config import EntropyForkConfig, guarded_name
-from entropy_fork.verl.errors import EntropyForkError
 
 Python = Callable[..., "CompletedProcess[str]"]
 

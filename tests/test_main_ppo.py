@@ -14,7 +14,7 @@ import torch
 from conftest import ONE_POOL, Finished, Recorded
 from safetensors.torch import load_file
 
-from entropy_fork.analysis.table import read_answers
+from entropy_fork.tokens.store import read_answers
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.e2e

@@ -18,11 +18,11 @@ from processes import Processes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from entropy_fork import memory
-from entropy_fork.memory import Head, Layout
-from entropy_fork.model_shape import ModelShape, built_in_names, find_model_shape, shape_of_config
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.preflight import memory
+from entropy_fork.preflight.memory import Head, Layout
+from entropy_fork.preflight.model_shape import ModelShape, built_in_names, find_model_shape, shape_of_config
 from entropy_fork.verl import sparse_head
-from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.sparse_head import log_probs_and_entropy, log_probs_with_gradient
 
 

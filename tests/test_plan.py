@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from entropy_fork.cli import app
-from entropy_fork.memory import GIB
-from entropy_fork.plan import Plan, make_plan
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.preflight.memory import GIB
+from entropy_fork.preflight.plan import Plan, make_plan
 from entropy_fork.verl import plugin
-from entropy_fork.verl.errors import EntropyForkError
 
 MakePlan = Callable[..., Plan]
 

@@ -24,13 +24,14 @@ from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-from entropy_fork.cores import available_cores
-from entropy_fork.verl import platform_cpu, vllm_cpu
+from entropy_fork.common.cores import available_cores
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.sampling import vllm_cpu
 from entropy_fork.verl.agent_loop import answer_seed
-from entropy_fork.verl.checkpoint_engine_cpu import RayCheckpointEngine
+from entropy_fork.verl.cpu import cpu_platform
+from entropy_fork.verl.cpu.checkpoint_engine import RayCheckpointEngine
+from entropy_fork.verl.cpu.rollout import TransformersAdapter, TransformersReplica, in_buckets
 from entropy_fork.verl.engine import ForkingTokens
-from entropy_fork.verl.errors import EntropyForkError
-from entropy_fork.verl.rollout_cpu import TransformersAdapter, TransformersReplica, in_buckets
 from entropy_fork.verl.sparse_head import SparseHead
 
 Compose = Callable[..., Any]
@@ -49,9 +50,9 @@ def test_what_a_cpu_cannot_do_is_refused(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, override: str, match: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else name)
-    platform_cpu.check_before_training(compose("+recipe=demo_cpu"))
+    cpu_platform.check_before_training(compose("+recipe=demo_cpu"))
     with pytest.raises(EntropyForkError, match=match):
-        platform_cpu.check_before_training(compose("+recipe=demo_cpu", override))
+        cpu_platform.check_before_training(compose("+recipe=demo_cpu", override))
 
 
 @pytest.mark.parametrize(
@@ -64,19 +65,19 @@ def test_what_a_cpu_cannot_do_is_refused(
 )
 def test_what_a_separate_rollout_needs_is_named(compose: Compose, override: str, match: str) -> None:
     separate = ["+recipe=demo_cpu", "trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.rollout.nnodes=1"]
-    platform_cpu.check_before_training(compose(*separate))
+    cpu_platform.check_before_training(compose(*separate))
     with pytest.raises(EntropyForkError, match=match):
-        platform_cpu.check_before_training(compose(*separate, override))
+        cpu_platform.check_before_training(compose(*separate, override))
 
 
 def test_a_missing_extra_is_named(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("zmq", "fastapi") else name)
     with pytest.raises(EntropyForkError, match=r"needs fastapi, zmq.*pip install 'entropy-fork\[cpu\]'"):
-        platform_cpu.check_before_training(compose("+recipe=demo_cpu"))
+        cpu_platform.check_before_training(compose("+recipe=demo_cpu"))
 
 
 def test_verl_finds_our_parts_in_its_registries() -> None:
-    assert isinstance(get_platform(), platform_cpu.PlatformCPU)
+    assert isinstance(get_platform(), cpu_platform.PlatformCPU)
     assert rollout_base.get_rollout_class("transformers") is TransformersAdapter
     assert RolloutReplicaRegistry.get("transformers") is TransformersReplica
     engine = EngineRegistry.get_engine_cls("language_model", "fsdp2")
@@ -86,7 +87,7 @@ def test_verl_finds_our_parts_in_its_registries() -> None:
 
 
 def test_the_cpu_is_never_detected() -> None:
-    assert not platform_cpu.PlatformCPU().is_platform_available(use_smi_check=True)
+    assert not cpu_platform.PlatformCPU().is_platform_available(use_smi_check=True)
 
 
 def test_the_places_that_are_wrapped_are_still_there() -> None:
@@ -106,7 +107,7 @@ def test_the_places_that_are_wrapped_are_still_there() -> None:
 
 def test_the_replay_buffer_polls_faster() -> None:
     buffer = replay_buffer.ReplayBuffer("sync", {}, 1, "drop", {})
-    assert buffer.poll_interval == platform_cpu.POLL_SECONDS
+    assert buffer.poll_interval == cpu_platform.POLL_SECONDS
 
 
 def test_torch_cpu_answers_what_verl_asks() -> None:

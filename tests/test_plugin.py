@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import entropy_fork
 from entropy_fork.cli import app
-from entropy_fork.supported import SUPPORTED, TESTED, why_unsupported
+from entropy_fork.common.supported import SUPPORTED, TESTED, why_unsupported
 from entropy_fork.verl.config import EntropyForkConfig
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -56,14 +56,14 @@ for module in sys.argv[1:]:
     touching_verl = [name for name in MODULES if name.startswith("entropy_fork.verl.") and not name.endswith("plugin")]
     text = "".join(file.read_text(encoding="utf-8") for file in (PACKAGE / "verl").glob("*.py"))
     needed_there = sorted(set(re.findall(r"from (entropy_fork\.[a-z_]+) import", text)) & set(MODULES))
-    assert "entropy_fork.output_folder" in needed_there
+    assert "entropy_fork.common.output_folder" in needed_there
     result = python("-c", script, *touching_verl, *needed_there)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_core_needs_no_verl(python: Python) -> None:
     script = (
-        "import sys, entropy_fork.core.selection, entropy_fork.core.weighting, entropy_fork.core.statistics\n"
+        "import sys, entropy_fork.core.selection, entropy_fork.core.weighting, entropy_fork.core.tally\n"
         "assert not {'verl', 'ray', 'hydra', 'transformers', 'vllm'} & set(sys.modules)"
     )
     assert python("-c", script).returncode == 0

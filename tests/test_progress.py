@@ -19,8 +19,9 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from entropy_fork import cli, progress
-from entropy_fork.progress import EVERY, SOON, Task, _Lines, paused, task, track
+from entropy_fork import cli
+from entropy_fork.common import progress
+from entropy_fork.common.progress import EVERY, SOON, Task, _Lines, paused, task, track
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -148,7 +149,8 @@ def test_a_failure_ends_the_display() -> None:
 def test_a_redirected_run_says_lines_on_stderr_alone(tmp_path: Path) -> None:
     """A whole process, whose work holds its main thread."""
     script = (
-        "import time\nfrom entropy_fork.progress import task\nwith task('outer'), task('inner', 7): time.sleep(4.5)\n"
+        "import time\nfrom entropy_fork.common.progress import task\n"
+        "with task('outer'), task('inner', 7): time.sleep(4.5)\n"
         "print('result')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -160,7 +162,7 @@ def test_a_redirected_run_says_lines_on_stderr_alone(tmp_path: Path) -> None:
 def test_a_file_gets_the_results_and_a_terminal_the_bar(tmp_path: Path) -> None:
     """``command > file`` on a terminal: what is printed during the work is not drawn above the bar, as rich would."""
     script = (
-        "import time, sys\nfrom rich.console import Console\nfrom entropy_fork.progress import task\n"
+        "import time, sys\nfrom rich.console import Console\nfrom entropy_fork.common.progress import task\n"
         "with task('work', console=Console()):\n    print('result'); time.sleep(1)\n"
     )
     ours, theirs = pty.openpty()
@@ -255,12 +257,12 @@ def test_there_is_one_way_to_show_progress() -> None:
              for file in (REPOSITORY / folder).rglob("*.py")]  # fmt: skip
     assert len(files) > 80
     found = {file.relative_to(REPOSITORY).as_posix() for file in files if private.search(file.read_text("utf-8"))}
-    assert found == {"entropy_fork/progress.py"}
+    assert found == {"entropy_fork/common/progress.py"}
 
 
 def test_every_script_that_takes_long_says_how_far_it_is() -> None:
     """Except those that are quick, or that start a command which says it."""
-    uses: Callable[[Path], bool] = lambda file: "entropy_fork.progress import" in file.read_text("utf-8")  # noqa: E731
+    uses: Callable[[Path], bool] = lambda file: "entropy_fork.common.progress import" in file.read_text("utf-8")  # noqa: E731
     by_report = {"lm_head.py", "top_ratio.py"}  # seconds_in_turn, in benchmarks/report.py
     quick = {"token_budget.py", "plugin_timer.py", "prepare_data.py"}
     scripts = [file for file in (REPOSITORY / "benchmarks").glob("*.py") if file.name not in by_report | quick]

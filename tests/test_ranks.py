@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from processes import Processes
 from rows import SELECTORS, TOP20, make_rows, take, weights_on_rank, with_padding_rows
 
-from entropy_fork.core.batch import Rule, select_in_pools, weigh_mini_batches
 from entropy_fork.core.ranks import Ranks
+from entropy_fork.core.responses import Rule, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
-from entropy_fork.core.statistics import Pool, Tally
+from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import TOKEN_MEAN
 
 

@@ -17,9 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from transformers import PreTrainedTokenizerFast
 
-from entropy_fork.asked_for import preset_names, recipes_dir
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.recipes import preset_names, recipes_dir
 from entropy_fork.verl.config import check_before_training, check_complete, selection_name
-from entropy_fork.verl.errors import EntropyForkError
 
 RECIPES = [f"qwen3_{size}_{length}" for length in ("20k", "29k") for size in ("8b", "14b", "32b")]
 PRESETS = ["official", "global", "off", "bottom80", "random20"]

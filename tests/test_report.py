@@ -18,12 +18,12 @@ from browser import browser, open_page
 from playwright.sync_api import expect
 from typer.testing import CliRunner
 
-from entropy_fork.analysis.table import AnswerTokens, read_answers, write_manifest, write_part
 from entropy_fork.cli import app
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.selection import Selector, kept_count, select_tokens
 from entropy_fork.report import curves, page, steps
 from entropy_fork.report.answers import RATIOS, chosen_answers, pools_of
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.tokens.store import AnswerTokens, read_answers, write_manifest, write_part
 
 #: what a model may write; each becomes a token
 HOSTILE = [

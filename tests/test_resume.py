@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from entropy_fork.verl.checkpoint import WholeCheckpoints
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.verl.config import EntropyForkConfig, check_before_training
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.verl.guards.checkpoint import WholeCheckpoints
 
 Compose = Callable[..., Any]
 Line = list[str]

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from entropy_fork import judge
-from entropy_fork.judge import JudgeError, Judges, judges
-from entropy_fork.reward import MAX_CHARACTERS, compare, compute_score, last_boxed, plain_number
+from entropy_fork.reward import judge
+from entropy_fork.reward.judge import JudgeError, Judges, judges
+from entropy_fork.reward.score import MAX_CHARACTERS, compare, compute_score, last_boxed, plain_number
 
 pytestmark = pytest.mark.process
 
@@ -286,7 +286,7 @@ def test_no_process_is_left_behind(python: Callable[..., Any], ending: str) -> N
     """An idle child and one in the middle of an endless answer end with the parent, however it ends."""
     result = python("-c", f"""
 import os, signal, threading, time
-from entropy_fork.judge import judges
+from entropy_fork.reward.judge import judges
 pool = judges(2, 256)
 pool.compare("x", "y", 5)
 idle = pool._idle[0]
@@ -326,7 +326,9 @@ def test_imports_are_cheap(python: Callable[..., Any]) -> None:
     worker = python(
         "-c", f"import sys, entropy_fork.reward; print({heavy} | ({{'math_verify', 'sympy'}} & set(sys.modules)))"
     )
-    child = python("-c", f"import sys; from entropy_fork.judge import compare; compare('x', 'y'); print({heavy})")
+    child = python(
+        "-c", f"import sys; from entropy_fork.reward.judge import compare; compare('x', 'y'); print({heavy})"
+    )
     assert (worker.stdout, child.stdout) == ("set()\n", "set()\n"), worker.stderr + child.stderr
 
 
@@ -381,7 +383,7 @@ class Worker:  # what verl's RewardLoopWorker does with a batch
     async def score(self, rows):
         return await asyncio.gather(*(self.manager.run_single(row) for row in rows))
     async def children(self):
-        from entropy_fork.judge import _pools
+        from entropy_fork.reward.judge import _pools
         return [child._process.pid for pool in _pools.values() for child in pool._children]
 
 rows = [DataProto.from_dict(

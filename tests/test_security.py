@@ -31,23 +31,22 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from entropy_fork import judge
 from entropy_fork.analysis import report_files
 from entropy_fork.analysis.summary import summarise
-from entropy_fork.analysis.table import AnswerTokens, write_manifest, write_part
 from entropy_fork.cli import app
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.foreign_text import figure_label, markdown_cell, spreadsheet_cell, visible
 from entropy_fork.evaluation import run
 from entropy_fork.evaluation.answers import AnswerStore
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.evaluation.engines import Sampling
 from entropy_fork.evaluation.report import TextTable
-from entropy_fork.foreign_text import figure_label, markdown_cell, spreadsheet_cell, visible
-from entropy_fork.judge import judges
 from entropy_fork.report.figures import file_name
-from entropy_fork.reward import compute_score
-from entropy_fork.verl import sweep
+from entropy_fork.reward import compute_score, judge
+from entropy_fork.reward.judge import judges
+from entropy_fork.sweep import jobs as sweep
+from entropy_fork.tokens.store import AnswerTokens, write_manifest, write_part
 from entropy_fork.verl.config import EntropyForkConfig
-from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.token_dump import TokenDump
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -58,11 +57,14 @@ QUIET = Console(quiet=True)
 
 #: a call that is allowed all the same: file, what it is, why
 ALLOWED = {
-    ("entropy_fork/model_shape.py", "trust_remote_code"): "plan: the value of the run's own config",
+    ("entropy_fork/preflight/model_shape.py", "trust_remote_code"): "plan: the value of the run's own config",
     ("entropy_fork/evaluation/run.py", "trust_remote_code"): "the value that the user gives vLLM, or False",
     ("entropy_fork/analysis/sampling.py", "pickle.load"): "vLLM's process reads what its parent wrote, from their pipe",
-    ("entropy_fork/verl/platform_cpu.py", "from_pretrained"): "hands on verl's own arguments",
-    ("entropy_fork/verl/worker_shim.py", "os.execv"): "becomes this Python with Ray's own arguments, without a shell",
+    ("entropy_fork/verl/cpu/cpu_platform.py", "from_pretrained"): "hands on verl's own arguments",
+    (
+        "entropy_fork/verl/cpu/worker_shim.py",
+        "os.execv",
+    ): "becomes this Python with Ray's arguments, without a shell",
 }
 
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
@@ -218,7 +220,7 @@ def test_text_cannot_become_code_in_a_process_of_the_reward(
 ) -> None:
     canary = tmp_path / "canary"
     prepared = f"FILE = {str(canary)!r}\nCOMPILED = compile(f'open({{FILE!r}}, chr(119))', 'text', 'exec')\n"
-    guarded = prepared + "from entropy_fork.judge import _refuse_code_from_text\n_refuse_code_from_text()\n"
+    guarded = prepared + "from entropy_fork.reward.judge import _refuse_code_from_text\n_refuse_code_from_text()\n"
     result = python("-c", guarded + attempt)
     assert "PermissionError: text would become code" in result.stderr, result.stderr
     assert not canary.exists()
@@ -231,7 +233,7 @@ def test_what_sympy_needs_to_compile_still_works(python: Callable[..., Any]) -> 
     result = python(
         "-c",
         r"""
-from entropy_fork.judge import _refuse_code_from_text, compare
+from entropy_fork.reward.judge import _refuse_code_from_text, compare
 compare("x", "1")
 _refuse_code_from_text()
 import sympy
@@ -324,7 +326,7 @@ def test_any_answer_gets_a_score(text: str) -> None:
 
 def test_long_answers_are_not_kept() -> None:
     """A cache by answer must not grow with answers of 100,000 characters, ever others."""
-    from entropy_fork import reward
+    from entropy_fork.reward import score as reward
 
     before = [cache.cache_info().currsize for cache in (reward._judged, reward.plain_number)]
     for number in range(20):
@@ -515,8 +517,8 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path: Path) -> None:
 
 def test_a_symbolic_link_is_not_followed_out_of_a_folder(tmp_path: Path) -> None:
     """'data prepare --overwrite' replaces a link, not what it leads to; a file's other name beforehand is no trap."""
+    from entropy_fork.common.output_folder import write_whole
     from entropy_fork.data.prepare import put_in_place
-    from entropy_fork.output_folder import write_whole
 
     elsewhere, new = tmp_path / "elsewhere", tmp_path / "new"
     for folder in (elsewhere, new):

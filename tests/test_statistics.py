@@ -15,7 +15,7 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.metric import AggregationType, Metric, reduce_metrics
 from verl.workers.config import FSDPActorConfig
 
-from entropy_fork.core.statistics import Pool, Tally
+from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.verl.gradient_step import tally_of
 from entropy_fork.verl.policy_loss import kept_means, kept_sums, weights_written
 

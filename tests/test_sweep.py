@@ -18,10 +18,11 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from entropy_fork.verl import ray_cluster, sweep
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.sweep import jobs as sweep
+from entropy_fork.sweep import ray_cluster
+from entropy_fork.sweep.ray_cluster import Usage, wait_until_free
 from entropy_fork.verl.config import EntropyForkConfig
-from entropy_fork.verl.errors import EntropyForkError
-from entropy_fork.verl.ray_cluster import Usage, wait_until_free
 
 pytestmark = pytest.mark.process
 

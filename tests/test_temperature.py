@@ -17,17 +17,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from entropy_fork import vllm_temperatures
-from entropy_fork.core.sampler import Decoding, Sampler
-from entropy_fork.core.temperature import (
+from entropy_fork.sampling import vllm_processor
+from entropy_fork.sampling.generation import Request, generate
+from entropy_fork.sampling.sampler import Decoding, Sampler
+from entropy_fork.sampling.temperature import (
     PAPER_TEMPERATURES,
     TwoTemperatures,
     entropies,
     scaled,
     two_temperatures,
 )
-from entropy_fork.generation import Request, generate
-from entropy_fork.vllm_temperatures import TwoTemperaturesProcessor, extra_args, parse
+from entropy_fork.sampling.vllm_processor import TwoTemperaturesProcessor, extra_args, parse
 
 VOCABULARY, END = 50, 7
 
@@ -313,7 +313,7 @@ def test_the_processor_follows_requests_through_vllms_batch() -> None:
 
 def test_more_rows_than_a_chunk() -> None:
     torch.manual_seed(0)
-    count = 2 * vllm_temperatures.CHUNK + 3
+    count = 2 * vllm_processor.CHUNK + 3
     params = [sampling_params(seed=i, extra_args=extra_args(TwoTemperatures(2.0, 0.5, 2.0))) for i in range(count)]
     subject = processor()
     subject.update_state(update(added=[(i, params[i], [1, 2], []) for i in range(count)]))

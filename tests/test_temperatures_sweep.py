@@ -17,14 +17,14 @@ from test_evaluation import QUIET, data, lines, model, settings  # noqa: F401
 from typer.testing import CliRunner, Result
 
 from entropy_fork import cli
-from entropy_fork.core.temperature import PAPER_TEMPERATURES, TwoTemperatures
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation import run, temperatures
 from entropy_fork.evaluation.answers import ANSWERS, AnswerStore, Record
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.evaluation.engines import Sampling
 from entropy_fork.evaluation.statistics import summarise
 from entropy_fork.evaluation.temperatures import CSV, JSON, PLOTS, Sweep, run_sweep
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.sampling.temperature import PAPER_TEMPERATURES, TwoTemperatures
 
 TAU = 2.5
 SWEEP = Sweep(high=(0.0, 1.0), low=(1.0, 2.5), threshold=TAU)

@@ -12,10 +12,10 @@ import torch
 from omegaconf import OmegaConf
 from rows import jagged, make_rows
 
-from entropy_fork.analysis.table import parts, read_answers, read_manifest
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.tokens.store import parts, read_answers, read_manifest
 from entropy_fork.verl import token_dump, trainer
 from entropy_fork.verl.config import EntropyForkConfig
-from entropy_fork.verl.errors import EntropyForkError
 
 NUM_ROWS, MINI_BATCH_ROWS = 16, 8
 

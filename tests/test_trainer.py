@@ -21,12 +21,12 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig
 
-from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
-from entropy_fork.core.statistics import Pool
+from entropy_fork.core.tally import Pool
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig, guarded_name
-from entropy_fork.verl.errors import EntropyForkError
 from entropy_fork.verl.policy_loss import weights_written
 
 

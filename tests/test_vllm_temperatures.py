@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from entropy_fork import vllm_temperatures
-from entropy_fork.core.temperature import TwoTemperatures, entropies, scaled, two_temperatures
 from entropy_fork.evaluation import run
 from entropy_fork.evaluation.engines import Sampling, entropies_of
-from entropy_fork.generation import Answer, Request, generate
+from entropy_fork.sampling import vllm_processor
+from entropy_fork.sampling.generation import Answer, Request, generate
+from entropy_fork.sampling.temperature import TwoTemperatures, entropies, scaled, two_temperatures
 from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
 vllm = pytest.importorskip("vllm")
@@ -75,7 +75,7 @@ def open_llm(folder: Path) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="module")
 def llm(open_llm: Callable[..., Any]) -> Any:
-    return open_llm(logits_processors=[vllm_temperatures.NAME], logprobs_mode="processed_logits")
+    return open_llm(logits_processors=[vllm_processor.NAME], logprobs_mode="processed_logits")
 
 
 def prompts(count: int = COUNT) -> list[list[int]]:
@@ -117,7 +117,7 @@ def test_the_tokens_of_the_light_sampler(
         prompts(),
         list(range(COUNT)),
         temperature=temperature,
-        extra_args=vllm_temperatures.extra_args(pair),
+        extra_args=vllm_processor.extra_args(pair),
         logprobs=0,
         **truncation,
     )
@@ -144,7 +144,7 @@ def test_plain_sampling_is_equal_temperatures(llm: Any, model: PreTrainedModel) 
             prompts(),
             list(range(COUNT)),
             temperature=temperature,
-            extra_args=vllm_temperatures.extra_args(pair),
+            extra_args=vllm_processor.extra_args(pair),
         )
         ours: list[Answer] = generate(model, batch, [END])
         assert [list(answer.token_ids) for answer in theirs] == [answer.token_ids for answer in ours]
@@ -165,7 +165,7 @@ def test_without_a_seed_vllm_draws_from_eq_5(llm: Any, model: PreTrainedModel, t
             [prompt] * 4000,
             [None] * 4000,
             temperature=temperature,
-            extra_args=vllm_temperatures.extra_args(pair),
+            extra_args=vllm_processor.extra_args(pair),
             max_tokens=1,
         )
         drawn = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=VOCABULARY) / 4000
@@ -175,7 +175,7 @@ def test_without_a_seed_vllm_draws_from_eq_5(llm: Any, model: PreTrainedModel, t
 
 def test_other_requests_are_left_alone_and_bad_ones_refused(llm: Any, model: PreTrainedModel) -> None:
     texts = prompts(40)
-    pair = vllm_temperatures.extra_args(TwoTemperatures(3.0, 2.0, MIDDLE))
+    pair = vllm_processor.extra_args(TwoTemperatures(3.0, 2.0, MIDDLE))
     params = [
         vllm.SamplingParams(
             temperature=0.0 if i % 2 else 1.0, seed=i, max_tokens=12, stop_token_ids=[END], detokenize=False,

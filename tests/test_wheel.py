@@ -81,7 +81,7 @@ import verl.trainer.main_ppo as main_ppo
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from entropy_fork.asked_for import preset_names, recipes_dir
+from entropy_fork.common.asked_for import preset_names, recipes_dir
 
 assert recipes_dir() == Path(entropy_fork.__file__).parent / "recipes", recipes_dir()
 names = {}

@@ -16,8 +16,8 @@ from entropy_fork.analysis.order_statistics import order_statistics, percentile_
 from entropy_fork.analysis.select import TopRatio, find_top, top_masks
 from entropy_fork.analysis.sources import check_complete, digest
 from entropy_fork.analysis.summary import PERCENTILES
-from entropy_fork.analysis.table import parts, read_columns, read_manifest
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.tokens.store import parts, read_columns, read_manifest
 
 #: percentiles of the base that bound Fig. 4's bins
 BIN_EDGES = tuple(range(5, 100, 5))

@@ -1,6 +1,6 @@
 """Entropy, log-prob and rank at every response position: one forward pass of transformers over prompt and answer.
 
-The LM head is evaluated through ``core/head.py``, as in the training step's own pass: at response positions alone, a
+The LM head is evaluated through ``core/lm_head.py``, as in the training step's own pass: at response positions alone, a
 few hundred rows of logits at once. Several answers share a pass, padded on their right, where causal attention lets
 nothing of the padding into them.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from entropy_fork.core.head import log_probs_entropy_and_rank, padded_positions, response_positions
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.core.lm_head import log_probs_entropy_and_rank, padded_positions, response_positions
 from entropy_fork.evaluation.checkpoint import code_refused
-from entropy_fork.verl.errors import EntropyForkError
 
 
 @dataclass(frozen=True)

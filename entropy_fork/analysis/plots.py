@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entropy_fork.foreign_text import figure_label, visible
+from entropy_fork.common.foreign_text import figure_label, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

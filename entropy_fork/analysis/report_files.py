@@ -12,10 +12,10 @@ from typing import Any
 
 from entropy_fork.analysis import plots
 from entropy_fork.analysis.summary import PAPER
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.foreign_text import spreadsheet_cell
+from entropy_fork.common.output_folder import write_whole
 from entropy_fork.evaluation.report import TextTable
-from entropy_fork.foreign_text import spreadsheet_cell
-from entropy_fork.output_folder import write_whole
-from entropy_fork.verl.errors import EntropyForkError
 
 SUMMARY, COMPARISON, FIGURES = "summary.json", "comparison.json", "figures"
 

@@ -16,18 +16,18 @@ from typing import Any
 
 from rich.console import Console
 
-from entropy_fork.analysis import table
 from entropy_fork.analysis.measure import Measurer
 from entropy_fork.analysis.sampling import Prompts
 from entropy_fork.analysis.select import select_top
 from entropy_fork.analysis.sources import Like, Rollouts, Source, Text
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.output_folder import lock, refuse_other
+from entropy_fork.common.progress import task
 from entropy_fork.core.selection import kept_count
 from entropy_fork.evaluation import run as evaluation
 from entropy_fork.evaluation.answers import ANSWERS
 from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
-from entropy_fork.output_folder import lock, refuse_other
-from entropy_fork.progress import task
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.tokens import store
 
 #: a part ends with the answer that reaches either: this much is in memory, and this much is lost at most when killed
 PART_TOKENS, PART_ANSWERS = 2**17, 256
@@ -132,15 +132,15 @@ def analyze(settings: Settings, console: Console) -> dict[str, Any]:
             "threshold": None,
             "identity": identity,
         }
-        table.write_manifest(output, manifest)
+        store.write_manifest(output, manifest)
         _measure(settings, checkpoint, source, temperature, console)
         with task(f"marking the top {settings.top_ratio:.0%} of all tokens", console=console):
             top = select_top(output, settings.top_ratio)
         counts = {"answers": len(source), "tokens": top.num_tokens, "selected": top.num_selected}
-        table.write_manifest(output, manifest | {"complete": True, "threshold": top.threshold, **counts})
+        store.write_manifest(output, manifest | {"complete": True, "threshold": top.threshold, **counts})
         for made in (DRAWN, MERGED):
             shutil.rmtree(output / made, ignore_errors=True)
-        return table.read_manifest(output)
+        return store.read_manifest(output)
 
 
 def _source(settings: Settings, checkpoint: Checkpoint) -> tuple[Source, float]:
@@ -161,7 +161,7 @@ def _source(settings: Settings, checkpoint: Checkpoint) -> tuple[Source, float]:
 def _check_free(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise EntropyForkError(f"{output} is a file: choose a folder with --output")
-    if output.is_dir() and any(output.iterdir()) and not (output / table.MANIFEST).is_file():
+    if output.is_dir() and any(output.iterdir()) and not (output / store.MANIFEST).is_file():
         left = {entry.name for entry in output.iterdir()} - {LOCK}
         if left:
             raise EntropyForkError(f"{output} holds no tokens but other files: choose another folder with --output")
@@ -169,13 +169,13 @@ def _check_free(output: Path) -> None:
 
 def _taken_up(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The manifest of what is there already; {} if there is nothing that would be mixed."""
-    if not (output / table.MANIFEST).is_file():
+    if not (output / store.MANIFEST).is_file():
         return {}
-    manifest = table.read_manifest(output)
+    manifest = store.read_manifest(output)
     if manifest["source"] == "training":
         raise EntropyForkError(f"{output} holds the tokens of a training run: choose another folder with --output")
     drawn = output / DRAWN / ANSWERS
-    if table.parts(output) or (drawn.is_file() and drawn.stat().st_size):
+    if store.parts(output) or (drawn.is_file() and drawn.stat().st_size):
         refuse_other(output, "tokens of another analysis", manifest["identity"], identity)
     return manifest
 
@@ -200,7 +200,7 @@ def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, tempera
     with task("answers measured", len(source), completed=start, console=console) as shown:
         began, tokens = time.monotonic(), 0
         for number, texts in enumerate(_in_parts(source.texts(tokenizer, start)), start=first):
-            table.write_part(output, number, _measured(measurer, texts))
+            store.write_part(output, number, _measured(measurer, texts))
             tokens += sum(len(text.ids.response) for text in texts)
             speed = tokens / (time.monotonic() - began)
             shown.advance(len(texts), f"{speed:,.0f} tokens/s")
@@ -208,9 +208,9 @@ def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, tempera
 
 def _whole_parts(output: Path) -> tuple[int, int]:
     """How many parts there are without a gap from the first on, and the answers in them."""
-    there = set(table.parts(output))
+    there = set(store.parts(output))
     number = next(number for number in range(len(there) + 1) if number not in there)
-    return number, sum(table.num_answers(output, done) for done in range(number))
+    return number, sum(store.num_answers(output, done) for done in range(number))
 
 
 def _in_parts(texts: Iterable[Text]) -> Iterator[list[Text]]:
@@ -226,9 +226,9 @@ def _in_parts(texts: Iterable[Text]) -> Iterator[list[Text]]:
         yield part
 
 
-def _measured(measurer: Measurer, texts: list[Text]) -> list[table.AnswerTokens]:
+def _measured(measurer: Measurer, texts: list[Text]) -> list[store.AnswerTokens]:
     return [
-        table.AnswerTokens(
+        store.AnswerTokens(
             prompt=text.prompt,
             text=text.text,
             token_ids=text.ids.response,

@@ -19,15 +19,15 @@ from rich.console import Console
 
 from entropy_fork.analysis.measure import TokenIds
 from entropy_fork.analysis.sources import Text
-from entropy_fork.analysis.table import token_pieces
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.progress import paused, task
 from entropy_fork.evaluation import run as evaluation
 from entropy_fork.evaluation.answers import AnswerStore
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.evaluation.engines import choose_engine
 from entropy_fork.evaluation.questions import read_questions
-from entropy_fork.progress import paused, task
 from entropy_fork.reward import compute_score
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.tokens.store import token_pieces
 
 #: exit status of the child process when it has an error to hand over, and what stands before it
 REFUSED, MARK = 3, "entropy-fork: "

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from entropy_fork.analysis.order_statistics import order_statistics
-from entropy_fork.analysis.table import parts, read_columns, write_selected
 from entropy_fork.core.selection import kept_count
+from entropy_fork.tokens.store import parts, read_columns, write_selected
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from entropy_fork.analysis.measure import TokenIds
-from entropy_fork.analysis.table import (
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.tokens.store import (
     num_answers,
     parts,
     read_answers,
@@ -29,7 +30,6 @@ from entropy_fork.analysis.table import (
     read_part,
     token_pieces,
 )
-from entropy_fork.verl.errors import EntropyForkError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import numpy as np
 from entropy_fork.analysis.order_statistics import order_statistics, percentile_ranks
 from entropy_fork.analysis.parts_of_text import KINDS, SECTIONS, kinds_of_tokens, sections_of_tokens
 from entropy_fork.analysis.sources import check_complete
-from entropy_fork.analysis.table import AnswerTokens, parts, read_columns, read_manifest, read_part
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.tokens.store import AnswerTokens, parts, read_columns, read_manifest, read_part
 
 #: nats; the paper names the first
 BELOW = (0.01, 0.1, 0.5, 1.0)

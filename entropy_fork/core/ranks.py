@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_fork.core.batch import Rows, select_in_pools
+from entropy_fork.core.responses import Rows, select_in_pools
 from entropy_fork.core.selection import Selector
-from entropy_fork.core.statistics import Pool, Tally
+from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import Counts
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_fork.core.flat import row_slices
 from entropy_fork.core.randomness import uniform_numbers
-from entropy_fork.core.rows import row_slices
 
 #: which tokens of a pool; see :class:`Selector`
 SELECTS = ("top", "bottom", "random", "band")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_fork.core.rows import count_per_row, pieces
+from entropy_fork.core.flat import count_per_row, pieces
 
 #: verl's aggregations that divide by a number of tokens, and those that only sum over them
 TOKEN_MEAN = "token-mean"

@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 import entropy_fork
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.progress import Task, task, track
 from entropy_fork.data.read import Rows, sha256
 from entropy_fork.data.sources import Source
 from entropy_fork.data.template import INSTRUCTION, user_message
-from entropy_fork.progress import Task, task, track
 from entropy_fork.reward import compare, compute_score, last_boxed
-from entropy_fork.verl.errors import EntropyForkError
 
 MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
 

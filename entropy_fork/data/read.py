@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.data.sources import Source
-from entropy_fork.verl.errors import EntropyForkError
 
 BATCH_ROWS = 50_000
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError
 
 TRAIN, TEST = "train", "test"
 

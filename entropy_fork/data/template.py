@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from omegaconf import OmegaConf
 
-from entropy_fork.asked_for import preset_names, recipes_dir
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.recipes import preset_names, recipes_dir
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 

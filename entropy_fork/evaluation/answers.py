@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from entropy_fork.output_folder import lock, refuse_other, write_whole
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.output_folder import lock, refuse_other, write_whole
 
 ANSWERS, MANIFEST = "answers.jsonl", "manifest.json"
 

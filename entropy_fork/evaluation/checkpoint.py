@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
-from entropy_fork.output_folder import UNFINISHED, write_whole
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.output_folder import UNFINISHED, write_whole
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 #: says of a merged folder which checkpoint it was made from

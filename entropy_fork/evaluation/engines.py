@@ -1,4 +1,4 @@
-"""What answers the questions: vLLM, or on a machine without it the light sampler of ``entropy_fork/generation.py``.
+"""What answers the questions: vLLM, or without it the light sampler of ``entropy_fork/sampling/generation.py``.
 
 Each answer has a seed of its own, so it is the same answer whichever others it is computed with, up to the last bits
 of a sum. The light sampler goes further: its batches are fixed beforehand, so an evaluation that was interrupted gives
@@ -18,12 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from entropy_fork import vllm_temperatures
-from entropy_fork.core.temperature import TwoTemperatures
-from entropy_fork.cores import share_cores
+from entropy_fork.common.cores import share_cores
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation.checkpoint import code_refused
-from entropy_fork.verl import vllm_cpu
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.sampling import vllm_cpu, vllm_processor
+from entropy_fork.sampling.temperature import TwoTemperatures
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ class TransformersEngine:
 
     def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
         """Batch by batch; one of which a part is wanted is drawn as a whole."""
-        from entropy_fork.generation import generate
+        from entropy_fork.sampling.generation import generate
 
         for batch in self._batches(jobs):
             if not any(map(is_wanted, batch)):
@@ -204,7 +203,7 @@ class TransformersEngine:
                 yield rows[start : start + self.batch_size]
 
     def _request(self, job: Job) -> Any:
-        from entropy_fork.generation import Request
+        from entropy_fork.sampling.generation import Request
 
         sampling = self.sampling
         return Request(
@@ -254,7 +253,7 @@ class VllmEngine:
             settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
             settings["max_num_batched_tokens"] = max(max_model_len, 4096)
         if sampling.two_temperatures is not None:
-            settings |= {"logits_processors": [vllm_temperatures.NAME], "logprobs_mode": "processed_logits"}
+            settings |= {"logits_processors": [vllm_processor.NAME], "logprobs_mode": "processed_logits"}
         from vllm import LLM, SamplingParams
 
         self.engine = LLM(**(settings | (arguments or {}))).llm_engine
@@ -264,7 +263,7 @@ class VllmEngine:
         """Each answer as soon as vLLM has finished it."""
         sampling = self.sampling
         pair = sampling.two_temperatures
-        two: dict[str, Any] = {} if pair is None else {"logprobs": 0, "extra_args": vllm_temperatures.extra_args(pair)}
+        two: dict[str, Any] = {} if pair is None else {"logprobs": 0, "extra_args": vllm_processor.extra_args(pair)}
         waiting = {f"{job.question}-{job.sample}": job for job in jobs if is_wanted(job)}
         for name, job in waiting.items():
             parameters = self.parameters(

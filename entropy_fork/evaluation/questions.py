@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError
 
 COLUMNS = ("data_source", "prompt", "reward_model")
 

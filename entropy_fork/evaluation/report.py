@@ -14,10 +14,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from entropy_fork.common.foreign_text import markdown_cell, visible
+from entropy_fork.common.output_folder import write_whole
 from entropy_fork.evaluation.run import Evaluation
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
-from entropy_fork.foreign_text import markdown_cell, visible
-from entropy_fork.output_folder import write_whole
 
 RESULTS, TABLES = "results.json", "results.md"
 

@@ -14,7 +14,9 @@ import numpy as np
 from rich.console import Console
 
 import entropy_fork
-from entropy_fork.asked_for import preset_names
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.progress import task
+from entropy_fork.common.recipes import preset_names
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.data.template import chat_template as template_of_recipes
 from entropy_fork.evaluation.answers import AnswerStore, Record
@@ -30,9 +32,7 @@ from entropy_fork.evaluation.engines import (
 )
 from entropy_fork.evaluation.questions import Question, checksum, read_questions
 from entropy_fork.evaluation.statistics import Summary, summarise
-from entropy_fork.progress import task
 from entropy_fork.reward import compute_score
-from entropy_fork.verl.errors import EntropyForkError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

@@ -21,15 +21,15 @@ from typing import Any
 
 from rich.console import Console
 
-from entropy_fork.analysis.table import read_manifest
-from entropy_fork.core.temperature import PAPER_THRESHOLD, TwoTemperatures
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.foreign_text import spreadsheet_cell
+from entropy_fork.common.output_folder import write_whole
+from entropy_fork.common.progress import task
 from entropy_fork.evaluation import report
 from entropy_fork.evaluation.run import Evaluation, Opened, Settings, evaluate, open_engine
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
-from entropy_fork.foreign_text import spreadsheet_cell
-from entropy_fork.output_folder import write_whole
-from entropy_fork.progress import task
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.sampling.temperature import PAPER_THRESHOLD, TwoTemperatures
+from entropy_fork.tokens.store import read_manifest
 
 CSV, JSON, PLOTS = "temperatures.csv", "temperatures.json", ("temperatures.png", "temperatures.svg")
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from entropy_fork.analysis.table import AnswerTokens, parts, read_manifest, read_part
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.selection import Selector, select_tokens
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.tokens.store import AnswerTokens, parts, read_manifest, read_part
 
 #: the stops of the slider
 RATIOS = [percent / 100 for percent in range(1, 101)]

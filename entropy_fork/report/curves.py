@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entropy_fork.foreign_text import figure_label, visible
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.foreign_text import figure_label, visible
 from entropy_fork.report.figures import Drawing, axes, file_name
-from entropy_fork.verl.errors import EntropyForkError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

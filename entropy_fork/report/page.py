@@ -23,11 +23,11 @@ from entropy_fork.analysis import plots
 from entropy_fork.analysis.compare import compare
 from entropy_fork.analysis.report_files import check_installed, comparison_tables, summary_tables
 from entropy_fork.analysis.summary import MIN_COUNT, NUM_TOKENS, summarise
-from entropy_fork.output_folder import write_whole
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.output_folder import write_whole
 from entropy_fork.report import answers as packing
 from entropy_fork.report import curves, steps
 from entropy_fork.report.figures import Drawing, data_uri, file_name, write_files
-from entropy_fork.verl.errors import EntropyForkError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ class Settings:
 
     Attributes:
         output: the file to write.
-        tokens: folders of ``entropy_fork/analysis/table.py``.
+        tokens: folders of ``entropy_fork/tokens/store.py``.
         runs: name and folder of tensorboard files of each training run.
         compare: folders of the same tokens, measured with checkpoints in the order of training; none, or two and more.
         top_ratio: ρ of the comparison.

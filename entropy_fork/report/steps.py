@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entropy_fork.analysis.table import parts, read_part
 from entropy_fork.report.figures import Drawing, axes, file_name
+from entropy_fork.tokens.store import parts, read_part
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,9 +23,9 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 from verl.trainer.ppo.v1 import utils
 
+from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.core import returns
 from entropy_fork.verl.config import NEED_CRITIC
-from entropy_fork.verl.errors import EntropyForkError, process_name
 
 _values: ContextVar[Tensor | None] = ContextVar("entropy_fork_values", default=None)
 

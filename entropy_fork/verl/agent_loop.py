@@ -2,7 +2,7 @@
 
 Hook: verl's registry of agent loops, chosen by ``actor_rollout_ref.rollout.agent.default_agent_loop``. Requests reach a
 rollout server in any order and may be served by any replica, so randomness that comes from a server's own generator
-differs from run to run. This agent loop sends a seed with each request; the rollout of ``rollout_cpu.py`` and vLLM both
+differs from run to run. This agent loop sends a seed with each request; the rollout of ``cpu/rollout.py`` and vLLM both
 draw an answer's tokens from it alone.
 """
 

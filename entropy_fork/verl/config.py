@@ -2,7 +2,7 @@
 
 Hook: verl's ``main_ppo`` calls ``verl.utils.config.validate_config`` before it starts Ray. There is no registry for
 further checks, so :func:`check_before_training` is run right after it (see ``plugin.py``). What each check is asked for
-by stands in ``entropy_fork/asked_for.py``: on a run that asks for nothing of ours none of them says a word.
+by stands in ``entropy_fork/common/asked_for.py``: on a run that asks for nothing of ours none of them says a word.
 
 It also makes the nodes typed whatever they were written in. Typed, they can only be unpickled by a process that has
 this plugin: a TaskRunner without it stops with ``No module named 'entropy_fork'`` instead of training on all tokens.
@@ -23,22 +23,16 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 from packaging.version import Version
 
-from entropy_fork.asked_for import (
-    GROUPS,
-    GUARDS,
-    came_as_a_plain_value,
-    chosen,
-    overrides,
-    preset_names,
-)
-from entropy_fork.asked_for import NODE as NODE  # its place for the rest of entropy_fork.verl
-from entropy_fork.core.batch import Rule
+from entropy_fork.common.asked_for import GROUPS, GUARDS, came_as_a_plain_value, chosen, overrides
+from entropy_fork.common.asked_for import NODE as NODE  # its place for the rest of entropy_fork.verl
+from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.common.recipes import preset_names
+from entropy_fork.core.responses import Rule
 from entropy_fork.core.schedule import ratio_at
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.weighting import LOSS_AGG_MODES, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN
-from entropy_fork.verl.data_files import check_data_files, reads_with_verl
-from entropy_fork.verl.errors import EntropyForkError, process_name
-from entropy_fork.verl.resume import ALL_TOKENS, Selection, check_same_selection
+from entropy_fork.verl.guards.data_files import check_data_files, reads_with_verl
+from entropy_fork.verl.guards.resume import ALL_TOKENS, Selection, check_same_selection
 
 #: policy losses (verl's, and ``reinforce``) whose gradient is ``rollout_is_weights`` times the plain one, exactly 0
 #: where the weight is 0

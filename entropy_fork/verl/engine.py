@@ -16,10 +16,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine.base import EngineRegistry
 
+from entropy_fork.common.errors import EntropyForkError, process_name
+
 # As a module: where importing it is what imported verl's engines, it is half-way through at this moment.
 from entropy_fork.verl import gradient_step, policy_loss, sparse_head
 from entropy_fork.verl.config import MASKED_STRATEGIES, NODE
-from entropy_fork.verl.errors import EntropyForkError, process_name
 
 #: vendors of verl's own platforms, which register no engine of their own; another vendor's plugin may, and keeps it
 VENDORS = ("nvidia", "amd", "huawei", "cpu")

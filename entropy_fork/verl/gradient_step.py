@@ -25,14 +25,14 @@ from verl.utils.device import get_device_name
 from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.padding import response_from_nested
 
-from entropy_fork.core.batch import Rows, Rule, pool_of_rows, select_in_pools
+from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.core.flat import count_per_row
 from entropy_fork.core.ranks import Ranks, select_over_ranks
-from entropy_fork.core.rows import count_per_row
+from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools
 from entropy_fork.core.selection import exact_count
-from entropy_fork.core.statistics import Pool, Tally
+from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import Counts, token_weights
 from entropy_fork.verl.config import NODE
-from entropy_fork.verl.errors import EntropyForkError, process_name
 from entropy_fork.verl.policy_loss import weights_written
 from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK, EVERYWHERE, HEAD, RESPONSES
 

@@ -23,7 +23,7 @@ from typing import Any
 import wrapt
 from omegaconf import DictConfig
 
-from entropy_fork.asked_for import in_config
+from entropy_fork.common.asked_for import in_config
 from entropy_fork.verl import config as checks
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import wrapt
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
+from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.verl.config import read_config
-from entropy_fork.verl.errors import EntropyForkError, process_name
 
 
 @wrapt.decorator

@@ -19,10 +19,10 @@ from typing import Any
 import verl
 import wrapt
 
-from entropy_fork.supported import why_unsupported
-from entropy_fork.verl.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.supported import why_unsupported
 
-#: asked for, and only then: see platform_cpu.py
+#: asked for, and only then: see cpu_platform.py
 ON_CPU = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
@@ -37,11 +37,12 @@ def _check_verl(version: str) -> None:
 # Before the imports of what holds on to verl, which in another verl would fail with a reason that helps nobody.
 _check_verl(verl.__version__)
 
-from entropy_fork.verl import config, fork_server, launch, platform_cpu  # noqa: E402
+from entropy_fork.verl import config, launch  # noqa: E402
+from entropy_fork.verl.cpu import cpu_platform, fork_server  # noqa: E402
 
 
 def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..., Any]:
-    """verl's checks, and those of ours that a run asks for: see ``entropy_fork/asked_for.py``."""
+    """verl's checks, and those of ours that a run asks for: see ``entropy_fork/common/asked_for.py``."""
     checks = config
 
     @wraps(validate_config)  # a function, not wrapt's proxy: programs pickle it with what refers to it
@@ -49,9 +50,9 @@ def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..
         checks.check_first(config)
         result = validate_config(config, *args, **kwargs)
         if ON_CPU:
-            platform_cpu.check_before_training(config)
+            cpu_platform.check_before_training(config)
         else:
-            platform_cpu.check_opted_in(config)
+            cpu_platform.check_opted_in(config)
             fork_server.check_opted_in(config)
         checks.check_before_training(config)
         if ON_CPU:
@@ -86,9 +87,9 @@ def _register() -> None:
     register_on_import("verl.trainer.ppo.ray_trainer", "entropy_fork.verl.legacy_trainer")
     register_on_import("verl.workers.engine", "entropy_fork.verl.engine")
     if ON_CPU:
-        platform_cpu.register()  # before our engines, which derive from those that it registers
+        cpu_platform.register()  # before our engines, which derive from those that it registers
         register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")
-        register_on_import("verl.checkpoint_engine.base", "entropy_fork.verl.checkpoint_engine_cpu")
+        register_on_import("verl.checkpoint_engine.base", "entropy_fork.verl.cpu.checkpoint_engine")
 
 
 # Python runs a module once in a process, so nothing here is registered twice.

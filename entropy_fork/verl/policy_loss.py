@@ -25,8 +25,8 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn, register_policy_loss
 from verl.utils import tensordict_utils as tu
 
+from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.verl.config import MASKABLE_LOSSES, NODE, guarded_name
-from entropy_fork.verl.errors import EntropyForkError, process_name
 
 #: the flag of a batch whose token weights the driver has written
 WEIGHED = "entropy_fork_weighed"

@@ -38,7 +38,8 @@ from torch.utils.checkpoint import checkpoint
 from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
-from entropy_fork.core.head import (
+from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.core.lm_head import (
     CHUNK,
     FEWEST_ROWS,
     ROWS_KEPT,
@@ -47,10 +48,9 @@ from entropy_fork.core.head import (
     padded_positions,
     response_positions,
 )
-from entropy_fork.core.temperature import entropies
+from entropy_fork.sampling.temperature import entropies
 from entropy_fork.verl import policy_loss
 from entropy_fork.verl.config import NODE
-from entropy_fork.verl.errors import EntropyForkError, process_name
 
 #: what the trainer sends with a batch: where the head is wanted
 HEAD = "entropy_fork_head"
@@ -230,7 +230,7 @@ class SparseHead:
             if not len(positions):  # Every rank must run the head: row 0, whose result is not used.
                 positions = positions.new_zeros(1)
             output_args[HEAD] = positions
-            if _is_fused(micro_batch):  # verl's own products, see core/head.py: FEWEST_ROWS
+            if _is_fused(micro_batch):  # verl's own products, see core/lm_head.py: FEWEST_ROWS
                 positions = torch.cat([positions, positions[:1].expand(max(0, FEWEST_ROWS - len(positions)))])
             self._rows_of_head.rows = _in_output(positions, micro_batch, model_inputs["input_ids"].shape[1])
             self._rows_of_head.labels = following[positions]

@@ -4,7 +4,7 @@ Hook: ``trainer.py`` calls :meth:`TokenDump.write` on the driver right after the
 What is selected is read back from the field that the workers will get, so the dump says what is trained on and not what
 somebody believes. Where the workers select by themselves the driver does not know, and writes null.
 
-The folder is the one of ``entropy_fork/analysis/table.py``: a part per dumped step, numbered by it.
+The folder is the one of ``entropy_fork/tokens/store.py``: a part per dumped step, numbered by it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import transfer_queue as tq
 
-from entropy_fork.analysis.table import (
+from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.tokens.store import (
     MANIFEST,
     AnswerTokens,
     delete_part,
@@ -28,7 +29,6 @@ from entropy_fork.analysis.table import (
     write_part,
 )
 from entropy_fork.verl.config import ANSWERS_PER_STEP, EntropyForkConfig, read_node
-from entropy_fork.verl.errors import EntropyForkError, process_name
 from entropy_fork.verl.gradient_step import KEPT
 
 

@@ -30,10 +30,10 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
-from entropy_fork.core.batch import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.core.identity import Identity, RowKey, identify, row_order, row_seeds
-from entropy_fork.core.statistics import Tally, draws
-from entropy_fork.verl.checkpoint import WholeCheckpoints
+from entropy_fork.core.responses import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.core.tally import Tally, draws
 from entropy_fork.verl.config import (
     NODE,
     EntropyForkConfig,
@@ -42,13 +42,13 @@ from entropy_fork.verl.config import (
     read_config,
 )
 from entropy_fork.verl.engine import admit_worker
-from entropy_fork.verl.errors import EntropyForkError, process_name
 from entropy_fork.verl.gradient_step import KEPT, ROW_IDENTITY, RULE, tally_of
+from entropy_fork.verl.guards.checkpoint import WholeCheckpoints
+from entropy_fork.verl.guards.waiting import WatchedWaiting
 from entropy_fork.verl.policy_loss import WEIGHED, kept_means
 from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, RESPONSES
 from entropy_fork.verl.sparse_head import KEPT as KEPT_POSITIONS
 from entropy_fork.verl.token_dump import TokenDump
-from entropy_fork.verl.waiting import WatchedWaiting
 
 
 class TokenWeights:

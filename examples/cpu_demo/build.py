@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-from entropy_fork.cores import share_cores, waiting_passively
+from entropy_fork.common.cores import share_cores, waiting_passively
 
 os.environ.update(waiting_passively(os.environ))  # before torch is imported: OpenMP reads it once
 
@@ -43,7 +43,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from world import Problem, demonstrate, draw_problems
 
-from entropy_fork.progress import task, track
+from entropy_fork.common.progress import task, track
 
 DATA_SOURCE = "cpu_demo"
 EOS, PAD = "<|endoftext|>", "<|pad|>"

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import typer
 
-from entropy_fork.analysis.table import AnswerTokens, read_answers, read_manifest
 from entropy_fork.core.weighting import TOKEN_MEAN, token_weights
+from entropy_fork.tokens.store import AnswerTokens, read_answers, read_manifest
 
 WIDTH, LEFT, CHARACTER, GAP = 880, 148, 10.3, 4
 TALLEST, NATS = 52, 1.25  # the bar of so many nats

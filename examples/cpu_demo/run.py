@@ -23,8 +23,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from entropy_fork.cores import waiting_passively
-from entropy_fork.progress import task
+from entropy_fork.common.cores import waiting_passively
+from entropy_fork.common.progress import task
 
 STEP = re.compile(r"step:(\d+) - (.*)")
 NUMBER = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?|nan|inf)\)?(?: - |\s*$)")

@@ -21,7 +21,8 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
-from entropy_fork.asked_for import in_config, on_command_line, recipes_dir
+from entropy_fork.common.asked_for import in_config, on_command_line
+from entropy_fork.common.recipes import recipes_dir
 
 
 class EntropyForkSearchPath(SearchPathPlugin):

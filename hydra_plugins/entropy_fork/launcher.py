@@ -2,7 +2,7 @@
 
 Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. For main_ppo under
 ``-m`` with anything of ours in the line it is the default (see :func:`make_default`), in place of Hydra's ``basic``,
-with which no second job of verl's can run. All of the work is in ``entropy_fork.verl.sweep``, imported when a sweep
+with which no second job of verl's can run. All of the work is in ``entropy_fork.sweep.jobs``, imported when a sweep
 starts: Hydra imports this module in every application of the environment.
 """
 
@@ -23,11 +23,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from entropy_fork.asked_for import on_command_line
+from entropy_fork.common.asked_for import on_command_line
 
 if TYPE_CHECKING:
-    from entropy_fork.verl.ray_cluster import Usage
-    from entropy_fork.verl.sweep import Job, Outcome
+    from entropy_fork.sweep.jobs import Job, Outcome
+    from entropy_fork.sweep.ray_cluster import Usage
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class FreshProcessLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's hook before :meth:`launch`."""
-        from entropy_fork.verl.sweep import Places
+        from entropy_fork.sweep.jobs import Places
 
         self.context, self.config = hydra_context, config
         self.places = Places()
@@ -86,7 +86,7 @@ class FreshProcessLauncher(Launcher):
         Raises:
             SystemExit: 130, after Ctrl-C.
         """
-        from entropy_fork.verl import sweep
+        from entropy_fork.sweep import jobs as sweep
 
         setup_globals()
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
@@ -119,7 +119,7 @@ class FreshProcessLauncher(Launcher):
         return config
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Job]:
-        from entropy_fork.verl import sweep
+        from entropy_fork.sweep import jobs as sweep
 
         typed = OmegaConf.to_container(self.config.hydra.overrides)  # unresolved: ${hydra.job.num} is the job's
         assert isinstance(typed, dict)
@@ -143,8 +143,9 @@ class FreshProcessLauncher(Launcher):
         return jobs
 
     def _run(self, job: Job, config: DictConfig) -> Outcome:
-        from entropy_fork.verl import ray_cluster, sweep
-        from entropy_fork.verl.errors import EntropyForkError
+        from entropy_fork.common.errors import EntropyForkError
+        from entropy_fork.sweep import jobs as sweep
+        from entropy_fork.sweep import ray_cluster
 
         try:
             ray_init = OmegaConf.select(config, "ray_kwargs.ray_init")
@@ -177,7 +178,7 @@ def _program() -> list[str]:
 
 def _returned(outcome: Outcome, config: DictConfig, message: str) -> JobReturn:
     """A job's end, as Hydra's sweepers want it. main_ppo returns nothing."""
-    from entropy_fork.verl import sweep
+    from entropy_fork.sweep import jobs as sweep
 
     task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     hydra = OmegaConf.masked_copy(config, ["hydra"])

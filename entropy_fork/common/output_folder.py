@@ -1,0 +1,78 @@
+"""What commands that fill a folder share: files are whole, one process writes at a time, and nothing is mixed.
+
+The error is imported where it is raised: it brings verl's plugin along, which needs this module.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+#: in the folder of verl's checkpoint while a run writes it (``verl/checkpoint.py``), and for good if that run is killed
+UNFINISHED = "unfinished"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file under another name first, so that it is never seen half-written.
+
+    What UTF-8 cannot say (half a surrogate pair, out of JSON or of a folder's name) becomes a question mark.
+    """
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as temporary:
+            temporary.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def lock(file: IO[Any], folder: Path) -> None:
+    """Hold a file of ``folder`` until it is closed, so that no second process writes there.
+
+    Raises:
+        EntropyForkError: another process holds it.
+    """
+    from entropy_fork.common.errors import EntropyForkError
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise EntropyForkError(f"another process is writing to {folder}: wait for it, or end it") from error
+    except OSError:
+        pass  # file systems of some clusters have no locks
+
+
+def refuse_other(folder: Path, what: str, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare what a folder holds with what is asked for; both are dicts of what JSON can write.
+
+    Raises:
+        EntropyForkError: they differ; with a line for each difference.
+    """
+    there, now = _flat(there), _flat(json.loads(json.dumps(now)))
+    different = [
+        f"  {name}: {there.get(name)!r} there, {now.get(name)!r} now"
+        for name in dict.fromkeys([*there, *now])
+        if there.get(name) != now.get(name)
+    ]
+    if different:
+        from entropy_fork.common.errors import EntropyForkError
+
+        raise EntropyForkError(
+            f"{folder} holds {what}, and the two must not be mixed:\n"
+            + "\n".join(different)
+            + "\nRepeat what was asked for there, or choose another folder with --output."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,202 @@
+"""A whole batch at once: select in each pool, weigh in each mini-batch.
+
+The two need not be the same. What is selected is pooled over a response, a micro-batch, a mini-batch or the batch; what
+verl divides by is always counted over the mini-batch, because that is what a gradient step is taken on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_fork.core.selection import Selector, select_tokens
+from entropy_fork.core.tally import Pool
+from entropy_fork.core.weighting import DENOMINATORS, LOSS_AGG_MODES, TOKEN_MEAN, WEIGHTS, token_weights
+
+#: of the policy at the start of the step, or at each gradient step
+ENTROPIES = ("old", "current")
+#: over what a share is taken, from the smallest to the largest
+POOLS = ("response", "micro_batch", "mini_batch", "batch")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What "train on the top 20%" means at one training step, all of it.
+
+    Attributes:
+        selector: what to keep of a pool.
+        entropy: ``old`` or ``current``: of which policy, one of :data:`ENTROPIES`.
+        pool: over what the share is taken, one of :data:`POOLS`.
+        loss_agg_mode: verl's ``actor.loss_agg_mode``.
+        denominator: ``kept`` or ``all``, see :func:`entropy_fork.core.weighting.token_weights`.
+        weight: ``hard`` or ``soft``, see there.
+
+    Raises:
+        ValueError: a value that has no meaning, or two that do not go together, with what to write instead.
+    """
+
+    selector: Selector
+    entropy: str = "old"
+    pool: str = "mini_batch"
+    loss_agg_mode: str = TOKEN_MEAN
+    denominator: str = "kept"
+    weight: str = "hard"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("entropy", ENTROPIES),
+            ("pool", POOLS),
+            ("loss_agg_mode", LOSS_AGG_MODES),
+            ("denominator", DENOMINATORS),
+            ("weight", WEIGHTS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.entropy == "current" and self.pool == "batch":
+            raise ValueError(
+                "entropy=current has no pool=batch: the policy changes with each mini-batch of the batch. Write "
+                "pool=mini_batch, or entropy=old"
+            )
+        if self.entropy == "current" and self.selector.select == "random":
+            raise ValueError("select=random looks at no entropy; write entropy=old, which costs nothing")
+
+    @property
+    def selected_in_loss(self) -> bool:
+        """Whether a micro-batch is selected from the entropies of the update's own forward pass.
+
+        That needs hard weights of exactly so many tokens: how many other micro-batches keep then follows from their
+        sizes.
+        """
+        exact = self.selector.ties == "exact" and self.weight == "hard"
+        return self.entropy == "current" and self.pool == "micro_batch" and exact
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The responses of a batch or of a part of it, behind one another, without padding between them.
+
+    Attributes:
+        entropy: float, shape (num_tokens,), nats.
+        eligible: bool or int, shape (num_tokens,): the response mask.
+        lengths: int64, shape (num_rows,): tokens per row.
+        order: int64, shape (num_rows,): decides between equal tokens; see
+            :func:`entropy_fork.core.selection.select_tokens`.
+        seeds: int64, shape (num_rows,): what the draws of ``select=random`` are derived from.
+    """
+
+    entropy: Tensor
+    eligible: Tensor
+    lengths: Tensor
+    order: Tensor
+    seeds: Tensor
+
+
+def pool_of_rows(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = None) -> Tensor:
+    """Which pool each row belongs to, int64, shape (num_rows,).
+
+    Args:
+        pool: one of :data:`POOLS`.
+        mini_batch: int, shape (num_rows,): the mini-batch of each row.
+        micro_batch: int, shape (num_rows,): its micro-batch, where that is known.
+
+    Raises:
+        ValueError: no such pool, or ``micro_batch`` without the micro-batches.
+    """
+    if pool == "response":
+        return torch.arange(mini_batch.numel())
+    if pool == "mini_batch":
+        return mini_batch
+    if pool == "batch":
+        return torch.zeros_like(mini_batch)
+    if pool == "micro_batch" and micro_batch is not None:
+        return micro_batch
+    raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+
+
+def select_in_pools(rows: Rows, pool_of_row: Tensor, selector: Selector) -> tuple[Tensor, list[Pool]]:
+    """Keep a share of each pool.
+
+    Args:
+        rows: the responses.
+        pool_of_row: int64, shape (num_rows,), see :func:`pool_of_rows`.
+        selector: what to keep of each pool.
+
+    Returns:
+        bool, shape (num_tokens,): what is kept; and each pool's counts and threshold.
+
+    Raises:
+        ValueError: see :func:`entropy_fork.core.selection.select_tokens`.
+    """
+    kept = torch.zeros(rows.entropy.numel(), dtype=torch.bool)
+    pools = []
+    for members, tokens in _groups(pool_of_row, rows.lengths):
+        selection = select_tokens(
+            _gather(rows.entropy, tokens),
+            _gather(rows.eligible, tokens),
+            rows.lengths[members],
+            selector,
+            rows.order[members],
+            rows.seeds[members],
+        )
+        _scatter(kept, tokens, selection.kept)
+        pools.append(Pool(selection.num_tokens, selection.num_kept, selection.threshold))
+    return kept, pools
+
+
+def weigh_mini_batches(rows: Rows, kept: Tensor, mini_batch: Tensor, rule: Rule) -> Tensor:
+    """The token weights of a selection: see :func:`~entropy_fork.core.weighting.token_weights`.
+
+    Args:
+        rows: the responses.
+        kept: bool, shape (num_tokens,), see :func:`select_in_pools`.
+        mini_batch: int, shape (num_rows,): the mini-batch of each row.
+        rule: its ``loss_agg_mode``, ``denominator`` and ``weight`` are used.
+
+    Returns:
+        float32, shape (num_tokens,).
+
+    Raises:
+        ValueError: a ``loss_agg_mode`` or a ``denominator`` that there is not.
+    """
+    weights = torch.zeros(rows.entropy.numel(), dtype=torch.float32)
+    for members, tokens in _groups(mini_batch, rows.lengths):
+        # without a name, which would keep the weights of one mini-batch while the next are made
+        _scatter(
+            weights,
+            tokens,
+            token_weights(
+                _gather(kept, tokens),
+                _gather(rows.eligible, tokens),
+                rows.lengths[members],
+                rule.loss_agg_mode,
+                rule.denominator,
+                _gather(rows.entropy, tokens) if rule.weight == "soft" else None,
+            ),
+        )
+    return weights
+
+
+def _groups(group_of_row: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, list[slice]]]:
+    """The rows of each group, and where their tokens lie; neighbouring rows are one slice."""
+    ends = lengths.cumsum(0)
+    order = torch.argsort(group_of_row, stable=True)
+    for rows in order.split(torch.bincount(group_of_row).tolist()):
+        if rows.numel() == 0:
+            continue
+        breaks = (rows.diff() != 1).nonzero().squeeze(1) + 1
+        runs = rows.tensor_split(breaks)
+        yield rows, [slice(int(ends[run[0]] - lengths[run[0]]), int(ends[run[-1]])) for run in runs]
+
+
+def _gather(values: Tensor, tokens: list[slice]) -> Tensor:
+    return values[tokens[0]] if len(tokens) == 1 else torch.cat([values[part] for part in tokens])
+
+
+def _scatter(target: Tensor, tokens: list[slice], values: Tensor) -> None:
+    start = 0
+    for part in tokens:
+        target[part] = values[start : start + part.stop - part.start]
+        start += part.stop - part.start

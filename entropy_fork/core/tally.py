@@ -1,0 +1,181 @@
+"""What a selection did, in the numbers that metrics and reports share."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entropy_fork.core.flat import count_per_row, pieces
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One pool of a selection: its eligible tokens, how many were kept, and τ in nats (NaN where there is none)."""
+
+    num_tokens: int
+    num_kept: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over a set of tokens. Sums, so that the tallies of ranks and of mini-batches add up without wrong weights.
+
+    Attributes:
+        num_tokens, num_kept: eligible tokens, and those of them that were kept.
+        entropy_kept, entropy_dropped: summed entropy of either side, nats.
+        positive_tokens, positive_kept, negative_tokens, negative_kept: the same counts, by sign of the advantage.
+        responses, responses_without_kept: responses with an eligible token, and those of them without a kept one.
+        known_to_both, kept_by_both: kept tokens where another selection of the same pools is known, and those of them
+            that it keeps as well.
+        thresholds, threshold_sum, threshold_min, threshold_max: how many pools have a τ, and its sum and ends in nats.
+        pool_tokens_min: eligible tokens of the smallest pool.
+    """
+
+    num_tokens: float = 0.0
+    num_kept: float = 0.0
+    entropy_kept: float = 0.0
+    entropy_dropped: float = 0.0
+    positive_tokens: float = 0.0
+    positive_kept: float = 0.0
+    negative_tokens: float = 0.0
+    negative_kept: float = 0.0
+    responses: float = 0.0
+    responses_without_kept: float = 0.0
+    known_to_both: float = 0.0
+    kept_by_both: float = 0.0
+    thresholds: float = 0.0
+    threshold_sum: float = 0.0
+    threshold_min: float = math.inf
+    threshold_max: float = -math.inf
+    pool_tokens_min: float = math.inf
+
+    @classmethod
+    def of(
+        cls,
+        kept: Tensor,
+        entropy: Tensor,
+        eligible: Tensor,
+        lengths: Tensor,
+        pools: Sequence[Pool],
+        advantages: Tensor | None = None,
+        kept_by_other: Tensor | None = None,
+    ) -> Tally:
+        """Count a selection.
+
+        Args:
+            kept: bool, shape (num_tokens,), flat: what is trained on.
+            entropy: float, same shape, nats.
+            eligible: bool or int, same shape: the response mask.
+            lengths: int, shape (num_rows,): tokens per row.
+            pools: what the selection was made in.
+            advantages: float, same shape as ``kept``, where known.
+            kept_by_other: bool, same shape: another selection of the same tokens, to compare with.
+        """
+        has_token, has_kept = (count_per_row(mask, lengths) > 0 for mask in (eligible, kept))
+        sums: dict[str, float] = defaultdict(float)
+        for piece in pieces(kept.numel()):
+            is_token, is_kept = (mask[piece].bool().numpy() for mask in (eligible, kept))
+            nats = entropy[piece].to(torch.float64).numpy()
+            sums["num_tokens"] += _count(is_token)
+            sums["num_kept"] += _count(is_kept)
+            sums["entropy_kept"] += _sum(nats, is_kept)
+            sums["entropy_dropped"] += _sum(nats, is_token & ~is_kept)
+            if advantages is not None:
+                psi = advantages[piece].numpy()
+                for name, side in (("positive", psi > 0), ("negative", psi < 0)):
+                    sums[f"{name}_tokens"] += _count(side & is_token)
+                    sums[f"{name}_kept"] += _count(side & is_kept)
+            if kept_by_other is not None:
+                sums["known_to_both"] += _count(is_kept)
+                sums["kept_by_both"] += _count(is_kept & kept_by_other[piece].numpy())
+        pools = [pool for pool in pools if pool.num_tokens > 0]
+        thresholds = [pool.threshold for pool in pools if not math.isnan(pool.threshold)]
+        return cls(
+            responses=_count(has_token.numpy()),
+            responses_without_kept=_count((has_token & ~has_kept).numpy()),
+            thresholds=float(len(thresholds)),
+            threshold_sum=math.fsum(thresholds),
+            threshold_min=min(thresholds, default=math.inf),
+            threshold_max=max(thresholds, default=-math.inf),
+            pool_tokens_min=float(min((pool.num_tokens for pool in pools), default=math.inf)),
+            **sums,
+        )
+
+    @classmethod
+    def merged(cls, tallies: Iterable[Tally]) -> Tally:
+        """One tally of several, of ranks or of micro-batches."""
+        rows = [asdict(tally) for tally in tallies]
+        combined = {}
+        for field in fields(cls):
+            values = [row[field.name] for row in rows]
+            if field.name.endswith("_min"):
+                combined[field.name] = min(values, default=math.inf)
+            elif field.name.endswith("_max"):
+                combined[field.name] = max(values, default=-math.inf)
+            else:
+                combined[field.name] = math.fsum(values)
+        return cls(**combined)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of a step.
+
+        Returns:
+            ``kept_ratio`` (realised share), ``kept_tokens``, ``pool_tokens`` (of the smallest pool), ``threshold``
+            (mean over the pools, nats; also ``_min`` and ``_max``), ``entropy_kept`` and ``entropy_dropped`` (means in
+            nats), ``kept_ratio_positive`` and ``kept_ratio_negative`` (share kept of the tokens with an advantage above
+            and below zero), ``responses_without_kept`` (share of the responses), ``overlap_with_old`` (share of the
+            kept tokens that the old policy's entropies would keep). What has no value is left out, not reported as 0.
+        """
+        if self.num_tokens == 0:
+            return {}
+        metrics = {
+            "kept_ratio": self.num_kept / self.num_tokens,
+            "kept_tokens": self.num_kept,
+            "responses_without_kept": self.responses_without_kept / self.responses,
+        }
+        if self.pool_tokens_min < math.inf:
+            metrics["pool_tokens"] = self.pool_tokens_min
+        if self.thresholds > 0:
+            metrics["threshold"] = self.threshold_sum / self.thresholds
+            metrics["threshold_min"], metrics["threshold_max"] = self.threshold_min, self.threshold_max
+        for name, total, count in (
+            ("entropy_kept", self.entropy_kept, self.num_kept),
+            ("entropy_dropped", self.entropy_dropped, self.num_tokens - self.num_kept),
+            ("kept_ratio_positive", self.positive_kept, self.positive_tokens),
+            ("kept_ratio_negative", self.negative_kept, self.negative_tokens),
+            ("overlap_with_old", self.kept_by_both, self.known_to_both),
+        ):
+            if count > 0:
+                metrics[name] = total / count
+        return metrics
+
+
+def draws(seeds: Tensor, eligible: Tensor, lengths: Tensor) -> dict[str, float]:
+    """Whether ``select=random`` draws for each response by itself; two with one seed keep the same positions.
+
+    Args:
+        seeds: int64, shape (num_rows,): what each row's draws are derived from.
+        eligible: bool or int, shape (num_tokens,), flat: the response mask.
+        lengths: int, shape (num_rows,): tokens per row.
+
+    Returns:
+        The metrics ``responses``, how many have an eligible token, and ``distinct_draws``, how many different seeds
+        these have. Equal, if all is well.
+    """
+    has_token = count_per_row(eligible, lengths) > 0
+    return {"responses": float(has_token.sum()), "distinct_draws": float(seeds[has_token].unique().numel())}
+
+
+def _count(mask: np.ndarray) -> float:
+    return float(np.count_nonzero(mask))
+
+
+def _sum(values: np.ndarray, mask: np.ndarray) -> float:
+    return float(values[mask].sum())

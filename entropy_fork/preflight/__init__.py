@@ -1,0 +1,1 @@
+"""What can be said before a run: plan, memory, problems that verl would report late, doctor."""

@@ -1,0 +1,375 @@
+"""math-verify in processes of its own, which can be stopped: what bounds the time and the memory of a comparison.
+
+A model under training writes ``9^{9^{9^9}}`` sooner or later. Comparing it takes longer than a run lasts, inside one C
+function that no exception and no thread can interrupt; math-verify's own time limits are signals, which work in a main
+thread only, and a reward worker calls from threads. So the comparison runs in a child, and the kernel keeps the limits:
+
+- time: a timer of the child's processor time, set anew for each comparison, whose default action ends the process. It
+  counts the child's own seconds, so a busy machine does not make a right answer wrong, and it works also when the
+  parent is gone. The parent waits :data:`WALL_FACTOR` times as long by the clock, and kills.
+- memory: ``RLIMIT_AS``.
+- code: once a child is ready, no text becomes code in it, see :func:`_refuse_code_from_text`.
+
+A child that ended is waited for and replaced by the next comparison. Children are plain subprocesses that talk JSON
+lines over pipes (multiprocessing refuses to start children in some actors, and would import the parent's main module,
+which is verl). They import math-verify and this file, nothing else of ours, no torch. They end when their input does,
+which happens at the latest when the parent dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from functools import cache
+from typing import IO, Any, NamedTuple
+
+#: how much longer than its processor time a comparison may take by the clock
+WALL_FACTOR = 4
+
+#: seconds that a child may take to import math-verify (0.6 s on an idle machine)
+START_SECONDS = 120.0
+
+
+class Verdict(NamedTuple):
+    """What a comparison found."""
+
+    equal: bool
+    #: math-verify made a mathematical object of the answer
+    parseable: bool
+    #: stopped at a limit, or when it would have run the answer as code; then the other two are False
+    stopped: bool = False
+
+
+class JudgeError(RuntimeError):
+    """Children cannot be started: the environment's fault, not an answer's."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the child
+
+
+# What a reader takes for the same and math-verify 0.9 does not read.
+_REWRITES = [
+    (re.compile(r"(?<!\.)\.$"), ""),  # 25.
+    (re.compile(r"(?<=\d)\\[,; ]\s*(?=\d{3}(?!\d))"), ""),  # 1\,000
+    (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$"), r"\1\\times 10^{\2}"),  # 1.5e3
+    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
+    (re.compile("°"), r"^\\circ"),
+]
+
+
+def compare(answer: str, truth: str) -> Verdict:
+    """Compare two expressions with math-verify, in this process and without any limit.
+
+    The contents of the box are taken as LaTeX as a whole: math-verify's defaults would go on to look for any number in
+    a box that is not LaTeX.
+    """
+    from math_verify import parse, verify
+
+    found, wanted = (parse(_boxed(text), _whole_box(), parsing_timeout=None) for text in (answer, truth))
+    parseable = any(not isinstance(expression, str) for expression in found)
+    equal = bool(found and wanted) and verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True)
+    return Verdict(bool(equal), parseable)
+
+
+def _boxed(text: str) -> str:
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text.strip())
+    return f"\\boxed{{{text}}}"
+
+
+@cache
+def _whole_box() -> list[Any]:
+    from latex2sympy2_extended.antlr_parser import PSParser
+    from math_verify import LatexExtractionConfig
+
+    # Hydra pins antlr 4.9, and the grammar that latex2sympy2_extended 1.11 carries for it is older than the code that
+    # reads its trees: every percentage fails for want of this method.
+    if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
+        PSParser.AtomContext.FUNC_GAMMA = lambda self: None
+    return [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+
+
+# Where sympy makes code of text that is its own: numbers of variables, and a table of formulas. Nothing of an answer
+# is in what is compiled below these functions.
+_OWN_CODE = (("sympy/polys/monomials.py", "_build"), ("sympy/simplify/hyperexpand.py", "add_formulae"))
+
+_DIGITS = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+", re.ASCII)
+
+#: how often this process refused to make code of text
+_refused = 0
+
+
+def _refuse_code_from_text() -> None:
+    """From here on no text becomes code in this process; it cannot be undone.
+
+    math-verify takes ``\\hat{anything}`` for the name of a variable, and sympy writes names into the source of
+    functions that it compiles: an answer could run as Python, and give itself a reward or worse. No list of such places
+    in sympy would be complete, so the interpreter itself is asked (PEP 578): it announces every compilation, and all
+    are refused but those of an import, of :data:`_OWN_CODE`, and of a plain number, which sympy reads with ``eval``.
+    """
+    from sympy import Poly
+    from sympy.core import evalf
+
+    def without_a_compiler(variable: Any, polynomial: Any) -> Any:
+        """What the value of an infinite sum is computed with: the quotient of its terms is one of polynomials."""
+        made = Poly(polynomial, variable)
+        return lambda value: int(made.eval(value))
+
+    evalf.lambdify = without_a_compiler
+
+    def refuse(event: str, _: object) -> None:
+        global _refused
+        if event in ("compile", "exec") and not _is_harmless():
+            _refused += 1
+            raise PermissionError("text would become code")
+
+    sys.addaudithook(refuse)
+
+
+def _is_harmless() -> bool:
+    """Whether the compilation under way is one of those that :func:`_refuse_code_from_text` lets through."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith("<frozen importlib._bootstrap"):
+            return True
+        if any(function == name and file.endswith(end) for end, name in _OWN_CODE):
+            return True
+        if function == "__new__" and file.endswith("sympy/core/numbers.py"):
+            text = frame.f_locals.get("obj")
+            return isinstance(text, str) and _DIGITS.fullmatch(text.strip()) is not None
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def serve(memory_mib: int) -> None:
+    """Answer the requests on standard input, one line each, until it ends. Runs in the child."""
+    import logging
+    import resource
+
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what sympy prints must not end up between the replies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; this process ends with its input
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":  # elsewhere the system refuses this limit or does not keep it
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = memory_mib << 20 if hard == resource.RLIM_INFINITY else min(memory_mib << 20, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    logging.disable(logging.CRITICAL)  # math-verify warns at each call that its timeouts are off
+    compare(r"\frac{1}{2}+x", "1")  # imports, and builds the tables of the grammar
+    _refuse_code_from_text()
+
+    # Caches grow, and a process near its limit would fail the next answer for what earlier ones left behind: it is
+    # replaced when half of the room that it had at the start is in use.
+    enough = (_address_space() + (memory_mib << 20)) // 2
+    replies.write("ready\n")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)  # nobody reads this pipe any more, and a full one would block
+    for line in sys.stdin:
+        answer, truth, seconds = json.loads(line)
+        refused_before = _refused
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            verdict = compare(answer, truth)
+        except (Exception, RecursionError, MemoryError):
+            verdict = Verdict(False, False)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        if _refused > refused_before:
+            verdict = Verdict(False, False, stopped=True)
+        last = _address_space() > enough
+        replies.write(json.dumps([verdict, last]) + "\n")
+        if last:
+            return
+
+
+def _address_space() -> int:
+    """Bytes that RLIMIT_AS counts. (The peak that getrusage tells is the parent's, until this process exceeds it.)"""
+    if sys.platform != "linux":
+        return 0
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# --------------------------------------------------------------------------------------------------------- the parent
+
+# The parent's path, so that the child finds what the parent found, also where Ray added to it after the start.
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from entropy_fork.reward.judge import serve; serve({})"
+)
+
+
+class _Child:
+    """One process, used by one thread at a time."""
+
+    def __init__(self, memory_mib: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _BOOT.format(memory_mib), json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # the same verdict in every process
+        )
+
+    def wait_until_ready(self) -> None:
+        """Raises JudgeError with the child's own words where it does not come up."""
+        line = self._line(time.monotonic() + START_SECONDS)
+        with self._pipe(self._process.stderr) as errors:
+            if line == "ready":
+                return
+            if line is None:
+                self._process.kill()
+            self._process.wait()
+            said = errors.read().decode(errors="replace").strip().splitlines()
+            raise JudgeError(
+                f"a process that compares answers ended before it was ready (exit status {self._process.returncode}): "
+                f"{said[-1] if said else 'it said nothing'}. Is math-verify installed, and memory_mib large enough?"
+            )
+
+    def ask(self, answer: str, truth: str, seconds: float) -> tuple[Verdict | None, bool]:
+        """The verdict, None where the process ended for another reason than a limit; and whether it can be used on."""
+        try:
+            pipe = self._pipe(self._process.stdin)
+            pipe.write(json.dumps([answer, truth, seconds]).encode() + b"\n")
+            pipe.flush()
+            line = self._line(time.monotonic() + WALL_FACTOR * seconds)
+        except BrokenPipeError:
+            line = ""
+        if line:
+            verdict, last = json.loads(line)
+            return Verdict(*verdict), not last
+        out_of_time = line is None or self._process.wait() == -signal.SIGPROF
+        return Verdict(False, False, stopped=True) if out_of_time else None, False
+
+    def end(self) -> None:
+        """End the process and wait for it, so that no zombie is left."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):  # of a request that was never read
+                self._pipe(pipe).close()
+
+    def _line(self, deadline: float) -> str | None:
+        """The next line of the process, empty where it ended, None where the deadline passed."""
+        file = self._pipe(self._process.stdout).fileno()
+        poll = select.poll()  # not select(): a reward worker can have more than 1024 files open
+        poll.register(file, select.POLLIN)
+        line = b""
+        while not line.endswith(b"\n"):
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return None
+            part = os.read(file, 4096)
+            if not part:
+                return ""
+            line += part
+        return line.decode().strip()
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        assert pipe is not None  # opened with PIPE
+        return pipe
+
+
+class Judges:
+    """Up to ``processes`` children, started when they are needed, shared by any number of threads.
+
+    Args:
+        processes: comparisons at the same time; further ones wait for their turn.
+        memory_mib: address space of one child in MiB.
+    """
+
+    def __init__(self, processes: int, memory_mib: int) -> None:
+        self._memory_mib = memory_mib
+        self._turns = threading.Semaphore(processes)
+        self._idle: list[_Child] = []
+        self._children: set[_Child] = set()
+        self._closed = False
+        atexit.register(self.close)
+
+    def compare(self, answer: str, truth: str, seconds: float) -> Verdict:
+        """Compare within ``seconds`` of processor time.
+
+        Raises:
+            JudgeError: no child could be started.
+        """
+        with self._turns:
+            # A process can end by no fault of the answer (the kernel short of memory): the answer gets a second try.
+            for _ in range(2):
+                verdict = self._compare(answer, truth, seconds)
+                if verdict is not None:
+                    return verdict
+        return Verdict(False, False, stopped=True)
+
+    def _compare(self, answer: str, truth: str, seconds: float) -> Verdict | None:
+        child = self._take()
+        usable = False
+        try:
+            verdict, usable = child.ask(answer, truth, seconds)
+        finally:  # also when this thread is interrupted between question and answer
+            if usable:
+                self._idle.append(child)
+            else:
+                self._children.discard(child)
+                child.end()
+        return verdict
+
+    def _take(self) -> _Child:
+        if self._closed:
+            raise JudgeError("answers cannot be compared while the interpreter shuts down")
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        try:
+            child = _Child(self._memory_mib)
+        except OSError as error:
+            raise JudgeError(f"a process that compares answers cannot be started: {error}") from error
+        self._children.add(child)
+        try:
+            child.wait_until_ready()
+        except BaseException:
+            self._children.discard(child)
+            child.end()
+            raise
+        return child
+
+    def close(self) -> None:
+        """End all children."""
+        self._closed = True
+        while self._children:
+            self._children.pop().end()
+
+
+_pools: dict[tuple[int, int], Judges] = {}
+_lock = threading.Lock()
+
+
+def judges(processes: int, memory_mib: int) -> Judges:
+    """This process's children of that number and size."""
+    with _lock:
+        pool = _pools.get((processes, memory_mib))
+        if pool is None:
+            pool = _pools[processes, memory_mib] = Judges(processes, memory_mib)
+        return pool
+
+
+def _after_fork() -> None:
+    """A forked process must not talk through its parent's pipes, nor end its parent's children."""
+    global _pools, _lock
+    for pool in _pools.values():
+        atexit.unregister(pool.close)
+    _pools, _lock = {}, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,214 @@
+"""The reward of the paper's runs: 1 when the last ``\\boxed{}`` of an answer equals the ground truth, else 0.
+
+Use it through verl's reward interface, with any reward manager::
+
+    reward.custom_reward_function.path=pkg://entropy_fork.reward
+    reward.custom_reward_function.name=compute_score
+    +reward.custom_reward_function.reward_kwargs.timeout=10      # or memory_mib, processes, max_characters
+
+Two plain numbers are compared here, exactly. All else is compared by math-verify (``\\frac{\\sqrt{8}}{2}`` equals
+``\\sqrt2``) in processes with a limit on time and memory, see :mod:`entropy_fork.reward.judge`: no answer can hold up
+or end a reward worker, or be run as code. This module imports neither math-verify nor torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from entropy_fork.common.cores import available_cores
+from entropy_fork.reward.judge import Verdict, judges
+
+#: processor seconds for one comparison
+TIMEOUT = 5.0
+
+#: address space in MiB of a process that compares; it starts with 61
+MEMORY_MIB = 512
+
+#: processes that compare, of one reward worker
+PROCESSES = min(4, available_cores())
+
+#: longer contents of a box are wrong without being parsed, unless they are the ground truth to the letter
+MAX_CHARACTERS = 1000
+
+_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]", re.DOTALL)
+
+
+def last_boxed(text: str) -> str | None:
+    """The contents of the last complete ``\\boxed{…}`` after any ``</think>``, None where there is none.
+
+    Of nested boxes the inner one is the last. Escaped braces (``\\{``) are characters, as in LaTeX. Takes time linear
+    in the length of the text, also for 10,000 boxes that are never closed.
+    """
+    span = last_boxed_span(text)
+    return None if span is None else text[slice(*span)]
+
+
+def last_boxed_span(text: str) -> tuple[int, int] | None:
+    """Where the contents of :func:`last_boxed` begin and end."""
+    begin = max(0, text.rfind("</think>"))
+    last = text.rfind("\\boxed", begin)
+    if last < 0:
+        return None
+    # Nearly always the box that begins last is complete, and nothing before it need be read.
+    return _last_boxed(text, last) or _last_boxed(text, begin)
+
+
+def _last_boxed(text: str, begin: int) -> tuple[int, int] | None:
+    opened: list[int | None] = []  # where the contents of an open box begin, None for another open brace
+    last: tuple[int, int] | None = None
+    for match in _BOX_OR_BRACE.finditer(text, begin):
+        token = match.group()
+        if token == "}":
+            box = opened.pop() if opened else None
+            if box is not None and (last is None or box > last[0]):
+                last = (box, match.start())
+        elif token[-1] == "{" and token != "\\{":
+            opened.append(None if token == "{" else match.end())
+    return last
+
+
+_INTEGER = r"-?\d{1,40}"
+_PLAIN_NUMBER = re.compile(
+    rf"(?P<decimal>-?\d{{1,40}}\.\d{{1,40}})"
+    rf"|(?P<top>{_INTEGER})(?:/(?P<bottom>\d{{1,40}}))?"
+    rf"|(?P<sign>-?)\\[dt]?frac\{{(?P<numerator>{_INTEGER})\}}\{{(?P<denominator>{_INTEGER})\}}",
+    re.ASCII,
+)
+
+
+#: no plain number is longer, and a cache of longer texts would grow with whatever a model writes
+_LONGEST_NUMBER = 100
+
+
+@lru_cache(maxsize=16384)
+def plain_number(text: str) -> tuple[Fraction, bool] | None:
+    """The value of an integer, a decimal or a fraction of integers, and whether it is a decimal; else None."""
+    match = _PLAIN_NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    if match["decimal"]:
+        return Fraction(match["decimal"]), True
+    top, bottom = int(match["top"] or match["sign"] + "1"), int(match["bottom"] or 1)
+    if match["numerator"]:
+        top, bottom = top * int(match["numerator"]), int(match["denominator"])
+    return (Fraction(top, bottom), False) if bottom else None
+
+
+def _compare_plain(answer: str, truth: str) -> Verdict | None:
+    """The verdict on two plain numbers; None where it is math-verify's to give.
+
+    math-verify compares integers and fractions exactly, and rounds to six decimals where one side is a decimal. What
+    that rounding could decide is left to it, so that the verdict never depends on which of the two was asked.
+    """
+    if max(len(answer), len(truth)) > _LONGEST_NUMBER:
+        return None
+    left, right = plain_number(answer), plain_number(truth)
+    if left is None or right is None:
+        return None
+    difference = abs(left[0] - right[0])
+    if (left[1] or right[1]) and 0 < difference < Fraction(1, 100_000):
+        return None
+    return Verdict(difference == 0, True)
+
+
+def compare(
+    answer: str,
+    truth: str,
+    timeout: float = TIMEOUT,
+    memory_mib: int = MEMORY_MIB,
+    processes: int = PROCESSES,
+    max_characters: int = MAX_CHARACTERS,
+) -> Verdict:
+    """Compare the contents of a box with the ground truth; the arguments are those of :func:`compute_score`."""
+    answer, truth = answer.strip(), truth.strip()
+    if not answer:
+        return Verdict(False, False)
+    if answer == truth:
+        return Verdict(True, True)
+    verdict = _compare_plain(answer, truth)
+    if verdict is not None:
+        return verdict
+    if max(len(answer), len(truth)) > max_characters:
+        return Verdict(False, False)
+    return _judged(answer, truth, timeout, memory_mib, processes)
+
+
+@lru_cache(maxsize=16384)
+def _judged(answer: str, truth: str, timeout: float, memory_mib: int, processes: int) -> Verdict:
+    return judges(processes, memory_mib).compare(answer, truth, timeout)
+
+
+def _truths(ground_truth: Any) -> list[str]:
+    """The accepted answers of a data row as strings."""
+    # numpy's arrays and numbers are what parquet's become
+    given: Any = ground_truth.tolist() if hasattr(ground_truth, "tolist") else ground_truth
+    if isinstance(given, (str, int, float)) and not isinstance(given, bool):
+        given = [given]
+    if isinstance(given, Iterable):
+        truths = [str(truth) for truth in given if isinstance(truth, (str, int, float))]
+        if truths and all(truth.strip() for truth in truths):
+            return truths
+    raise ValueError(
+        f"the ground truth {ground_truth!r} cannot be compared with: reward_model.ground_truth of every data row must "
+        "be an expression in LaTeX, a number, or a list of these of which any is right"
+    )
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: dict[str, Any] | None = None,
+    *,
+    timeout: float = TIMEOUT,
+    memory_mib: int = MEMORY_MIB,
+    processes: int = PROCESSES,
+    max_characters: int = MAX_CHARACTERS,
+    reward_router_address: str | None = None,
+    reward_model_tokenizer: Any = None,
+) -> dict[str, float]:
+    """verl's reward function. May be called by any number of threads.
+
+    Args:
+        data_source: of the data row; not looked at.
+        solution_str: the decoded answer.
+        ground_truth: ``reward_model.ground_truth`` of the data row: an expression, or a list of which any is right.
+        extra_info: of the data row; not looked at.
+        timeout: processor seconds for one comparison by math-verify (by the clock at most four times as much).
+        memory_mib: address space in MiB of a process that compares.
+        processes: how many such processes this reward worker may have.
+        max_characters: longer answers are wrong without being parsed.
+        reward_router_address: given by verl where a reward model runs too; not looked at.
+        reward_model_tokenizer: the same.
+
+    Returns:
+        The same keys for every answer, as verl requires, 0.0 or 1.0 each: ``score`` and ``acc``, whether it is right;
+        ``format``, whether it has a complete box that is parseable: not empty, and a mathematical object to math-verify
+        within the limits (or the ground truth to the letter); ``stopped``, whether a limit ended the comparison,
+        or the answer would have been run as code: then it counts as wrong and not parseable.
+
+    Raises:
+        ValueError: the ground truth is not something to compare with, or a limit is not a positive number.
+        JudgeError: the processes cannot be started, or not with so little memory.
+    """
+    for name, limit in {
+        "timeout": timeout, "memory_mib": memory_mib, "processes": processes, "max_characters": max_characters
+    }.items():  # fmt: skip
+        if limit <= 0:
+            raise ValueError(f"reward.custom_reward_function.reward_kwargs.{name} must be positive, not {limit}")
+    truths = _truths(ground_truth)
+    answer = last_boxed(solution_str)
+    verdicts = (
+        [] if answer is None else [compare(answer, t, timeout, memory_mib, processes, max_characters) for t in truths]
+    )
+    right = float(any(verdict.equal for verdict in verdicts))
+    return {
+        "score": right,
+        "acc": right,
+        "format": float(any(verdict.parseable for verdict in verdicts)),
+        "stopped": float(any(verdict.stopped for verdict in verdicts)),
+    }

@@ -1,0 +1,1 @@
+"""The jobs of a Hydra sweep, and the Ray cluster that they share."""

@@ -1,0 +1,1 @@
+"""verl on a machine without an accelerator. Active with ``VERL_PLATFORM=cpu`` alone."""

@@ -1,0 +1,155 @@
+"""A run that waits for answers notices when none can come any more.
+
+Hook: none. verl's driver asks the TransferQueue again and again whether a batch's prompts are finished
+(``replay_buffer.py``), without a limit and without looking at those who should finish them: when an agent-loop worker
+dies, or a reward never returns, it asks for ever; when a rollout server dies under an asynchronous trainer, it drops
+the failed prompts and sends new ones for ever; and when the TransferQueue's controller dies, it waits for the answer to
+its question for ever. So the one question that all its loops ask is wrapped (``_sync_metadata_from_transfer_queue``, on
+the trainer's own buffer), in runs that ask for the guard ``waiting``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from textwrap import shorten
+from threading import Thread
+from typing import Any
+
+import ray
+import transfer_queue.interface
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from entropy_fork.common.asked_for import GUARDS
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.verl.config import read_guards
+
+#: between two looks at whether everybody is alive
+LOOK_SECONDS = 2.0
+
+#: for a living actor to say so, where prompts have failed and it matters now
+ANSWER_SECONDS = 10.0
+
+
+class WatchedWaiting:
+    """Mixin below verl's V1 trainers; see ``trainer.py: install``."""
+
+    __slots__ = ()
+
+    def _build_replay_buffer(self) -> Any:
+        buffer = super()._build_replay_buffer()  # type: ignore[misc]
+        guards = read_guards(self.config)  # type: ignore[attr-defined]
+        if guards.waiting:
+            ask, watch = buffer._sync_metadata_from_transfer_queue, Watch(self, guards.patience_s)
+
+            def watched_ask() -> None:
+                watch.before_asking()
+                watch.while_asking(ask)
+                watch.after_asking(buffer)
+
+            buffer._sync_metadata_from_transfer_queue = watched_ask
+        return buffer
+
+
+class Watch:
+    """Who is alive, and when the last answer came.
+
+    Args:
+        trainer: verl's.
+        patience_s: ``entropy_fork_guards.patience_s``.
+    """
+
+    def __init__(self, trainer: Any, patience_s: float):
+        self.trainer, self.patience_s = trainer, patience_s
+        self._asked: dict[str, Any] = {}  # by name of an actor: its sign of life, which comes or fails
+        self._next_look = 0.0
+        self._failed: set[str] = set()
+        self._answers: set[str] = set()
+        self._waited, self._asked_at = 0.0, time.monotonic()
+
+    def before_asking(self) -> None:
+        """Raise an EntropyForkError where somebody has died."""
+        if time.monotonic() >= self._next_look:
+            self._check_alive(0.0)
+            self._next_look = time.monotonic() + LOOK_SECONDS
+
+    def while_asking(self, ask: Callable[[], None]) -> None:
+        """Ask in a thread, and go on looking: without its controller, the TransferQueue never answers.
+
+        Raises:
+            EntropyForkError: somebody has died. The thread, which waits for ever, ends with the process.
+        """
+        answer: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                ask()
+                answer.set_result(None)
+            except BaseException as error:
+                answer.set_exception(error)
+
+        Thread(target=run, daemon=True).start()
+        while not wait([answer], timeout=LOOK_SECONDS).done:
+            self._check_alive(0.0)
+        answer.result()
+
+    def after_asking(self, buffer: Any) -> None:
+        """Raise an EntropyForkError where no answer has come for ``patience_s``, or those have failed of the dead."""
+        failed = set().union(*buffer.failure_keys.values())
+        if failed - self._failed:  # the next thing that verl does may be to train on what is left of the batch
+            self._asked.clear()
+            self._check_alive(ANSWER_SECONDS)
+        self._failed = failed
+        self._check_progress(buffer, time.monotonic())
+
+    def _check_alive(self, patience_s: float) -> None:
+        for name, actor in _actors(self.trainer):
+            if name not in self._asked:
+                self._asked[name] = actor.__ray_ready__.remote()
+        names = {answer: name for name, answer in self._asked.items()}
+        answered, _ = ray.wait(list(names), num_returns=len(names), timeout=patience_s) if names else ([], [])
+        for answer in answered:
+            del self._asked[names[answer]]
+            try:
+                ray.get(answer)
+            except ActorUnavailableError:  # the network, perhaps: ask again
+                continue
+            except RayActorError as error:
+                *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+                raise EntropyForkError(
+                    f"{names[answer]} has died, and the run was waiting for its answers "
+                    f"({shorten(reason, 200, placeholder=' …')}). Its last words are in Ray's logs. The same command "
+                    f"goes on from the last checkpoint in {self.trainer.config.trainer.default_local_dir}."
+                ) from error
+
+    def _check_progress(self, buffer: Any, now: float) -> None:
+        answers = {key for of_partition in buffer.partitions.values() for key in of_partition}
+        # Only time spent asking counts: between two batches, the driver trains.
+        self._waited += min(now - self._asked_at, 2 * LOOK_SECONDS)
+        self._asked_at = now
+        if answers - self._answers:
+            self._waited = 0.0
+        self._answers = answers
+        if 0 < self.patience_s < self._waited:
+            pending, running = (sum(map(len, keys.values())) for keys in (buffer.pending_keys, buffer.running_keys))
+            raise EntropyForkError(
+                f"no answer has come for {self.patience_s:g} s: {pending + running} prompts are not finished, "
+                f"{running} of them begun. A reward, a tool or a rollout server hangs ('py-spy dump --pid PID' says "
+                f"where), or answers take longer than that: {GUARDS}.patience_s=SECONDS waits longer, 0 for ever."
+            )
+
+
+def _actors(trainer: Any) -> Iterator[tuple[str, Any]]:
+    """Those whom answers depend on; the parts that a trainer does not have are left out."""
+    for name, owner, attribute in (
+        ("training worker", "actor_rollout_wg", "workers"),
+        ("rollout server", "llm_server_manager", "server_handles"),
+        ("separate rollout server", "standalone_server_manager", "server_handles"),
+        ("agent-loop worker", "agent_loop_manager", "agent_loop_workers"),
+        ("reward worker", "reward_loop_manager", "reward_loop_workers"),
+    ):
+        for number, actor in enumerate(getattr(getattr(trainer, owner, None), attribute, None) or []):
+            yield f"{name} {number}", actor
+    if (queue := getattr(transfer_queue.interface, "_TQ_CONTROLLER", None)) is not None:
+        yield "the TransferQueue's controller", queue
