@@ -10,3 +10,10 @@ Tensors of this package are *flat*: the response tokens of all rows behind one a
 jagged nested tensor, with ``lengths`` saying how many belong to each row. Nothing is padded, so a batch costs what its
 tokens cost, and there is no padding that could leak into a quantile.
 """
+
+from entropy_fork.core.responses import Rule
+from entropy_fork.core.selection import Selection, Selector, select_tokens
+from entropy_fork.core.weighting import token_weights
+
+#: what a loop of one's own needs: examples/quickstart.py
+__all__ = ["Rule", "Selection", "Selector", "select_tokens", "token_weights"]
