@@ -10,6 +10,8 @@ ROLLOUT ?= transformers
 MINUTES ?= 10
 # Versions of verl for 'make versions'; without, those that are supported and the newest beyond them.
 VERL ?=
+# The version of a release, for 'make changelog'.
+VERSION ?=
 
 VENV := .venv
 VLLM_VENV := .venv-vllm
@@ -24,23 +26,23 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder experiment check test test-all rest fuzz versions faults lint docs browser clean-demo clean
+.PHONY: demo smoke ladder experiment check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/python examples/cpu_demo/run.py \
+	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run \
 		--preset $(PRESET) --seed $(SEED) --steps $(STEPS) --rollout $(ROLLOUT)
 
 # Every recipe of the paper through the real main_ppo: two steps each, on the demo's tiny model.
 smoke: $(VENV)/.installed
-	$(VENV)/bin/python examples/smoke.py
+	$(VENV)/bin/python -m examples.smoke
 
 # The seven forms of the policy gradient, from REINFORCE to forking tokens, one run each.
 ladder: $(VENV)/.installed-dev
-	$(VENV)/bin/python examples/policy_gradient_ladder/ladder.py --seed $(SEED)
+	$(VENV)/bin/python -m examples.research.policy_gradient_ladder.ladder --seed $(SEED)
 
 # Six choices of tokens, three seeds each: under two hours on two cores. What was interrupted goes on with the next run.
 experiment: $(VENV)/.installed-dev
-	$(VENV)/bin/python examples/experiment/experiment.py
+	$(VENV)/bin/python -m examples.research.experiment
 
 # Three tiers; each prints the time that it may take on two idle cores beside the time that it took.
 # What shares the cores well runs file by file, a thread each; real runs of main_ppo run one at a time.
@@ -86,6 +88,10 @@ lint: $(VENV)/.installed-dev
 # The documentation as a site, with a reference from the docstrings: build/docs/index.html. Fails at the first warning.
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs --quiet build
+
+# The entries of changes/ go into CHANGELOG.md; for a release: make changelog VERSION=0.2.0
+changelog:
+	$(PYTHON) .ci/changelog.py $(if $(VERSION),--version $(VERSION))
 
 # The tests of the report open it in a real headless browser.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable

@@ -1,6 +1,6 @@
 """What a run of one step costs with and without the fork server: time, processor time of all processes, memory.
 
-    python examples/cpu_demo/build.py --output .demo/world
+    python -m examples.cpu_demo.build --output .demo/world
     python benchmarks/startup.py --world .demo/world
 
 Both sides run in turn on the same machine. Memory is the sum of the processes' proportional set sizes: what several

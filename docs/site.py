@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "entropy_fork"
-PAGES = ("*.md", "examples/*/README.md")
+PAGES = ("*.md", "examples/**/README.md")
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])|(?<= src=\")([^\":]+)(?=\")")
 FENCE = re.compile(r"^ *(```|~~~)")
 

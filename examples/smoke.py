@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from entropy_fork.common.progress import task
+from examples.cpu_demo.run import build_world
 
 RECIPES = [f"qwen3_{size}_{length}" for length in ("20k", "29k") for size in ("8b", "14b", "32b")]
-BUILDER = Path(__file__).parent / "cpu_demo" / "build.py"
 TIMEOUT_SECONDS = 900
 
 
@@ -92,8 +92,7 @@ def main(
     """Build the demo's world where it is not there yet, run every recipe, and show a table."""
     console = Console()
     world, logs = (directory / "world").absolute(), (directory / "smoke").absolute()
-    console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
-    subprocess.run([sys.executable, str(BUILDER), "--output", str(world)], check=True)
+    build_world(world, console)
     logs.mkdir(parents=True, exist_ok=True)
 
     table = Table(

@@ -143,9 +143,9 @@ class Finished:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's world with hardly any warm-up: random answers do for these tests."""
     folder = tmp_path_factory.mktemp("world") / "world"
-    build = REPOSITORY / "examples" / "cpu_demo" / "build.py"
+    build = [sys.executable, "-m", "examples.cpu_demo.build"]
     arguments = ["--steps", "30", "--train-problems", "64", "--test-problems", "8", "--warmup-problems", "500"]
-    subprocess.run([sys.executable, str(build), "--output", str(folder), *arguments], check=True, timeout=300)
+    subprocess.run([*build, "--output", str(folder), *arguments], cwd=REPOSITORY, check=True, timeout=300)
     return folder
 
 

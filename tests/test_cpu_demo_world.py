@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import random
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from itertools import islice, permutations
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -28,30 +25,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_fork.tokens.store import AnswerTokens, write_manifest, write_part
-
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "cpu_demo"
-MODULES = ("world", "rollouts", "build", "forks", "picture")
-
-
-def load_demo() -> SimpleNamespace:
-    """Import the demo's scripts as they import each other, then forget their (common) names again.
-
-    `examples` is no package, and `build` is also the name of a well-known distribution.
-    """
-    shadowed = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in MODULES:
-            sys.modules.pop(name, None)
-        sys.modules.update(shadowed)
-    return SimpleNamespace(**modules)
-
-
-demo = load_demo()
-world, build, forks, rollouts, picture = demo.world, demo.build, demo.forks, demo.rollouts, demo.picture
+from examples.cpu_demo import build, forks, picture, rollouts, world
 
 QUIET = Console(quiet=True)
 SHORT = build.Settings(

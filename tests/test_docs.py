@@ -25,7 +25,7 @@ from entropy_fork.cli import app
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "changes/*.md", ".github/**/*.md")
     for path in REPOSITORY.glob(pattern)
 )
 SECTIONS = [
@@ -178,7 +178,10 @@ def test_every_file_and_every_option_of_a_script_exists(page: Path) -> None:
     for line in code(page):
         for place in re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]+\.\w+", line):
             assert (REPOSITORY / place).is_file(), f"{place} in: {line}"
-        for script, arguments in re.findall(r"python3? ((?:benchmarks|examples)/[\w/]+\.py)([^;|]*)", line):
+        scripts = re.findall(r"python3? ((?:benchmarks|examples)/[\w/]+\.py)([^;|]*)", line)
+        for module, arguments in re.findall(r"python3? -m (examples\.[\w.]+)([^;|]*)", line):
+            scripts.append((module.replace(".", "/") + ".py", arguments))
+        for script, arguments in scripts:
             source = (REPOSITORY / script).read_text()
             for option in re.findall(r"\s--([a-z][\w-]*)", arguments):
                 declared = rf"\"--{option}\"|\b{option.replace('-', '_')}: "

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "experiment"))
-import experiment
+from examples.research import experiment
 
 STEPS = 4
 

@@ -286,7 +286,7 @@ def test_forks_of_the_td_residual_by_plain_reinforce(main_ppo, tmp_path: Path) -
     spy, gradients = tmp_path / "spy", tmp_path / "gradients.jsonl"
     environment = spy_environment(spy)
     environment["VERL_USE_EXTERNAL_MODULES"] += ",gradient_variance"
-    environment["PYTHONPATH"] += f":{TESTS.parent / 'examples' / 'policy_gradient_ladder'}"
+    environment["PYTHONPATH"] += f":{TESTS.parent / 'examples' / 'research' / 'policy_gradient_ladder'}"
     run = main_ppo(
         *("algorithm.adv_estimator=td_residual", "critic.enable=true", "entropy_fork=global", "algorithm.gamma=0.9"),
         "actor_rollout_ref.actor.ppo_mini_batch_size=8",

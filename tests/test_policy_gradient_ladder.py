@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,22 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "policy_gradient_ladder"
-DEMO = EXAMPLE.parent / "cpu_demo"
+from examples.cpu_demo.run import Run
+from examples.research.policy_gradient_ladder import ladder, softmax_gradient
 
 
 @pytest.fixture(scope="module", autouse=True)
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The examples are scripts and no package."""
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """``gradient_variance`` reads this when it is imported, so the test that uses it imports it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENTROPY_FORK_GRADIENTS", str(tmp_path_factory.mktemp("spread") / "gradients.jsonl"))
-        patch.setattr(sys, "path", [str(EXAMPLE), str(DEMO), *sys.path])
         yield
 
 
 def test_the_spread_of_the_terms_is_the_variance_of_their_sum() -> None:
     """Sums of 8 independent terms with a known mean and variance: on average the estimates are right."""
-    from gradient_variance import Spread
+    from examples.research.policy_gradient_ladder.gradient_variance import Spread
 
     random = torch.Generator().manual_seed(0)
     mean = torch.tensor([0.5, -0.25, 0.0], dtype=torch.float64)
@@ -50,8 +48,6 @@ def test_the_spread_of_the_terms_is_the_variance_of_their_sum() -> None:
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=30))
 def test_a_softmax_without_uncertainty_has_no_gradient(logits: list[float]) -> None:
     """The expected squared gradient, by autograd over every outcome, is 1 - Σp², and at most the entropy."""
-    import softmax_gradient
-
     z = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     log_p = z.log_softmax(dim=0)
     gradients = torch.stack([torch.autograd.grad(log_p[a], z, retain_graph=True)[0] for a in range(len(logits))])
@@ -61,10 +57,25 @@ def test_a_softmax_without_uncertainty_has_no_gradient(logits: list[float]) -> N
     assert expected <= float(-(p * log_p.detach()).sum()) + 1e-12
 
 
+def test_a_run_finds_what_is_on_its_callers_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ladder adds the folder of ``gradient_variance`` to PYTHONPATH; verl may lie in another one."""
+    given: dict[str, str] = {}
+
+    def train(arguments: list[str], output: Path, steps: int, console: Console, environment: dict[str, str]) -> Run:
+        given.update(environment)
+        Path(environment["ENTROPY_FORK_GRADIENTS"]).write_text("")
+        return Run()
+
+    monkeypatch.setattr(ladder, "train", train)
+    monkeypatch.setenv("PYTHONPATH", "/opt/verl")
+    ladder.climb(ladder.RUNGS[0], tmp_path, tmp_path, 2, 1, [], Console(quiet=True))
+    folder, *others = given["PYTHONPATH"].split(":")
+    assert (Path(folder) / f"{given['VERL_USE_EXTERNAL_MODULES']}.py").is_file()
+    assert others == ["/opt/verl"]
+
+
 def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
     """Two runs that are there are shown, not run again."""
-    import ladder
-
     for number, variance in ((1, 4.0), (7, 1.0)):
         output = tmp_path / str(number)
         output.mkdir()
@@ -75,7 +86,7 @@ def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
         }
         if number == 7:
             metrics[1]["entropy_fork/kept_ratio"] = 0.2
-        ladder.Run(metrics, 30.0, 60.0).save(output / "metrics.json")
+        Run(metrics, 30.0, 60.0).save(output / "metrics.json")
         lines = [{"terms": 16, "square": 3.0, "variance": variance, "signal": 3.0 - variance}] * 2
         (output / "gradients.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     console = Console(width=200)

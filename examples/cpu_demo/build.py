@@ -28,7 +28,6 @@ import typer
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.table import Table
-from rollouts import Score, roll_out, score
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -41,9 +40,10 @@ from transformers import (
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
-from world import Problem, demonstrate, draw_problems
 
 from entropy_fork.common.progress import task, track
+from examples.cpu_demo.rollouts import Score, roll_out, score
+from examples.cpu_demo.world import Problem, demonstrate, draw_problems
 
 DATA_SOURCE = "cpu_demo"
 EOS, PAD = "<|endoftext|>", "<|pad|>"

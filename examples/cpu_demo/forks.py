@@ -14,9 +14,10 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from rollouts import Rollout, roll_out
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from world import ChoiceKind, find_choices
+
+from examples.cpu_demo.rollouts import Rollout, roll_out
+from examples.cpu_demo.world import ChoiceKind, find_choices
 
 KIND_STYLE = {
     ChoiceKind.OPERATION: "bold white on red",

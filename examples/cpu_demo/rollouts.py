@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from world import Problem, check_chain
 
 from entropy_fork.reward import compute_score
+from examples.cpu_demo.world import Problem, check_chain
 
 MAX_NEW_TOKENS = 64
 

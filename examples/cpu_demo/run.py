@@ -26,6 +26,7 @@ from rich.table import Table
 from entropy_fork.common.cores import waiting_passively
 from entropy_fork.common.progress import task
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 STEP = re.compile(r"step:(\d+) - (.*)")
 NUMBER = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?|nan|inf)\)?(?: - |\s*$)")
 ACCURACY = "val-core/cpu_demo/acc/mean@"  # and the number of answers to each question
@@ -148,8 +149,8 @@ def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, 
 def build_world(world: Path, console: Console) -> None:
     """The demo's world, where it is not there yet."""
     console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
-    builder = Path(__file__).with_name("build.py")
-    subprocess.run([sys.executable, str(builder), "--output", str(world)], check=True)
+    builder = [sys.executable, "-m", "examples.cpu_demo.build"]
+    subprocess.run([*builder, "--output", str(world.absolute())], cwd=REPOSITORY, check=True)
 
 
 def train(

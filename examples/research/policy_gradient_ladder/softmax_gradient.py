@@ -8,7 +8,7 @@ probabilities. Its expected squared norm is E_a |e_a - p|² = 1 - Σ_j p_j², wh
 from __future__ import annotations
 
 import csv
-import sys
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +21,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cpu_demo"))
-import itertools
-
-from rollouts import Rollout, roll_out
-
 from entropy_fork.core.selection import Selector, select_tokens
+from examples.cpu_demo.rollouts import Rollout, roll_out
 
 EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, float("inf"))
 

@@ -26,10 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from entropy_fork.common.progress import task
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "cpu_demo"))
-from run import Run, build_world, train  # noqa: E402
+from examples.cpu_demo.run import Run, build_world, train
 
 #: answers to each of the held-out problems at a validation
 ANSWERS = 2

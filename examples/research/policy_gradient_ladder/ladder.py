@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -21,10 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from entropy_fork.common.progress import task
+from examples.cpu_demo.run import Run, accuracy_of, build_world, train
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "cpu_demo"))
-from run import Run, accuracy_of, build_world, train  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def climb(rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: l
             console,
             {
                 "VERL_USE_EXTERNAL_MODULES": "gradient_variance",
-                "PYTHONPATH": str(HERE),
+                "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
                 "ENTROPY_FORK_GRADIENTS": str(gradients.resolve()),
             },
         )
