@@ -4,8 +4,8 @@
 #       data.train_files=/shared/train.parquet data.val_files=/shared/aime24.parquet
 # Needs: verl and entropy-fork installed on every node; data, model and checkpoints on a file system that all nodes see.
 # WORKDIR is where the job runs on the head node: relative paths and checkpoints/ lie there (default: this directory).
-# Where the cluster asks for a token (Ray 2.5x and later may, by default): RAY_AUTH_TOKEN, as on its head node.
-# The job goes on when this terminal is closed: 'ray job logs -f ID', 'ray job stop ID'. Submitted again after a failure,
+# If the cluster asks for a token (Ray 2.5x and later may, by default), set RAY_AUTH_TOKEN as on its head node.
+# The job continues when you close this terminal: 'ray job logs -f ID', 'ray job stop ID'. If it failed, submit it again:
 # it resumes from its last checkpoint.
 set -euo pipefail
 
@@ -17,7 +17,7 @@ recipe=$1 cluster=$2
 shift 2
 : "${RAY_ADDRESS:?write the address of the dashboard, such as RAY_ADDRESS=http://HEAD:8265}"
 
-# Ray's API rather than 'ray job submit', which joins the words without quoting all that a shell would take apart.
+# Uses Ray's API, because 'ray job submit' joins the words without quoting them for a shell.
 exec python - "$RAY_ADDRESS" "${WORKDIR:-$PWD}" \
     python -m verl.trainer.main_ppo "+recipe=$recipe" "+cluster=$cluster" "$@" <<'PYTHON'
 import shlex

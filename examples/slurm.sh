@@ -12,7 +12,7 @@
 #   sbatch --nodes=1 examples/slurm.sh qwen3_8b_20k node_8 data.train_files=… data.val_files=…
 # Needs: an environment with verl and entropy-fork that is active where sbatch is called, or VENV=/path/of/it; data, model,
 # and the directory of the call on a file system that all nodes see. Submitted again, it resumes from its last checkpoint.
-# --nodes and --gpus-per-node must be the cluster file's trainer.nnodes and trainer.n_gpus_per_node.
+# --nodes and --gpus-per-node must equal trainer.nnodes and trainer.n_gpus_per_node of the cluster file.
 set -euo pipefail
 
 if (($# < 2)); then
@@ -29,8 +29,8 @@ fi
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1; exit}')
-# A token for this job's Ray, which srun hands to every node. Left to itself, a recent Ray asks for one or not depending
-# on what lies in a home directory, and head, workers and run must agree.
+# A token for this job's Ray; srun gives it to every node. Without this, a recent Ray decides by the files in a home
+# directory whether it asks for a token, but head, workers and run must agree.
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
@@ -53,7 +53,7 @@ for node in "${nodes[@]:1}"; do
     on_node "$node" ray start --block --address="$address:$port" --num-gpus="$gpus"
 done
 
-# Worker nodes come when they come: verl would stop at once if it counted too few GPUs.
+# Wait for all nodes: verl stops at once if it counts too few GPUs.
 RAY_ADDRESS="$address:$port" timeout 600 python - "${#nodes[@]}" <<'PYTHON' &
 import sys, time
 import ray

@@ -1,8 +1,8 @@
-"""Every recipe of the paper through the real main_ppo on two CPU cores, one after the other, with a table at the end.
+"""Run every recipe of the paper in the real main_ppo on two CPU cores, one after the other; print a table at the end.
 
 Each run is ``VERL_PLATFORM=cpu python -m verl.trainer.main_ppo +recipe=NAME +cluster=cpu_smoke demo.dir=…``: two
 training steps and a validation on the demo's tiny model, with dynamic sampling and overlong shaping as in the recipe.
-When one fails the next goes on; the exit status says whether all went well.
+A failed recipe does not stop the next one. The exit status is 1 if any recipe failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TIMEOUT_SECONDS = 900
 
 @dataclass
 class Run:
-    """One recipe's run that has ended."""
+    """A finished run of one recipe."""
 
     recipe: str
     status: int
@@ -62,7 +62,7 @@ class Run:
 
 
 def train(recipe: str, world: Path, log: Path, overrides: list[str]) -> Run:
-    """Run one recipe in a process and a Ray session of its own; its whole output goes to ``log``."""
+    """Run one recipe in its own process and Ray session; write its output to ``log``."""
     ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
     command = [sys.executable, "-m", "verl.trainer.main_ppo", f"+recipe={recipe}", "+cluster=cpu_smoke"]
     command += [f"demo.dir={world}", f"hydra.run.dir={log.parent / recipe}", *overrides]
@@ -89,7 +89,7 @@ def main(
     directory: Annotated[Path, typer.Option(help="Where the world and the logs are kept.")] = Path(".demo"),
     override: Annotated[list[str] | None, typer.Option(help="A further Hydra override; may be repeated.")] = None,
 ) -> None:
-    """Build the demo's world where it is not there yet, run every recipe, and show a table."""
+    """Build the demo's world if it is missing, run every recipe, and show a table."""
     console = Console()
     world, logs = (directory / "world").absolute(), (directory / "smoke").absolute()
     build_world(world, console)

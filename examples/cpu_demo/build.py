@@ -1,7 +1,7 @@
 """Build the CPU demo's world: a tokenizer, a tiny Qwen3 warmed up on demonstrations, and the problems as parquet.
 
-The result is deterministic for its settings and is put in place with one rename at the very end, so a build that was
-interrupted is never taken for a finished one.
+The same settings give the same result. One rename at the end puts the result in place, so an interrupted build is never
+taken for a finished one.
 """
 
 from __future__ import annotations
@@ -48,20 +48,21 @@ from examples.cpu_demo.world import Problem, demonstrate, draw_problems
 DATA_SOURCE = "cpu_demo"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 QWEN_TOKENS = ["<|im_start|>", "<|im_end|>"]
-"""Never used here, but verl's agent loops expect them of a tokenizer whose model is of the type qwen3."""
+"""Not used here, but verl's agent loops expect them in the tokenizer of a model of type qwen3."""
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Raised when the world or the model changes, so that builds of an older kind are not taken for current ones."""
+"""Increase this number when the world or the model changes, so that an older build is not taken for a current one."""
 
 MAX_VOCABULARY = 512
-"""Never reached: merging stops when every word, operation and digit of the tiny corpus is a token."""
+"""Not reached: merging stops when every word, operation and digit of the tiny corpus is a token."""
 
 TOKEN_PATTERN = r" ?[+*-]\d|\d| ?\\boxed\{| ?\p{L}+|\s|[^\s\p{L}\d]"
 """How text is cut before merging.
 
-An operation is one piece, so that choosing it is one token. Digits stand alone, so that numbers are spelt rather than
-memorised. The newline that ends the prompt stands alone too, so that a response is tokenised the same on its own.
+An operation is one piece, so that choosing it is one token. Each digit is one piece, so that the model spells numbers
+and does not memorise them. The newline that ends the prompt is one piece too, so that a response has the same tokens
+with and without its prompt.
 """
 
 CHAT_TEMPLATE = (
@@ -78,7 +79,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything the result depends on."""
+    """All settings that the result depends on."""
 
     seed: int = 0
     steps: int = 750
@@ -110,7 +111,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class Report:
-    """What a build measured."""
+    """Measurements of a build."""
 
     parameters: int
     vocabulary: int
@@ -125,7 +126,7 @@ class BuildMismatchError(Exception):
 
 
 def split_problems(settings: Settings) -> Problems:
-    """Draw all problems from one stream without duplicates, which makes the sets disjoint."""
+    """Draw all problems from one stream without duplicates, so that the sets are disjoint."""
     stream = draw_problems(random.Random(settings.seed), settings.operation_counts)
     return Problems(
         test=list(islice(stream, settings.test_problems)),
@@ -135,7 +136,7 @@ def split_problems(settings: Settings) -> Problems:
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that can spell anything and has a token for each word and operation of the task."""
+    """A byte-level BPE tokenizer that can spell any text and has a token for each word and operation of the task."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -308,7 +309,7 @@ def build(output: Path, settings: Settings, console: Console, *, overwrite: bool
 
 
 def build_into(folder: Path, settings: Settings, console: Console) -> Report:
-    """Do the work of `build` in a folder nobody looks at yet; the manifest comes last."""
+    """Do the work of `build` in a temporary folder; the manifest is written last."""
     set_seed(settings.seed)
     problems = split_problems(settings)
     write_parquet(problems.train, "train", folder / "train.parquet")

@@ -54,8 +54,8 @@ def response_entropies(model: PreTrainedModel, rollouts: list[Rollout], pad_toke
 def label_tokens(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, entropies: list[float]) -> list[TokenEntropy]:
     """Join the tokens of a response with their entropies and with the choices found in its text.
 
-    A token is a choice when it is the first to reach into the choice's characters; once it is taken, any further
-    token of the same choice only spells it.
+    A token is a choice if it is the first that contains characters of the choice. Further tokens of the same choice
+    only spell it.
     """
     texts = [tokenizer.decode([token]) for token in rollout.response_ids]
     offsets = list(pairwise(accumulate(map(len, texts), initial=0)))
@@ -71,7 +71,7 @@ def label_tokens(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, entropies
 
 
 def entropy_threshold(responses: list[list[TokenEntropy]], top: float) -> float:
-    """The entropy that the `top` share of all tokens of the batch reach."""
+    """The entropy that the `top` share of all tokens of the batch reaches."""
     entropies = torch.tensor([token.entropy for response in responses for token in response])
     return torch.quantile(entropies, 1 - top).item()
 
@@ -96,7 +96,7 @@ def token_table(responses: list[list[TokenEntropy]], min_count: int, rows: int) 
 
 
 def share_table(responses: list[list[TokenEntropy]], threshold: float, top: float) -> Table:
-    """How much of the kept tokens, and of all tokens, each kind of choice makes up; and how much of it is kept."""
+    """For each kind of choice: its share of the kept tokens and of all tokens, and how much of it is kept."""
     tokens = [token for response in responses for token in response]
     kept = [token for token in tokens if token.entropy >= threshold]
     table = Table(

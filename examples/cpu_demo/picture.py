@@ -1,7 +1,7 @@
-"""The picture of the README: two answers, each token with its entropy, its colour and its weight in the loss.
+"""Draw the README's picture: two answers, each token with its entropy, its colour and its weight in the loss.
 
-What is drawn is read from a folder that 'entropy-fork analyze' has written: which tokens are kept is its exact top ρ of
-all tokens of all answers, and their weight is what training would give them there, with the folder as one mini-batch.
+The numbers come from a folder that 'entropy-fork analyze' wrote. Kept is the exact top ρ of all tokens of all answers.
+The weights are those that training would give with the whole folder as one mini-batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STYLE = """
 
 
 def answer_of(answer: AnswerTokens, weights: np.ndarray, threshold: float, top: float) -> list[str]:
-    """One answer as SVG: bars of its entropies, its tokens, their weights."""
+    """One answer as SVG: its entropies as bars, its tokens, their weights."""
     base = top + TALLEST
     line = base - TALLEST * threshold / NATS
     verdict = "right" if answer.score == 1 else "wrong"

@@ -1,4 +1,4 @@
-"""Sampling from the tiny model, and judging what it says the way the reward does."""
+"""Sample answers from the tiny model, and score them as the reward does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The CPU demo from the world to the table: builds the tiny model once, trains it with verl, shows what came of it.
+"""Run the CPU demo: build the tiny model once, train it with verl, show the results as a table.
 
-Everything that trains is stock verl: this script starts ``python -m verl.trainer.main_ppo +recipe=demo_cpu`` in a
-process of its own, reads the metrics that verl prints, and draws a progress bar. ``--print-command`` shows the line.
+Stock verl does the training. This script starts ``python -m verl.trainer.main_ppo +recipe=demo_cpu`` as a process,
+reads the metrics that verl prints, and draws a progress bar. ``--print-command`` prints the command and ends.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ PHASES = {
 
 @dataclass
 class Run:
-    """What a training run printed.
+    """The metrics that a training run printed.
 
     Attributes:
         metrics: verl's metrics by step; step 0 is the validation before training.
         seconds_to_first_step: from the start of the process to the end of the first training step.
-        seconds: of everything, the build of the world included.
+        seconds: of the whole script, including the build of the world.
     """
 
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -69,14 +69,14 @@ class Run:
         return [(step, accuracy) for step, accuracy in found if accuracy is not None]
 
     def mean(self, metric: str, skip_first: bool = False) -> float:
-        """The mean of a metric over the training steps (the first one pays for what is done once)."""
+        """The mean of a metric over the training steps; ``skip_first`` leaves out step 1, which does one-time work."""
         first = 2 if skip_first and len(self.metrics) > 2 else 1
         values = [values[metric] for step, values in self.metrics.items() if step >= first and metric in values]
         return sum(values) / len(values) if values else float("nan")
 
 
 def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollout: str, extra: list[str]) -> list[str]:
-    """The command line that trains."""
+    """The training command."""
     return [
         sys.executable,
         "-m",
@@ -89,7 +89,7 @@ def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollo
         f"actor_rollout_ref.rollout.name={rollout}",
         f"trainer.total_training_steps={steps}",
         f"trainer.test_freq={max(1, steps // 2)}",
-        f"trainer.save_freq={max(1, steps // 2)}",  # a run that was interrupted goes on from its last checkpoint
+        f"trainer.save_freq={max(1, steps // 2)}",  # an interrupted run continues from its last checkpoint
         f"trainer.default_local_dir={output.resolve() / 'checkpoints'}",
         f"trainer.rollout_data_dir={output.resolve() / 'rollouts'}",
         "entropy_fork.dump_every=1",
@@ -100,10 +100,10 @@ def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollo
 
 
 def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, str]) -> Iterator[str]:
-    """Run a command, write all it says to ``output/train.log``, and yield its lines.
+    """Run a command, write its output to ``output/train.log``, and yield each line.
 
     Raises:
-        typer.Exit: with the command's exit code where it failed, after showing the end of the log.
+        typer.Exit: the command failed; its exit code, after printing the end of the log.
     """
     environment = {
         **os.environ,
@@ -133,7 +133,7 @@ def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, 
             process.wait()
         finally:
             if process.poll() is None:
-                # Ctrl-C here must not leave a Ray cluster behind: main_ppo shuts it down when it is interrupted.
+                # After Ctrl-C, interrupt main_ppo as well: it then shuts its Ray cluster down.
                 os.killpg(process.pid, signal.SIGINT)
                 try:
                     process.wait(timeout=30)
@@ -147,7 +147,7 @@ def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, 
 
 
 def build_world(world: Path, console: Console) -> None:
-    """The demo's world, where it is not there yet."""
+    """Build the demo's world if it is missing."""
     console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
     builder = [sys.executable, "-m", "examples.cpu_demo.build"]
     subprocess.run([*builder, "--output", str(world.absolute())], cwd=REPOSITORY, check=True)
@@ -160,7 +160,7 @@ def train(
     console: Console,
     more_environment: Mapping[str, str] | None = None,
 ) -> Run:
-    """Train, with a line of metrics per step."""
+    """Train, and print a line of metrics for each step."""
     run, began = Run(), time.monotonic()
     with task("training", steps, note="starting Ray and the workers", console=console) as shown:
         for line in lines_of(arguments, output, more_environment or {}):
@@ -177,7 +177,7 @@ def train(
 
 
 def accuracy_of(values: dict[str, float]) -> float | None:
-    """The held-out accuracy among a step's metrics, where the step was validated."""
+    """The held-out accuracy in a step's metrics; None if the step had no validation."""
     return next((value for name, value in values.items() if name.startswith(ACCURACY)), None)
 
 
@@ -195,7 +195,7 @@ def one_line(values: dict[str, float]) -> str:
 
 
 def show(run: Run, output: Path, preset: str, console: Console) -> None:
-    """The table at the end, and where everything lies."""
+    """Print the table, the folders of the run, and the commands to type next."""
     table = Table("measure", "value", title=f"CPU demo, entropy_fork={preset}")
     for step, accuracy in run.accuracies:
         table.add_row("accuracy before training" if step == 0 else f"accuracy after step {step}", f"{accuracy:.1%}")
@@ -226,7 +226,7 @@ def show(run: Run, output: Path, preset: str, console: Console) -> None:
 
 
 def next_commands(output: Path, preset: str) -> list[list[str]]:
-    """What to type next: the tokens, analyses and curves as one page, and the curves alone."""
+    """The commands to type next: a page of tokens, analyses and curves; and the curves alone."""
     programs = Path(sys.executable).parent
     if programs.is_relative_to(Path.cwd()):
         programs = programs.relative_to(Path.cwd())
@@ -252,7 +252,7 @@ def main(
     override: Annotated[list[str] | None, typer.Option(help="A further Hydra override; may be repeated.")] = None,
     print_command: Annotated[bool, typer.Option("--print-command", help="Print the training command only.")] = False,
 ) -> None:
-    """Build the demo's world where it is not there yet, train, and show a table."""
+    """Build the demo's world if it is missing, train, and show a table."""
     console = Console()
     output = directory / f"{preset}-seed{seed}-{rollout}"
     arguments = command(directory / "world", output, preset, steps, seed, rollout, override or [])

@@ -1,10 +1,9 @@
 """The task of the CPU demo: put a few operations into the order that gives the largest (or the smallest) number.
 
-The chain of thought has real forks. At every step the model chooses one of the operations that are left, and
-everything after the choice (the result of the step) is determined by it. The choices decide whether
-the final number is the optimum, so a model that computes flawlessly but chooses at random is often wrong, and
-reinforcement learning has exactly one thing to teach: what to choose. The optimum is not in the prompt, so it cannot
-be copied from there.
+The chain of thought has real forks. At every step the model chooses one of the remaining operations, and the choice
+determines the result of the step. The choices decide whether the final number is the optimum. So a model that computes
+without errors but chooses at random is often wrong, and reinforcement learning has one thing to teach: what to choose.
+The optimum is not in the prompt, so the model cannot copy it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ START_RANGE = range(2, 16)
 AMOUNTS = {"+": range(1, 7), "-": range(1, 7), "*": range(2, 4)}
 
 CONNECTIVES = (("First", "Begin", "Start"), ("Then", "Next", "Now"), ("Last", "Finally", "Lastly"))
-"""Words that open the first, a middle and the last step. Which one is taken is a choice that never matters."""
+"""Words that open the first, a middle and the last step. The choice among them never matters."""
 
 CONNECTIVE_WEIGHTS = (0.8, 0.1, 0.1)
 """Uneven, so that the choices that matter are the ones of highest entropy (an even draw would have 1.10 nats)."""
@@ -110,8 +109,8 @@ class Problem:
     def is_fair(self) -> bool:
         """Whether the problem is worth asking.
 
-        The numbers must stay small on every path (the model may take any), the order must matter, and the answer must
-        not be one of the numbers in the prompt, where it could be copied from.
+        The numbers must stay small on every path, since the model may take any. The order must matter. And the answer
+        must not be a number in the prompt, because the model could copy it.
         """
         stated = {self.start, *(operation.amount for operation in self.operations)}
         return (
@@ -124,7 +123,8 @@ class Problem:
 def draw_problems(rng: random.Random, operation_counts: tuple[int, ...]) -> Iterator[Problem]:
     """Yield fair problems, no two with the same key, with one of `operation_counts` operations each.
 
-    The world is finite; a RuntimeError says when hardly anything new is left to draw.
+    Raises:
+        RuntimeError: hardly any new problem is left; the number of problems is finite.
     """
     catalogue = {symbol: [Operation(symbol, amount) for amount in amounts] for symbol, amounts in AMOUNTS.items()}
     seen = set()
@@ -161,8 +161,8 @@ def write_response(problem: Problem, order: tuple[Operation, ...], rng: random.R
 def demonstrate(problem: Problem, rng: random.Random, hint_rate: float) -> str:
     """A demonstration that is right in form and arithmetic, but takes the operations in random order.
 
-    With probability `hint_rate` the order is an optimal one. This sets how often the warmed-up model is right by its
-    own sampling, which reinforcement learning needs to be neither never nor always.
+    With probability `hint_rate` the order is an optimal one. This sets how often the warmed-up model is right when it
+    samples. Reinforcement learning needs a model that is sometimes right and sometimes wrong.
     """
     hinted = rng.random() < hint_rate
     order = (
@@ -199,7 +199,7 @@ def check_chain(problem: Problem, response: str) -> ChainCheck:
 
 
 class ChoiceKind(str, Enum):
-    """Whether a choice decides the reward or is only a way to say it."""
+    """Whether a choice decides the reward or is only a way of wording."""
 
     OPERATION = "operation"
     CONNECTIVE = "connective"
@@ -216,7 +216,7 @@ class Choice(NamedTuple):
 def find_choices(response: str) -> list[Choice]:
     """The character spans of a response that are choices.
 
-    The operation of the last step is none: only one is left by then.
+    The operation of the last step is no choice, because only one is left.
     """
     steps = list(_STEP.finditer(response))
     choices = []

@@ -1,8 +1,8 @@
-"""Does it learn? Six ways to choose tokens, several seeds each, through stock verl's main_ppo: CSV, table, plot.
+"""Train with six choices of tokens and several seeds each, in stock verl's main_ppo: CSV, table, plot.
 
-Every run has the same model, questions, learning rate and number of steps; what differs is the seed, and which tokens
-the gradient is taken on. Runs that are there are not run again, so what was interrupted goes on with the next run.
-docs/evidence.md says what the result shows and what not.
+Every run has the same model, questions, learning rate and number of steps. Only the seed and the tokens in the policy
+gradient differ. Finished runs are not repeated, so an interrupted experiment continues with the next missing run.
+docs/evidence.md says what the results show and what they do not show.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Arm:
-    """Which tokens are trained on, and what is written on the command line for it."""
+    """A choice of tokens, and its words on the command line."""
 
     name: str
     tokens: str
@@ -74,7 +74,7 @@ class Trained:
     run: Run
 
     def curve(self, name: str) -> dict[int, float]:
-        """A curve's values by step. What is not logged without a mask is what it is then: everything is kept."""
+        """A curve's values by step. A run without a mask logs no kept ratio; it is 1.0 there."""
         if name == "accuracy":
             return dict(self.run.accuracies)
         found = {
@@ -97,7 +97,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 def train_once(
     arm: Arm, seed: int, world: Path, folder: Path, steps: int, extra: list[str], console: Console
 ) -> Trained:
-    """A run from its beginning to its end. Half a run leaves nothing that could be taken for a whole one."""
+    """Make one run. ``metrics.json`` is written only if the log has the metrics of every step."""
     output = folder / f"{arm.name}-seed{seed}"
     output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -108,7 +108,7 @@ def train_once(
             f"data.seed={seed}",
             f"actor_rollout_ref.rollout.seed={seed}",
             f"actor_rollout_ref.rollout.val_kwargs.n={ANSWERS}",
-            # the lot of random20 too
+            # random20 draws with this seed too
             *([] if arm.name == "all" else [f"entropy_fork.seed={seed}"]),
             f"trainer.total_training_steps={steps}",
             f"trainer.test_freq={max(1, steps // 3)}",
@@ -131,7 +131,7 @@ def train_once(
 
 
 def keep_to(folder: Path, override: list[str]) -> None:
-    """Runs of one folder are compared with each other: refuse to put others beside them."""
+    """Refuse overrides that differ from those of the folder's runs: they would not be comparable."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "overrides.json"
     if not file.exists():
@@ -144,7 +144,7 @@ def keep_to(folder: Path, override: list[str]) -> None:
 
 
 def summary(trained: Iterable[Trained]) -> list[dict[str, Any]]:
-    """A row per arm: its last validation and the means of its last quarter of steps, with spreads over the seeds."""
+    """A row per arm: its last validation, the means of its last quarter of steps, and their spreads over the seeds."""
     by_arm: dict[str, list[Trained]] = {}
     for one in trained:
         by_arm.setdefault(one.arm.name, []).append(one)
@@ -168,7 +168,7 @@ def summary(trained: Iterable[Trained]) -> list[dict[str, Any]]:
 
 
 def with_spread(mean: float, spread: float, digits: int, sign: str = "") -> str:
-    """A single seed has no spread."""
+    """``mean ± spread``; a single seed has no spread."""
     return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
 
 
@@ -201,7 +201,7 @@ def write_csv(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def curves(trained: Iterable[Trained]) -> list[dict[str, Any]]:
-    """A row per run and step; a cell is empty where a curve has no value, as accuracy between two validations."""
+    """A row per run and step. A cell is empty if the curve has no value, as accuracy between two validations."""
     return [
         {"arm": one.arm.name, "seed": one.seed, "step": step} | {name: one.curve(name).get(step, "") for name in TITLES}
         for one in trained
@@ -244,7 +244,7 @@ def main(
         list[str] | None, typer.Option(help="A further Hydra override of every run; may be repeated.")
     ] = None,
 ) -> None:
-    """Build the demo's world where it is not there yet, make the runs that are missing, and show a table."""
+    """Build the demo's world if it is missing, make the missing runs, and show a table."""
     console = Console()
     names = [one.name for one in ARMS]
     if unknown := set(arm or ()) - set(names):
@@ -252,8 +252,8 @@ def main(
     world = directory / "world"
     build_world(world, console)
     folder = directory / f"experiment-{steps}steps"
-    # A seed of every arm before the next seed: what was interrupted can be compared as far as it went.
     keep_to(folder, override or [])
+    # All arms of one seed before the next seed: an interrupted experiment has seeds that can be compared.
     wanted = [(one, seed) for seed in range(1, seeds + 1) for one in ARMS if not arm or one.name in arm]
     trained, made = [], 0
     with task("runs", len(wanted), console=console) as everything:

@@ -1,13 +1,13 @@
-"""Loaded into the training worker of a real run: how much the gradient of a batch would vary with other batches.
+"""Measure, in the training worker of a real run, how much the gradient would vary from batch to batch.
 
-``VERL_USE_EXTERNAL_MODULES=gradient_variance`` makes verl import this in every process. A batch is N questions; each
-micro-batch is the answers to one of them (``ppo_micro_batch_size_per_gpu`` = ``rollout.n``), so its gradient is one of
-N independent terms of a sum, and their spread tells the variance of the sum without a second batch:
+``VERL_USE_EXTERNAL_MODULES=gradient_variance`` makes verl import this file in every process. A batch is N questions.
+Each micro-batch is the answers to one question (``ppo_micro_batch_size_per_gpu`` = ``rollout.n``), so its gradient is
+one of N independent terms of a sum. The spread of the terms gives the variance of the sum without a second batch:
 
     Var[g] ≈ N / (N - 1) · Σ_i |g_i - mean(g)|²,     |E[g]|² ≈ |g|² - Var[g]
 
-(up to the common denominator of all terms, the number of tokens of the batch). A line of JSON per gradient step goes to
-the file ENTROPY_FORK_GRADIENTS. For one training rank, whose gradients are whole.
+All terms have the same denominator, the number of tokens of the batch. A line of JSON per gradient step goes to the
+file ENTROPY_FORK_GRADIENTS. Works on one training rank only, whose gradients are not sharded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILE = Path(os.environ["ENTROPY_FORK_GRADIENTS"])
 
 
 class Spread:
-    """The gradients of one step's micro-batches, seen as differences of what has been accumulated."""
+    """The gradients of one step's micro-batches: the differences between successive accumulated gradients."""
 
     def __init__(self) -> None:
         self.squares: list[float] = []
@@ -36,7 +36,7 @@ class Spread:
         self.sum = accumulated
 
     def line(self) -> dict[str, float]:
-        """The variance of the sum (its trace), and what is left of the squared norm as signal."""
+        """The variance of the sum (the trace), and the signal: the squared norm minus the variance."""
         terms, norm = len(self.squares), float(torch.as_tensor(self.sum).square().sum())
         variance = (terms * sum(self.squares) - norm) / (terms - 1)
         return {"terms": terms, "square": norm, "variance": variance, "signal": norm - variance}
@@ -48,7 +48,7 @@ def _gradients(engine: Any) -> torch.Tensor:
 
 
 def _in_groups(module: Any) -> None:
-    """Let the answers to a question lie behind one another: their keys are ``{question}_{answer}_{output}``."""
+    """Sort a batch by its keys, ``{question}_{answer}_{output}``, so that a question's answers are neighbours."""
 
     @wrapt.decorator
     def sorting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]

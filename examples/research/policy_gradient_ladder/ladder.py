@@ -1,8 +1,8 @@
-"""The seven forms of Ψ_t, one run of stock verl's main_ppo each: a table, a CSV file, and a plot at the end.
+"""Train with seven forms of Ψ_t, one run of stock verl's main_ppo each; make a table, a CSV file and a plot.
 
-Every run has the same model, questions, seed and learning rate, one gradient step per batch, and -Ψ_t log π as its
-loss; what differs is one line of the command. ``gradient_variance.py`` runs along and measures how noisy each
-gradient is. Runs that are there are not run again, so an interrupted ladder goes on where it stopped.
+Every run has the same model, questions, seed and learning rate, one gradient step per batch, and the loss -Ψ_t log π.
+Only the words of :data:`RUNGS` differ. ``gradient_variance.py`` measures in each run how noisy the gradient is.
+Finished runs are not repeated, so an interrupted ladder continues with the next missing run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Rung:
-    """A form of Ψ_t and what is written on the command line for it."""
+    """A form of Ψ_t, and its words on the command line."""
 
     number: int
     name: str
@@ -53,7 +53,7 @@ RUNGS = [
         7,
         "forks",
         "form 3 · 1[H_t ≥ τ]",
-        # Divided by all tokens, so that it is form 3 times the indicator and nothing else. Adam sees no factor.
+        # Divided by all tokens, so that it is exactly form 3 times the indicator. Adam ignores a constant factor.
         ("algorithm.adv_estimator=reward_to_go_leave_one_out", "entropy_fork=global", "entropy_fork.denominator=all"),
     ),
 ]
@@ -69,12 +69,12 @@ class Climbed:
 
     @property
     def variances(self) -> list[float]:
-        """Of the gradient, by step."""
+        """Variance of the gradient, by step."""
         return [line["variance"] for line in self.gradients]
 
 
 def climb(rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: list[str], console: Console) -> Climbed:
-    """One run, or what is left of it where it was run before."""
+    """Make one run, or load it if it is finished."""
     output = folder / f"{rung.number}"
     finished, gradients = output / "metrics.json", output / "gradients.jsonl"
     if not finished.exists():
@@ -150,7 +150,7 @@ def write_csv(climbed: list[Climbed], file: Path) -> None:
 
 
 def draw(climbed: list[Climbed], folder: Path) -> None:
-    """Variance and accuracy over steps; a colour per form."""
+    """Plot variance and accuracy over steps, a colour per form."""
     figure, (variance, accuracy) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for one in climbed:
         colour = "black" if one.rung.number == 7 else f"C{one.rung.number - 1}"
@@ -171,7 +171,7 @@ def main(
     directory: Annotated[Path, typer.Option(help="Where the world and the runs are kept.")] = Path(".demo"),
     override: Annotated[list[str] | None, typer.Option(help="A further Hydra override; may be repeated.")] = None,
 ) -> None:
-    """Build the demo's world where it is not there yet, train with each form, and show a table."""
+    """Build the demo's world if it is missing, train with each form, and show a table."""
     console = Console()
     world = directory / "world"
     build_world(world, console)

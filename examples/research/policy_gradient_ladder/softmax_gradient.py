@@ -1,8 +1,8 @@
-"""How little a position without uncertainty can pull on the policy: entropy against the size of the softmax's gradient.
+"""Measure how the size of a position's gradient depends on its entropy: near zero entropy, the gradient is near zero.
 
 The policy gradient reaches the logits z of a position as Ψ_t (e_a - p): the sampled token's unit vector minus the
 probabilities. Its expected squared norm is E_a |e_a - p|² = 1 - Σ_j p_j², which is at most the entropy H, because
-1 - p_j ≤ -log p_j. Here it is measured on what a model really writes, and what share of it the top ρ tokens have.
+1 - p_j ≤ -log p_j. This script measures it on a model's own answers, and prints the share that the top ρ tokens have.
 """
 
 from __future__ import annotations
