@@ -44,10 +44,11 @@ class Processes:
     """``size`` ranks. Each keeps a dict of its own between calls, the first argument of what it is asked to run."""
 
     def __init__(self, size: int):
-        # A server that has imported what ranks need, and is forked for each: importing takes ten seconds a process.
+        # A server that has imported torch and is forked for each rank. It does not see our sys.path (Python 3.11), so
+        # a module of ours would not be found here, and left out without a word.
         sys.audit(PROCESSES)
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["helpers.mini_batch"])
+        context.set_forkserver_preload(["torch"])
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         self._members = []
