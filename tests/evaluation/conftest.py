@@ -5,21 +5,22 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from helpers.evaluations import TEMPLATE, write_data
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from entropy_fork.evaluation import run
-from entropy_fork.evaluation.engines import Sampling
+if TYPE_CHECKING:  # the statistics' tests need no torch
+    from entropy_fork.evaluation import run
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 that writes characters, 7 tokens on average or so."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
     folder = tmp_path_factory.mktemp("model")
     letters = ["<end>", *string.digits, *string.ascii_lowercase, *"\\{}+= "]
     spelt = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<end>"))
@@ -45,6 +46,9 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(model: Path, data: Path, tmp_path: Path) -> Callable[..., run.Settings]:
+    from entropy_fork.evaluation import run
+    from entropy_fork.evaluation.engines import Sampling
+
     def make(**changes: Any) -> run.Settings:
         sampling = Sampling(max_tokens=12) if "sampling" not in changes else changes.pop("sampling")
         fixed = {"model": model, "data": [data], "output": tmp_path / "out", "answers": 4, "engine": "transformers"}

@@ -1,6 +1,6 @@
 """Attacks at every edge, each really tried: what docs/security.md promises.
 
-``tests/test_report.py`` has the page's escaping and its Content-Security-Policy, ``tests/test_reward.py`` endless and
+``test_report.py`` has the page's escaping and its Content-Security-Policy, ``test_reward.py`` endless and
 monstrous answers.
 """
 

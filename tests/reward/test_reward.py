@@ -22,7 +22,7 @@ from entropy_fork.reward.score import MAX_CHARACTERS, compare, compute_score, la
 
 pytestmark = pytest.mark.process
 
-#: agreement with a human grader, tests/answer_pairs.tsv. A new math-verify that changes a verdict changes these.
+#: agreement with a human grader, tests/reward/answer_pairs.tsv. A new math-verify that changes a verdict changes these.
 PAIRS, AGREED = 318, 305
 
 #: each takes minutes to years where nothing bounds it
