@@ -260,7 +260,7 @@ def test_an_answer_that_would_have_been_run_counts_as_stopped(python: Callable[.
         "-c",
         f"""
 import io, sys
-from entropy_fork import judge
+from entropy_fork.reward import judge
 judge.compare = lambda answer, truth: judge.Verdict(answer.startswith("[") and bool(eval(answer)), True)
 sys.stdin = io.StringIO({request!r} + chr(10))
 judge.serve(2048)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.process
 #: A launcher: starts the server, says how to ask it for a worker, and waits.
 LAUNCHER = """
 import json, os, signal, sys
-from entropy_fork.verl import fork_server
+from entropy_fork.verl.cpu import fork_server
 signal.signal(signal.SIGINT, signal.SIG_IGN if "DEAF" in os.environ else signal.default_int_handler)
 server = fork_server.ForkServer(fork_server.make_folder({"_temp_dir": sys.argv[1]}))
 modules = tuple(sys.argv[2:])
