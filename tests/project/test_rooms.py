@@ -127,7 +127,6 @@ def test_a_row_may_name_a_file(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the tests' own rooms
 
 TEST_FILES = sorted(TESTS.rglob("test_*.py"))
-every_test_file = pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: file.relative_to(TESTS).as_posix())
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -138,12 +137,14 @@ def imports(file: Path) -> Iterator[str]:
             yield "." * node.level + (node.module or "")
 
 
-@pytest.mark.parametrize(
-    "file", sorted(TESTS.rglob("*.py")), ids=lambda file: file.relative_to(TESTS).as_posix()
-)  # helpers as well
-def test_nothing_imports_a_test(file: Path) -> None:
-    wrong = [name for name in imports(file) if re.match(r"(\.|tests\b|conftest\b)|(\w+\.)*test_", name)]
-    assert not wrong, "what tests share stands in tests/helpers/, or is a fixture in the folder's conftest.py"
+def test_nothing_imports_a_test() -> None:
+    """Nor does a helper."""
+    of_a_test = re.compile(r"(\.|tests\b|conftest\b)|(\w+\.)*test_")
+    wrong = [f"{file.relative_to(TESTS)} imports {name}" for file in sorted(TESTS.rglob("*.py"))
+             for name in imports(file) if of_a_test.match(name)]  # fmt: skip
+    assert not wrong, (
+        f"what tests share stands in tests/helpers/, or is a fixture in the folder's conftest.py:{listed(wrong)}"
+    )
 
 
 def test_no_benchmark_or_example_reaches_into_the_tests() -> None:
@@ -174,11 +175,12 @@ def test_no_two_test_files_have_one_name() -> None:
     assert [name for name, number in Counter(file.name for file in TEST_FILES).items() if number > 1] == []
 
 
-@every_test_file
-def test_real_runs_stand_in_folders_of_their_own(file: Path) -> None:
-    source = file.read_text("utf-8")
-    for mark, folder in (("e2e", "e2e"), ("fault", "faults")):
-        is_marked = re.search(rf"^(@|pytestmark = )pytest\.mark\.{mark}$", source, re.MULTILINE) is not None
-        assert is_marked == (file.parent.name == folder), (
-            f"pytest.mark.{mark} and the folder tests/{folder}/ go together"
-        )
+def test_real_runs_stand_in_folders_of_their_own() -> None:
+    wrong = []
+    for file in TEST_FILES:
+        source = file.read_text("utf-8")
+        for mark, folder in (("e2e", "e2e"), ("fault", "faults")):
+            marked = re.search(rf"^(@|pytestmark = )pytest\.mark\.{mark}$", source, re.MULTILINE)
+            if bool(marked) != (file.parent.name == folder):
+                wrong.append(f"{file.relative_to(TESTS)}: pytest.mark.{mark} and tests/{folder}/ go together")
+    assert not wrong, listed(wrong)
