@@ -45,21 +45,21 @@ WATCHED = ("torch", "vllm", "ray", "transformers", "verl")
 #: what is run on the installed wheel, by the step of the table; a file belongs to one of them
 TESTS = {
     "registration": (
-        "test_doctor.py::test_this_process_is_healthy",
-        "test_engine.py",
-        "test_platform_cpu.py",
-        "test_plugin.py::test_the_range_is_the_one_that_a_new_environment_gets",
-        "test_plugin.py::test_a_masked_run_in_another_verl_stops_before_ray",
-        "test_trainer.py::test_mini_batches_are_those_that_verls_worker_cuts",
-        "test_trainer.py::test_verls_older_trainer_refuses_a_mask",
+        "preflight/test_doctor.py::test_this_process_is_healthy",
+        "verl/test_engine.py",
+        "verl/cpu/test_cpu_platform.py",
+        "verl/test_plugin.py::test_the_range_is_the_one_that_a_new_environment_gets",
+        "verl/test_plugin.py::test_a_masked_run_in_another_verl_stops_before_ray",
+        "verl/test_trainer.py::test_mini_batches_are_those_that_verls_worker_cuts",
+        "verl/test_trainer.py::test_verls_older_trainer_refuses_a_mask",
     ),
     "composition": (
-        "test_config.py::test_recipes_name_only_keys_that_verl_has",
-        "test_config.py::test_which_losses_have_a_mean_of_their_own",
-        "test_recipes.py::test_a_recipe_is_the_papers_run_on_every_cluster",
-        "test_recipes.py::test_a_recipe_passes_all_checks_on_every_cluster_with_every_preset",
+        "verl/test_config.py::test_recipes_name_only_keys_that_verl_has",
+        "verl/test_config.py::test_which_losses_have_a_mean_of_their_own",
+        "recipes/test_recipes.py::test_a_recipe_is_the_papers_run_on_every_cluster",
+        "recipes/test_recipes.py::test_a_recipe_passes_all_checks_on_every_cluster_with_every_preset",
     ),
-    "end to end": ("test_main_ppo.py::test_the_weights_in_the_worker_are_the_ones_selected",),
+    "end to end": ("e2e/test_main_ppo.py::test_the_weights_in_the_worker_are_the_ones_selected",),
 }
 STEPS = ("installed", "dry run", "beside vLLM", *TESTS)
 
@@ -218,13 +218,13 @@ def run_tests(row: Row, python: Path, folder: Path, pretend: str | None) -> None
     environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     environment["ENTROPY_FORK_TEST_WORLD"] = str(folder.parent / "world")  # built once for all versions
     if pretend is not None:
-        modules = {"VERL_USE_EXTERNAL_MODULES": "pretend_verl", "PRETENDED_VERL": pretend}
+        modules = {"VERL_USE_EXTERNAL_MODULES": "helpers.pretend_verl", "PRETENDED_VERL": pretend}
         environment |= {**modules, "PYTHONPATH": str(checkout / "tests")}
     names = [f"tests/{name}" for group in TESTS.values() for name in group]
     results = folder / "results.xml"
     command = (python, "-m", "pytest", "-p", "no:cacheprovider", "--quiet", f"--junitxml={results}", *names)
     run = call(*command, check=False, cwd=checkout, environment=environment)
-    column = {name.split(".py")[0]: group for group, names in TESTS.items() for name in names}
+    column = {Path(name.partition("::")[0]).stem: group for group, names in TESTS.items() for name in names}
     outcomes: dict[str, Counter[str]] = {group: Counter() for group in TESTS}
     seconds: Counter[str] = Counter()
     for case in ElementTree.parse(results).iter("testcase") if results.is_file() else ():

@@ -11,13 +11,13 @@ of the head by itself and of the whole step (forward and backward); the peak of 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from live_bytes import LiveBytes
 from report import chip, median_and_spread, print_table, pyplot, seconds_in_turn, write_csv
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
@@ -93,9 +93,6 @@ def head_bytes(step: Step, device: str) -> int:
             before = torch.cuda.memory_allocated()
             step.only_head()
             return torch.cuda.max_memory_allocated() - before
-        sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-        from live_bytes import LiveBytes
-
         with LiveBytes([weight, step.hidden, step.hidden.grad, *step.model.parameters()]) as live:
             step.only_head()
         return live.peak

@@ -1,27 +1,18 @@
-"""What the tests share: verl on a CPU in a subprocess, the real main_ppo, and verl's config as main_ppo composes it."""
+"""What the tests share as fixtures: ranks, verl on a CPU in a subprocess, the real main_ppo, and verl's config."""
 
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers.main_ppo import ONE_POOL, MainPPO, Recorded
+from helpers.places import REPOSITORY
+from helpers.processes import PROCESSES, Processes
 from hypothesis import settings
-from processes import PROCESSES, Processes, processes_with
-
-if TYPE_CHECKING:
-    import torch
 
 # Before anything imports verl: the platform is resolved once in a process.
 os.environ["VERL_PLATFORM"] = "cpu"
@@ -31,8 +22,6 @@ os.environ["VERL_PLATFORM"] = "cpu"
 settings.register_profile("same examples", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.register_profile("fuzz", deadline=None, derandomize=False, database=None, print_blob=True)
 settings.load_profile("same examples")
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 #: fixtures that start processes; what uses one of them, or is marked ``process``, is not in the quick tier
 STARTING_PROCESSES = {
@@ -116,29 +105,6 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-@dataclass
-class Finished:
-    """A run that has ended."""
-
-    output: str
-    folder: Path
-
-    def metric(self, name: str) -> list[float]:
-        """A metric by step, as verl's console logger printed it."""
-        pattern = re.compile(rf"step:[1-9]\d* - .*?{re.escape(name)}:(?:np\.\w+\()?([-\d.e+]+)")
-        return [float(value) for value in pattern.findall(self.output)]
-
-    def parameters(self, step: int) -> dict[str, torch.Tensor]:
-        """The trained parameters of a checkpoint, ranks side by side."""
-        shards = sorted((self.folder / "checkpoints" / f"global_step_{step}" / "actor").glob("model_*.pt"))
-        assert shards, self.output[-3000:]
-        import torch
-
-        states = [torch.load(shard, weights_only=False) for shard in shards]
-        local = [{name: getattr(t, "_local_tensor", t) for name, t in state.items()} for state in states]
-        return {name: torch.cat([part[name].flatten() for part in local]) for name in local[0]}
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's world with hardly any warm-up: random answers do for these tests."""
@@ -149,116 +115,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass
-class Running:
-    """A run that has been started."""
-
-    process: subprocess.Popen[bytes]
-    printed: Path
-    folder: Path
-
-    @property
-    def output(self) -> str:
-        return self.printed.read_text(errors="replace")
-
-    def wait(self, expect: int = 0, timeout: float = 400) -> Finished:
-        self.process.wait(timeout)
-        assert self.process.returncode == expect, self.output[-6000:]
-        return Finished(self.output, self.folder)
-
-
-class MainPPO:
-    """The real main_ppo, each run in a session of its own."""
-
-    def __init__(self, world: Path, directory: Path):
-        self.world, self.directory = world, directory
-        self.ray_folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
-        self.started: list[Running] = []
-
-    def __call__(self, *overrides: str, expect: int = 0, **how: Any) -> Finished:
-        """Run it to its end."""
-        return self.start(*overrides, **how).wait(expect)
-
-    def start(
-        self,
-        *overrides: str,
-        recipe: Sequence[str] = ("+recipe=demo_cpu",),
-        flags: Sequence[str] = (),
-        folder: str = "run",
-        program: Sequence[str] = ("-m", "verl.trainer.main_ppo"),
-        **environment: str,
-    ) -> Running:
-        """Start it, and go on."""
-        directory = self.directory / folder
-        directory.mkdir(exist_ok=True)
-        arguments = [
-            sys.executable, *program, *flags, *recipe, f"demo.dir={self.world}",
-            "data.train_batch_size=8", "data.max_response_length=24", "actor_rollout_ref.rollout.n=4",
-            "actor_rollout_ref.actor.ppo_mini_batch_size=4", "algorithm.filter_groups.enable=false",
-            "reward.reward_kwargs.overlong_buffer_cfg.len=8", "trainer.total_training_steps=1",
-            "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1", "trainer.logger=[console]",
-            f"trainer.default_local_dir={directory}/checkpoints", f"hydra.run.dir={directory}/hydra", *overrides,
-        ]  # fmt: skip
-        printed = directory / f"output-{len(self.started)}.txt"
-        with open(printed, "wb") as output:
-            process = subprocess.Popen(
-                arguments,
-                cwd=directory,
-                env={
-                    **os.environ,
-                    "PYTHONWARNINGS": "ignore",
-                    "VERL_PLATFORM": "cpu",
-                    "RAY_TMPDIR": self.ray_folder,
-                    **environment,
-                },
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.started.append(Running(process, printed, directory))
-        return self.started[-1]
-
-    def processes(self) -> list[int]:
-        """All processes of all runs, Ray's and the workers included, that are there now."""
-        return processes_with("RAY_TMPDIR", self.ray_folder)
-
-    def close(self) -> None:
-        """End what is left of the runs."""
-        for run in self.started:
-            with suppress(ProcessLookupError):
-                os.killpg(run.process.pid, signal.SIGKILL)
-            run.process.wait()
-        while left := self.processes():
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
-        shutil.rmtree(self.ray_folder, ignore_errors=True)
-
-
 @pytest.fixture
 def main_ppo(world: Path, tmp_path: Path) -> Iterator[MainPPO]:
     """Runs main_ppo; whatever it started is ended with the test."""
     runs = MainPPO(world, tmp_path)
     yield runs
     runs.close()
-
-
-#: All tokens of a step in one pool: verl deals the answers to the ranks before it cuts mini-batches, so of several
-#: mini-batches each has other members on another number of ranks. And all of them written down.
-ONE_POOL = (
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-    "entropy_fork.dump_every=1",
-    "entropy_fork.dump_answers=32",
-)
-
-
-@dataclass
-class Recorded:
-    """Four steps on one rank whose answers were recorded, and the settings that replay them."""
-
-    run: Finished
-    replay: tuple[str, ...]
 
 
 @pytest.fixture(scope="session")

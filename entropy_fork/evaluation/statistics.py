@@ -4,7 +4,7 @@
 of the per-question means, v = s²/n. The interval is Wilson's score interval with the effective number of answers
 p(1 − p)/v in place of their number (the design effect of survey statistics; Korn and Graubard 1998 use it in the same
 way). Unlike the t-interval of per-question means and the bootstrap over questions it stays within [0, 1], is never of
-width zero, and covers better near 0 and 1 (``tests/test_evaluation_statistics.py`` measures it).
+width zero, and covers better near 0 and 1 (``tests/evaluation/test_statistics.py`` measures it).
 
 It speaks of *other questions like these*. Two models on the *same* questions differ by less chance: the second standard
 error holds the questions fixed and is what another draw of answers would move.

@@ -2,7 +2,7 @@
 
 What is exact, and what is an estimate:
 
-* weights, gradients and optimizer states of FSDP are exact (``tests/test_memory.py`` counts the tensors that FSDP2
+* weights, gradients and optimizer states of FSDP are exact (``test_memory.py`` counts the tensors that FSDP2
   makes on real ranks);
 * activations are an estimate for dense decoder layers of the Llama and Qwen3 kind as ``transformers`` writes them, with
   flash attention. The same test runs real layers on fake tensors and counts every byte that is alive: within 5%;
@@ -397,7 +397,7 @@ def _gathered(model: ModelShape, layout: Layout) -> tuple[int, int, int]:
 
     With c and r bytes of compute and reduction: at the head ``2c·head + 2c·layer`` (weight and gradient of the head;
     this layer and the prefetched one); in a layer ``4c·layer`` (two layers, the buffer they come in, gradients); while
-    gradients are reduced ``(3c + r)·layer``, or ``(c + r)·head + 2c·layer``. Counted in tests/test_memory.py on
+    gradients are reduced ``(3c + r)·layer``, or ``(c + r)·head + 2c·layer``. Counted in test_memory.py on
     FSDP2 over fake ranks. A tied head is the root's and stays gathered throughout; without ``reshard_after_forward``
     all layers do.
     """

@@ -7,7 +7,7 @@ nothing of them, and they nothing of it: with ``entropy_fork=global`` each one b
 
 verl hands a registered estimator rewards, mask, groups and its config, but not the critic's values, which go to its own
 ``gae`` alone. So ``compute_advantage`` is wrapped where the V1 trainer takes it from, to remember the values of the
-batch at hand. Version guard: plugin.py. ``tests/test_advantages.py`` fails where verl calls it in another way.
+batch at hand. Version guard: plugin.py. ``tests/verl/test_advantages.py`` fails where verl calls it in another way.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Hooks: verl's ``PlatformRegistry``, ``EngineRegistry`` and ``RolloutReplicaRegis
 alone and never detected: the head node of a GPU cluster has no GPU either. Nothing here runs without that variable.
 
 Some places of verl 0.9 assume a GPU without offering a hook. Each is wrapped by one function below that says why, and
-``tests/test_platform_cpu.py`` fails when verl changes under it.
+``tests/verl/cpu/test_cpu_platform.py`` fails when verl changes under it.
 """
 
 from __future__ import annotations

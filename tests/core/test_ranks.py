@@ -1,0 +1,100 @@
+"""One mini-batch on 1, 2 and 4 real gloo ranks: the same tokens with the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.processes import Processes
+from helpers.rows import SELECTORS, TOP20, make_rows, take, weights_on_rank, with_padding_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entropy_fork.core.ranks import Ranks
+from entropy_fork.core.responses import Rule, select_in_pools, weigh_mini_batches
+from entropy_fork.core.selection import Selector
+from entropy_fork.core.tally import Pool, Tally
+from entropy_fork.core.weighting import TOKEN_MEAN
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    selector=SELECTORS,
+    mode=st.sampled_from([TOKEN_MEAN, "seq-mean-token-mean", "token-sum"]),
+    denominator=st.sampled_from(["kept", "all"]),
+    weight=st.sampled_from(["hard", "soft"]),
+    size=st.sampled_from([1, 2, 4]),
+    shuffle=st.randoms(use_true_random=False),
+)
+@settings(max_examples=120)
+def test_the_same_weights_on_any_number_of_ranks(
+    worlds: dict[int, Processes], seed: int, selector: Selector, mode: str, denominator: str, weight: str, size: int,
+    shuffle: Any,
+) -> None:  # fmt: skip
+    """Against one process with all rows: rows dealt out in another order, and padding rows among them."""
+    rule = Rule(selector, loss_agg_mode=mode, denominator=denominator, weight=weight)
+    rows = make_rows(seed, num_rows=8)
+    one = torch.zeros(8, dtype=torch.int64)
+    kept, pools = select_in_pools(rows, one, selector)
+    expected = weigh_mini_batches(rows, kept, one, rule).split(rows.lengths.tolist())
+
+    padded = with_padding_rows(rows, 4)
+    deal = list(range(12))
+    shuffle.shuffle(deal)
+    shares = [deal[rank::size] for rank in range(size)]
+    answers = worlds[size](weights_on_rank, [(take(padded, share), rule) for share in shares])
+    for share, (weights, pool) in zip(shares, answers, strict=True):
+        assert pool == pools[0] or (pool.threshold != pool.threshold and pool.num_kept == pools[0].num_kept)
+        for row, actual in zip(share, weights, strict=True):
+            wanted = expected[row] if row < 8 else torch.zeros(1)
+            if weight == "hard":
+                assert torch.equal(actual, wanted)
+            else:  # divided by a mean, whose last bits depend on the order of summation
+                torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=0)
+
+
+def test_no_token_anywhere(worlds: dict[int, Processes]) -> None:
+    """A mini-batch of padding rows alone, which verl's balancing can make."""
+    nothing = make_rows(0, num_rows=3, eligible=0.0)
+    for weights, pool in worlds[2](weights_on_rank, [(nothing, Rule(TOP20))] * 2):
+        assert pool.num_kept == pool.num_tokens == 0
+        assert not any(row.any() for row in weights)
+
+
+def test_broken_entropies_of_one_rank_stop_all(worlds: dict[int, Processes]) -> None:
+    """Every rank raises; none is left waiting in a collective."""
+    good, bad = make_rows(0, 4, eligible=1.0), make_rows(1, 4, eligible=1.0)
+    bad.entropy[3] = float("nan")
+    with pytest.raises(RuntimeError) as error:
+        worlds[2](weights_on_rank, [(good, Rule(TOP20)), (bad, Rule(TOP20))])
+    assert str(error.value).count("ValueError: the entropy of a response token is not finite") == 2
+    worlds[2](weights_on_rank, [(good, Rule(TOP20))] * 2)  # and the group is still in step
+
+
+def merged_tally(_: dict, tally: Tally) -> Tally:
+    return Ranks(torch.distributed.group.WORLD).merge_tallies(tally)
+
+
+def test_tallies_of_ranks_add_up(worlds: dict[int, Processes]) -> None:
+    """Counting on four ranks is counting once."""
+    rows = make_rows(5, num_rows=8)
+    advantages = torch.randn(rows.entropy.numel(), generator=torch.Generator().manual_seed(1))
+
+    def tally_of(members: list[int]) -> Tally:
+        part = take(rows, members)
+        by_row = advantages.split(rows.lengths.tolist())
+        kept = part.entropy * part.eligible > 1.0
+        pools = [Pool(int(part.eligible.sum()), int(kept.sum()), float(members[0]))]
+        values = torch.cat([by_row[row] for row in members])
+        return Tally.of(kept, part.entropy, part.eligible, part.lengths, pools, values, kept)
+
+    parts = [tally_of([rank, rank + 4]) for rank in range(4)]
+    for merged in worlds[4](merged_tally, [(part,) for part in parts]):
+        whole = tally_of([0, 4, 1, 5, 2, 6, 3, 7])
+        for name in ("num_tokens", "num_kept", "positive_kept", "negative_tokens", "responses", "kept_by_both"):
+            assert getattr(merged, name) == getattr(whole, name)
+        assert merged.entropy_dropped == pytest.approx(whole.entropy_dropped)
+        assert (merged.thresholds, merged.threshold_sum) == (4, 0 + 1 + 2 + 3)
+        assert (merged.threshold_min, merged.threshold_max) == (0, 3)
+        assert merged.pool_tokens_min == min(part.num_tokens for part in parts)

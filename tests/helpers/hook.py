@@ -1,0 +1,134 @@
+"""The advantage hook without Ray: a masked trainer over a batch that lies in memory, in verl's layout."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensordict import NonTensorStack, TensorDict
+
+from entropy_fork.core.responses import Rows
+from entropy_fork.verl import trainer
+from entropy_fork.verl.config import EntropyForkConfig
+from helpers.rows import jagged, make_rows
+
+NUM_ROWS, MINI_BATCH_ROWS = 16, 8
+
+
+class Stock:
+    """What the hook needs of verl's trainer."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def _setup(self) -> None:
+        self.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: [0], workers=[])
+
+    def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
+        return batch
+
+
+class Masked(trainer.TokenWeights, Stock): ...
+
+
+def run_hook(
+    monkeypatch: pytest.MonkeyPatch,
+    importance: float | None = None,
+    with_entropy: bool = True,
+    trainer_class: type | None = None,
+    rows: Rows | None = None,
+    spec: EntropyForkConfig | None = None,
+    loss_agg_mode: str = "token-mean",
+    keys: list[str] | None = None,
+    fields: dict[str, torch.Tensor] | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Run the hook with the preset ``global`` on two mini-batches, one of whose rows is padding.
+
+    Args:
+        monkeypatch: puts a batch in memory in the place of the TransferQueue.
+        importance: the weight of every token that rollout correction has left there already; none if not given.
+        with_entropy: whether verl's log-prob pass wrote its entropies.
+        trainer_class: the masked trainer, where it is another one.
+        rows, spec, loss_agg_mode: in the place of the rows, of the preset and of verl's aggregation.
+        keys, fields: in the place of the rows' keys, which make them answers to one prompt; and further fields, or
+            others in the place of those that are there. The data set's index is 0 for every row.
+
+    Returns:
+        the fields of the batch as workers would get them; and the metrics.
+    """
+    if rows is None:
+        rows = make_rows(seed=3, num_rows=NUM_ROWS, eligible=0.9)
+        rows.eligible.split(rows.lengths.tolist())[5].zero_()
+    sign = torch.tensor([1.0, -1.0]).repeat(NUM_ROWS // 2)
+    data = {
+        "prompts": jagged(torch.arange(2 * NUM_ROWS), torch.full((NUM_ROWS,), 2)),
+        "response_mask": jagged(rows.eligible, rows.lengths),
+        "advantages": jagged(sign.repeat_interleave(rows.lengths), rows.lengths),
+    }
+    data.update(fields or {})
+    if with_entropy:
+        data["entropy"] = jagged(rows.entropy, rows.lengths)
+    if importance is not None:
+        data["rollout_is_weights"] = jagged(torch.full_like(rows.entropy, importance), rows.lengths)
+
+    def get(keys: list[str], select_fields: list[str], **_: Any) -> TensorDict:
+        """As the TransferQueue does: a row as it is received, and all rows of a field put together."""
+        fields = {}
+        asked = [batch.keys.index(key) for key in keys]
+        for name in select_fields:
+            if name in data:
+                stored = data[name].unbind()
+                fields[name] = torch.nested.as_nested_tensor(
+                    [stored[row].clone() for row in asked], layout=torch.jagged
+                )
+            elif name == "index":
+                fields[name] = NonTensorStack(*[0] * len(asked))
+        return TensorDict(fields, batch_size=len(asked))
+
+    monkeypatch.setattr(trainer.tq, "kv_batch_get", get)
+
+    class Batch(SimpleNamespace):
+        def __len__(self) -> int:
+            return NUM_ROWS
+
+    batch = Batch(
+        keys=keys or [f"u_{row}_0" for row in range(NUM_ROWS)],
+        tags=[{"is_padding": not bool(mask.any())} for mask in rows.eligible.split(rows.lengths.tolist())],
+        partition_id="train",
+        fields=[*data, "index"],
+    )
+
+    def put(fields: Any, **_: Any) -> Batch:
+        data.update({name: jagged(field.values(), field.offsets().diff()) for name, field in fields.items()})
+        return batch
+
+    monkeypatch.setattr(trainer.tq, "kv_batch_put", put)
+    monkeypatch.setattr(trainer, "read_config", lambda config: spec or EntropyForkConfig())
+    monkeypatch.setattr(trainer, "check_maskable", lambda *_: None)
+    config = {
+        "actor_rollout_ref": {
+            "actor": {
+                "strategy": "fsdp2",
+                "use_kl_loss": False,
+                "entropy_coeff": 0,
+                "calculate_entropy": False,
+                "ppo_mini_batch_size": MINI_BATCH_ROWS,
+                "loss_agg_mode": loss_agg_mode,
+                "shuffle": False,
+                "policy_loss": {"loss_mode": "vanilla"},
+            },
+            "rollout": {"n": 1},
+        },
+        "trainer": {"critic_warmup": 0},
+    }
+    this = (trainer_class or Masked)(OmegaConf.create(config))
+    assert this.config.actor_rollout_ref.actor.policy_loss.loss_mode == "entropy_fork/vanilla"
+    this.global_steps = 1
+    monkeypatch.setattr(trainer.ray, "get", lambda answers: answers)  # the real one would start Ray
+    this._setup()
+    metrics: dict[str, float] = {}
+    this._compute_advantage(batch, metrics)
+    return data, metrics

@@ -1,0 +1,12 @@
+"""Where things lie, for tests in any folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+REPOSITORY = TESTS.parent
+
+#: PYTHONPATH of a process that is to find ``helpers`` and this copy of the package
+PYTHONPATH = f"{TESTS}{os.pathsep}{REPOSITORY}"

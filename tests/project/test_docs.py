@@ -1,0 +1,228 @@
+"""What the documentation says is there: links, commands, options, keys and files; and what docstrings must say.
+
+Every command line is read as a shell would and given to the parser of the command itself, so an option that is renamed
+fails here where a page still names the old one. That the commands do what the pages say is for the other tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import click
+import pytest
+import typer.main
+import yaml
+
+import entropy_fork
+from entropy_fork.cli import app
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "changes/*.md", ".github/**/*.md")
+    for path in REPOSITORY.glob(pattern)
+)
+SECTIONS = [
+    "Run it now", "Install into your cluster", "Reproduce the paper", "Choose your semantics", "Performance", "Limits",
+    "Citation",
+]  # fmt: skip
+
+FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
+#: what a reader is to put something of his own for
+PLACEHOLDER = re.compile(r"…|<[a-z ]+>")
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+
+
+@cache
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def spans(page: Path) -> list[str]:
+    """What stands between backticks in the text."""
+    return [" ".join(span.split()) for span in SPAN.findall(prose(page))]
+
+
+def command_lines(page: Path) -> list[str]:
+    """The lines of a page's blocks of shell, continued ones joined, without comments."""
+    lines = []
+    for _, language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "sh":
+            lines += re.sub(r"\\\n\s*", "", block).splitlines()
+    return [re.sub(r"\$\(.*?\)", "…", re.sub(r"(^|\s)#.*", "", line)).strip() for line in lines]
+
+
+def code(page: Path) -> list[str]:
+    return command_lines(page) + spans(page)
+
+
+def after(program: str, page: Path) -> Iterator[str]:
+    """What follows the name of a program wherever it is called, up to where a shell would end the command."""
+    for line in code(page):
+        for found in re.finditer(rf"(?:^|[\s;|(]|\.venv/bin/){program}\s+([^;|]*)", line):
+            yield found[1]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    found: set[str] = set()
+    for heading in HEADING.findall(prose(page)):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        number = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in found)
+        found.add(f"{slug}-{number}" if number else slug)
+    return found
+
+
+def test_the_readme_goes_from_what_it_is_to_how_to_cite_it() -> None:
+    readme = REPOSITORY / "README.md"
+    assert re.findall(r"^## (.+)$", prose(readme), re.MULTILINE) == SECTIONS
+    opening = prose(readme).split("\n## ")[0]
+    assert "](docs/forking_tokens.svg)" in opening, "no picture before the first section"
+    first = prose(readme).split("\n\n")[1]
+    assert len(re.findall(r"[.!?](?= [A-Z]|$)", first)) == 2, "what it is, in two sentences"
+
+
+@every_page
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = []
+    for link in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = unquote(link).partition("#")
+        target = (page.parent / path) if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@every_page
+def test_every_target_of_make_and_its_variables_exist(page: Path) -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    variables = set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE))
+    for called in after("make", page):
+        words = shlex.split(called)
+        assert words[0] in targets, f"make {called}"
+        assert {word.partition("=")[0] for word in words[1:] if "=" in word} <= variables, f"make {called}"
+
+
+@every_page
+def test_every_command_line_of_ours_is_one_that_the_command_takes(page: Path) -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group | typer.core.TyperGroup)
+    for called in after("entropy-fork", page):
+        command: click.Command = group
+        words = shlex.split(called)
+        while isinstance(command, click.Group | typer.core.TyperGroup) and words and not words[0].startswith("-"):
+            assert words[0] in command.commands, f"entropy-fork {called}: no such command"
+            command = command.commands[words.pop(0)]
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        named = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
+        assert named <= options | {"--help"}, f"entropy-fork {called}"
+        if called in spans_after(page) or PLACEHOLDER.search(called):
+            continue
+        with pytest.MonkeyPatch.context() as patch:  # Path options that must exist: here they are names in a text
+            patch.setattr(click.Path, "convert", lambda self, value, *_: value)
+            try:
+                command.make_context("entropy-fork", words)
+            except click.exceptions.Exit:
+                pass  # --help, --version
+            except click.UsageError as error:
+                pytest.fail(f"entropy-fork {called}: {error.format_message()}")
+
+
+def spans_after(page: Path) -> set[str]:
+    """Calls of ours in running text: often without their arguments."""
+    return {span.removeprefix("entropy-fork ") for span in spans(page)}
+
+
+@cache
+def keys(schema: str) -> set[str]:
+    """The keys of a config node, read in the source: importing it would import all of verl."""
+    for node in ast.parse((REPOSITORY / "entropy_fork/verl/config.py").read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == schema:
+            return {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+    raise AssertionError(f"{schema} is not in verl/config.py")
+
+
+@every_page
+def test_every_key_preset_recipe_and_cluster_exists(page: Path) -> None:
+    text = "\n".join(code(page))
+    for key, is_set in re.findall(r"(?<![\w/.:])\+{0,2}entropy_fork\.([a-z]\w*)(=?)", text):
+        is_module = any((REPOSITORY / "entropy_fork" / name).exists() for name in (key, f"{key}.py"))
+        assert key in keys("EntropyForkConfig") or (is_module and not is_set), f"entropy_fork.{key}"
+    for key in re.findall(r"entropy_fork_guards\.([a-z]\w*)", text):
+        assert key in keys("GuardsConfig"), f"entropy_fork_guards.{key}"
+    groups = "recipe|cluster|template|entropy_fork|entropy_fork_guards"
+    for group, names in re.findall(rf"(?<![\w.])\+?({groups})=([\w,]+)", text):
+        for name in names.split(","):
+            file = REPOSITORY / "recipes" / group / f"{name}.yaml"
+            assert file.is_file() or name in ("NAME", "KEY"), f"{group}={name}"
+
+
+@every_page
+def test_every_file_and_every_option_of_a_script_exists(page: Path) -> None:
+    rooms = "benchmarks|examples|tests|docs|recipes|entropy_fork|hydra_plugins"
+    for line in code(page):
+        for place in re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]+\.\w+", line):
+            assert (REPOSITORY / place).is_file(), f"{place} in: {line}"
+        scripts = re.findall(r"python3? ((?:benchmarks|examples)/[\w/]+\.py)([^;|]*)", line)
+        for module, arguments in re.findall(r"python3? -m (examples\.[\w.]+)([^;|]*)", line):
+            scripts.append((module.replace(".", "/") + ".py", arguments))
+        for script, arguments in scripts:
+            source = (REPOSITORY / script).read_text()
+            for option in re.findall(r"\s--([a-z][\w-]*)", arguments):
+                declared = rf"\"--{option}\"|\b{option.replace('-', '_')}: "
+                assert re.search(declared, source), f"--{option} in: {line}"
+
+
+def test_the_citation_and_the_changelog_are_of_this_version() -> None:
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == entropy_fork.__version__
+    assert "## [Unreleased]" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+PUBLIC_MODULES = [
+    path
+    for folder in ("entropy_fork", "hydra_plugins")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+    if path.name != "cli.py"  # whose docstrings are what --help shows
+]
+
+
+def public_functions(node: ast.Module | ast.ClassDef, of_class: str = "") -> Iterator[tuple[ast.FunctionDef, str]]:
+    """Each public function, and its docstring; __init__ and __post_init__ have that of their class."""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from public_functions(child, ast.get_docstring(child) or "")
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            if child.name in ("__init__", "__post_init__"):
+                yield child, of_class
+            elif not child.name.startswith("_"):
+                yield child, ast.get_docstring(child) or ""
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_docstrings_say_what_shape_tensors_have_and_what_is_raised(module: Path) -> None:
+    for function, docstring in public_functions(ast.parse(module.read_text())):
+        given = [argument.annotation for argument in (*function.args.args, *function.args.kwonlyargs)]
+        types = " ".join(ast.unparse(kind) for kind in (*given, function.returns) if kind is not None)
+        if re.search(r"\b(Tensor|ndarray|NDArray)\b", types):
+            # or whose they are
+            assert re.search(r"\bshapes?\b|:func:", docstring), f"{function.name}: no word on shapes"
+        for statement in ast.walk(function):
+            if isinstance(statement, ast.Raise) and isinstance(statement.exc, ast.Call):
+                error = ast.unparse(statement.exc.func)
+                assert error in docstring or error.startswith("_"), f"{function.name}: raises {error}, and does not say"

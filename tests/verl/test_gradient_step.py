@@ -1,0 +1,648 @@
+"""The mask that is made in the worker, in verl's own FSDP2 engine on 1, 2 and 4 real ranks.
+
+A mini-batch of twelve responses is dealt out to the ranks, cut into micro-batches by verl, and trained on for one step.
+What is compared is the gradient before the optimizer, with one that is computed here: one process, one forward pass, a
+plain selection and PPO's clipped loss, from nothing but the paper's formula.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers.mini_batch import NUM_ROWS, VOCABULARY, Answers, keep_gradients, make_answers, make_batch, make_engine
+from helpers.processes import Processes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from entropy_fork.core.responses import Rule
+from entropy_fork.core.selection import Selector
+from entropy_fork.verl.config import MASKABLE_LOSSES
+from entropy_fork.verl.gradient_step import tally_of
+from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK, EVERYWHERE, HEAD, RESPONSES
+
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+
+
+# --- the plain re-statement ------------------------------------------------------------------------------------------
+
+
+def forward(model: Qwen3ForCausalLM, answers: Answers) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probs and entropies of the response tokens, row by row."""
+    log_probs, entropies = [], []
+    for prompt, response in zip(answers.prompts, answers.responses, strict=True):
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        everything = logits.log_softmax(-1)
+        log_probs.append(everything[torch.arange(len(response)), response])
+        entropies.append(-(everything.exp() * everything).sum(-1).detach())
+    return log_probs, entropies
+
+
+def highest(entropies: list[Tensor], masks: list[Tensor], rows: list[int], ratio: float) -> set[tuple[int, int]]:
+    """The (row, position) of the ceil(ratio · n) highest entropies among the eligible tokens of some rows."""
+    tokens = [(row, t) for row in rows for t in range(len(masks[row])) if masks[row][t]]
+    tokens.sort(key=lambda token: -float(entropies[token[0]][token[1]]))
+    return set(tokens[: math.ceil(ratio * len(tokens) - 1e-9)])
+
+
+def ppo(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> Tensor:
+    """PPO's clipped loss of one token, with DAPO's two ends of the clip range."""
+    ratio = (log_prob - old_log_prob).exp()
+    return -torch.min(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
+
+
+def restated_gradient(
+    model: Qwen3ForCausalLM, answers: Answers, kept: set[tuple[int, int]], denominator: str, mode: str
+) -> dict[str, Tensor]:
+    log_probs, _ = forward(model, answers)
+    losses = [
+        ppo(log_probs[row], answers.old_log_probs[row], answers.advantages[row])
+        * (1.0 if answers.importance is None else answers.importance[row])
+        for row in range(NUM_ROWS)
+    ]
+    eligible = {(row, t) for row in range(NUM_ROWS) for t in range(len(losses[row])) if answers.masks[row][t]}
+    divisor = kept if denominator == "kept" else eligible
+    total = torch.zeros(())
+    for row, t in kept:
+        if mode == "token-mean":
+            total = total + losses[row][t] / len(divisor)
+        elif mode == "seq-mean-token-mean":  # over all rows of the mini-batch, as verl counts them
+            total = total + losses[row][t] / len([token for token in divisor if token[0] == row]) / NUM_ROWS
+        else:
+            total = total + losses[row][t]
+    model.zero_grad()
+    total.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# --- verl's engine, in the processes ---------------------------------------------------------------------------------
+
+
+def build_engine(state: dict[str, Any], path: str, use_remove_padding: bool) -> str:
+    """verl's FSDP2 engine for a tiny model, on packed or on padded rows. Returns its class's module."""
+    engine = make_engine(path, use_remove_padding)
+    keep_gradients(engine, state)
+    state.update(engine=engine, use_remove_padding=use_remove_padding)
+    return type(engine).__module__
+
+
+def train_step(
+    state: dict[str, Any], answers: Answers, rows: list[int], rule: Rule | None, cut: dict[str, Any], loss_mode: str,
+    **actor: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """One ``train_batch`` of verl's engine on some rows: the gradient, and what the loss was given row by row."""
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    from entropy_fork.verl.gradient_step import ROW_IDENTITY, RULE
+
+    engine = state["engine"]
+    config = FSDPActorConfig(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_mini_batch_size=NUM_ROWS,
+        ppo_micro_batch_size_per_gpu=NUM_ROWS,
+        clip_ratio_low=CLIP_LOW,
+        clip_ratio_high=CLIP_HIGH,
+        clip_ratio_c=1e9,  # without the dual clip, which the re-statement does not have
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=0.1),
+        **actor,
+    )
+
+    settings = {
+        "temperature": 1.0,
+        "global_batch_size": NUM_ROWS,
+        "use_remove_padding": state["use_remove_padding"],
+        **cut,
+    }
+    settings["calculate_entropy"] = config.entropy_coeff != 0
+    if rule is not None:
+        settings[RULE] = rule
+    data = make_batch(answers, rows, settings)
+
+    seen: dict[int, Tensor] = {}
+    micro_batches: list[list[int]] = []
+    outputs: list[dict[str, bool]] = []
+
+    def noting(model_output: dict[str, Any], data: Any, dp_group: Any = None) -> Any:
+        members = data[ROW_IDENTITY].values().view(-1, 2)[:, 0].tolist()
+        micro_batches.append(members)
+        outputs.append({name: output.requires_grad for name, output in model_output.items()})
+        if "rollout_is_weights" in data:
+            seen.update(zip(members, data["rollout_is_weights"].unbind(), strict=True))
+        return partial(ppo_loss, config=config)(model_output=model_output, data=data, dp_group=dp_group)
+
+    torch.manual_seed(0)  # clip_cov draws which tokens it clips
+    with engine.train_mode():
+        output = engine.train_batch(data, loss_function=noting)
+    return {
+        "gradients": state["gradients"],
+        "weights": seen,
+        "micro_batches": micro_batches,
+        "metrics": output["metrics"],
+        "outputs": outputs,
+    }
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Qwen3ForCausalLM, str]:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    return model, str(path)
+
+
+@pytest.fixture(scope="module")
+def worlds(model: tuple[Qwen3ForCausalLM, str]) -> Iterator[dict[int, Processes]]:
+    worlds = {size: Processes(size) for size in (1, 2, 4)}
+    for size, world in worlds.items():
+        modules = world(build_engine, [(model[1], size == 2)] * size)
+        assert set(modules) == {"entropy_fork.verl.engine"}
+    yield worlds
+    for world in worlds.values():
+        world.close()
+
+
+def train(
+    world: Processes, answers: Answers, rule: Rule | None, cut: dict[str, Any], deal: list[int] | None = None,
+    loss_mode: str = "entropy_fork/vanilla", **actor: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    deal = list(range(NUM_ROWS)) if deal is None else deal
+    share = NUM_ROWS // world.size
+    if rule is not None:
+        actor["loss_agg_mode"] = rule.loss_agg_mode
+    parts = [deal[rank * share : (rank + 1) * share] for rank in range(world.size)]
+    return world(partial(train_step, **actor), [(answers, part, rule, cut, loss_mode) for part in parts])
+
+
+def kept_of(answer: list[dict[str, Any]]) -> set[tuple[int, int]]:
+    """The (row, position) of the tokens that reached the loss with a weight."""
+    weights = {row: values for part in answer for row, values in part["weights"].items()}
+    return {(row, t) for row in weights for t in range(len(weights[row])) if weights[row][t] != 0}
+
+
+def close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+CUTS = st.sampled_from(
+    [{"use_dynamic_bsz": False, "micro_batch_size_per_gpu": size} for size in (1, 3)]
+    + [{"use_dynamic_bsz": True, "max_token_len_per_gpu": tokens} for tokens in (20, 45, 1000)]
+)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([1, 2, 4]),
+    cut=CUTS,
+    ratio=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
+    entropy=st.sampled_from(["old", "current"]),
+    denominator=st.sampled_from(["kept", "all"]),
+    mode=st.sampled_from(["token-mean", "seq-mean-token-mean", "token-sum"]),
+    importance=st.booleans(),
+    shuffle=st.randoms(use_true_random=False),
+)
+@settings(max_examples=40)
+def test_pool_mini_batch_is_the_formula_on_any_ranks_and_micro_batches(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], seed: int, size: int, cut: dict[str, Any],
+    ratio: float, entropy: str, denominator: str, mode: str, importance: bool, shuffle: Any,
+) -> None:  # fmt: skip
+    """Eq. 6 with one τ for the whole mini-batch, however it is cut, and whosever entropies they are."""
+    answers = make_answers(seed, importance)
+    entropies = forward(model[0], answers)[1] if entropy == "current" else answers.old_entropy
+    kept = highest(entropies, answers.masks, list(range(NUM_ROWS)), ratio)
+    deal = list(range(NUM_ROWS))
+    shuffle.shuffle(deal)
+    rule = Rule(Selector(ratio), entropy, "mini_batch", mode, denominator)
+    answer = train(worlds[size], answers, rule, cut, deal)
+    assert kept_of(answer) == kept
+    for part in answer:
+        close(part["gradients"], restated_gradient(model[0], answers, kept, denominator, mode))
+
+
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([1, 2, 4]),
+    cut=CUTS,
+    ratio=st.sampled_from([0.05, 0.2, 0.5]),
+    denominator=st.sampled_from(["kept", "all"]),
+    mode=st.sampled_from(["token-mean", "seq-mean-token-mean", "token-sum"]),
+)
+@settings(max_examples=25)
+def test_official_keeps_the_top_of_each_micro_batch(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], seed: int, size: int, cut: dict[str, Any],
+    ratio: float, denominator: str, mode: str,
+) -> None:  # fmt: skip
+    """The authors' algorithm: in each micro-batch of each rank, by itself, the ceil(ρ n) current entropies.
+
+    The denominator is counted over all of them, where the authors' code averages the means of the micro-batches.
+    """
+    answers = make_answers(seed)
+    answer = train(worlds[size], answers, Rule(Selector(ratio), "current", "micro_batch", mode, denominator), cut)
+    _, entropies = forward(model[0], answers)
+    micro_batches = [members for part in answer for members in part["micro_batches"]]
+    assert sorted(row for members in micro_batches for row in members) == list(range(NUM_ROWS))
+    kept = set().union(*(highest(entropies, answers.masks, members, ratio) for members in micro_batches))
+    assert kept_of(answer) == kept
+    for part in answer:
+        close(part["gradients"], restated_gradient(model[0], answers, kept, denominator, mode))
+
+
+@pytest.mark.parametrize(("size", "per_micro_batch"), [(1, 12), (1, 4), (2, 3), (4, 1)])
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_official_is_the_authors_update(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], size: int, per_micro_batch: int, ratio: float
+) -> None:
+    """Their whole algorithm in their order: mean over a micro-batch's kept tokens, then over micro-batches and ranks.
+
+    With responses of one length, where a mean of means is the mean over all kept tokens: there the two are the same.
+    """
+    answers = make_answers(seed=7)
+    for name in ("responses", "old_log_probs", "old_entropy", "advantages"):
+        setattr(
+            answers,
+            name,
+            [values[:1].repeat(8) if len(values) < 8 else values[:8] for values in getattr(answers, name)],
+        )
+    answers.masks = [torch.ones(8, dtype=torch.int64)] * NUM_ROWS
+    cut = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": per_micro_batch}
+    answer = train(worlds[size], answers, Rule(Selector(ratio), "current", "micro_batch"), cut)
+
+    plain = model[0]
+    plain.zero_grad()
+    kept = set()
+    share = NUM_ROWS // size
+    for rank in range(size):
+        rows_of_rank = list(range(rank * share, (rank + 1) * share))
+        accumulation = share // per_micro_batch
+        for start in range(0, share, per_micro_batch):
+            rows = rows_of_rank[start : start + per_micro_batch]
+            log_probs, entropies = forward(plain, answers)
+            tokens = highest(entropies, answers.masks, rows, ratio)
+            losses = [ppo(log_probs[r][t], answers.old_log_probs[r][t], answers.advantages[r][t]) for r, t in tokens]
+            (torch.stack(losses).mean() / accumulation / size).backward()
+            kept |= tokens
+    assert kept_of(answer) == kept
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None}
+    for part in answer:
+        close(part["gradients"], expected)
+
+
+ONE_BY_ONE = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
+THREE = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 3}
+PACKED = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 45}
+
+
+@pytest.mark.parametrize("entropy", ["old", "current"])
+@pytest.mark.parametrize("pool", ["response", "micro_batch"])
+@pytest.mark.parametrize("selector", [Selector(0.3), Selector(0.6, "bottom"), Selector(0.3, ties="threshold")])
+def test_the_other_pools_and_selectors(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], entropy: str, pool: str, selector: Selector
+) -> None:
+    answers = make_answers(seed=11)
+    answer = train(worlds[2], answers, Rule(selector, entropy, pool), PACKED)
+    entropies = forward(model[0], answers)[1] if entropy == "current" else answers.old_entropy
+    if selector.select == "bottom":
+        entropies = [-values for values in entropies]
+    pools = [members for part in answer for members in part["micro_batches"]]
+    if pool == "response":
+        pools = [[row] for row in range(NUM_ROWS)]
+    kept = set().union(*(highest(entropies, answers.masks, members, selector.top_ratio) for members in pools))
+    assert kept_of(answer) == kept
+    for part in answer:
+        close(part["gradients"], restated_gradient(model[0], answers, kept, "kept", "token-mean"))
+
+
+def test_soft_weights_of_the_current_policy(worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str]) -> None:
+    """In proportion to the entropy, with a mean of 1 over all ranks, times the factor of the denominator."""
+    answers = make_answers(seed=2)
+    for pool in ("micro_batch", "mini_batch"):
+        answer = train(
+            worlds[2], answers, Rule(Selector(0.4), "current", pool, denominator="all", weight="soft"), THREE
+        )
+        kept = kept_of(answer)
+        _, entropies = forward(model[0], answers)
+        mean = sum(float(entropies[row][t]) for row, t in kept) / len(kept)
+        weights = {row: values for part in answer for row, values in part["weights"].items()}
+        for row, t in kept:
+            assert float(weights[row][t]) == pytest.approx(float(entropies[row][t]) / mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss_mode", MASKABLE_LOSSES)
+@pytest.mark.parametrize("pool", ["micro_batch", "mini_batch"])
+def test_every_loss_of_verl(worlds: dict[int, Processes], loss_mode: str, pool: str) -> None:
+    """verl's own loss, given the weights that we made as importance weights, has the gradient of the masked one."""
+    answers = make_answers(seed=3)
+    masked = train(
+        worlds[2], answers, Rule(Selector(0.3), "current", pool), THREE, loss_mode=f"entropy_fork/{loss_mode}"
+    )
+    weights = {row: values for part in masked for row, values in part["weights"].items()}
+    given = replace(answers, importance=[weights[row] for row in range(NUM_ROWS)])
+    plain = train(worlds[2], given, None, THREE, loss_mode=loss_mode)
+    assert 0 < len(kept_of(masked)) < sum(int(mask.sum()) for mask in answers.masks)
+    for name, gradient in plain[0]["gradients"].items():
+        assert torch.equal(masked[0]["gradients"][name], gradient), name
+    assert any(gradient.abs().sum() > 0 for gradient in plain[0]["gradients"].values())
+
+
+@pytest.mark.parametrize("pool", ["response", "micro_batch", "mini_batch"])
+@pytest.mark.parametrize("cut", [ONE_BY_ONE, PACKED])
+def test_everything_kept_is_the_plain_update_bit_for_bit(
+    worlds: dict[int, Processes], pool: str, cut: dict[str, Any]
+) -> None:
+    answers = make_answers(seed=4)
+    for entropy in ("old", "current"):
+        masked = train(worlds[2], answers, Rule(Selector(1.0), entropy, pool), cut)
+        plain = train(worlds[2], answers, None, cut, loss_mode="vanilla")
+        for name, gradient in plain[0]["gradients"].items():
+            assert torch.equal(masked[0]["gradients"][name], gradient), name
+
+
+@pytest.mark.parametrize(("entropy", "pool"), [("old", "mini_batch"), ("current", "micro_batch")])
+def test_rejected_tokens_stay_in_verls_divisor(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], entropy: str, pool: str
+) -> None:
+    """The loss is the mean over the kept tokens times the share not rejected; with ρ = 1.0 it is the plain one."""
+    answers = make_answers(seed=9)
+    before = answers.masks
+    masks = [mask.clone() for mask in before]
+    for row in (0, 4, 7):
+        masks[row][1:] = 0
+    answers = replace(answers, masks=masks, masks_before=before)
+    share = sum(int(mask.sum()) for mask in masks) / sum(int(mask.sum()) for mask in before)
+    assert share < 0.9
+
+    answer = train(worlds[2], answers, Rule(Selector(0.3), entropy, pool), PACKED)
+    expected = restated_gradient(model[0], answers, kept_of(answer), "kept", "token-mean")
+    close(answer[0]["gradients"], {name: gradient * share for name, gradient in expected.items()})
+
+    everything = train(worlds[2], answers, Rule(Selector(1.0), entropy, pool), PACKED)
+    plain = train(worlds[2], answers, None, PACKED, loss_mode="vanilla")
+    for name, gradient in plain[0]["gradients"].items():
+        assert torch.equal(everything[0]["gradients"][name], gradient), name
+
+
+@pytest.mark.parametrize("pool", ["micro_batch", "mini_batch"])
+def test_entropy_bonus_and_kl_loss_are_those_of_all_tokens(worlds: dict[int, Processes], pool: str) -> None:
+    """What the two terms add to the gradient is the same with and without the mask."""
+    answers = make_answers(seed=5)
+    terms = {"entropy_coeff": 0.3, "use_kl_loss": True, "kl_loss_coef": 0.7, "kl_loss_type": "k3"}
+    rule = Rule(Selector(0.2), "current", pool)
+    added = []
+    for masked in (True, False):
+        arguments = (rule, THREE) if masked else (None, THREE)
+        loss_mode = "entropy_fork/vanilla" if masked else "vanilla"
+        with_terms, without = (
+            train(worlds[2], answers, *arguments, loss_mode=loss_mode, **actor) for actor in (terms, {})
+        )
+        added.append({n: with_terms[0]["gradients"][n] - g for n, g in without[0]["gradients"].items()})
+    close(added[0], added[1])
+    assert any(gradient.abs().sum() > 0 for gradient in added[1].values())
+
+
+def graphs_of_entropies(state: dict[str, Any], answers: Answers, rows: list[int], **actor: Any) -> list[bool]:
+    """Whether the entropies that a mask in the loss is made of have a graph."""
+    seen: list[bool] = []
+    prepare = state["engine"].prepare_model_outputs
+
+    def noting(**arguments: Any) -> Any:
+        model_output = prepare(**arguments)
+        seen.append(model_output[ENTROPY_OF_MASK].requires_grad)
+        return model_output
+
+    state["engine"].prepare_model_outputs = noting
+    try:
+        rule = Rule(Selector(0.2), "current", "micro_batch")
+        train_step(state, answers, rows, rule, THREE, "entropy_fork/vanilla", **actor)
+    finally:
+        del state["engine"].prepare_model_outputs
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 2])  # packed rows, and padded ones
+def test_no_graph_of_entropies_that_only_the_mask_looks_at(worlds: dict[int, Processes], size: int) -> None:
+    """It would be as large as the logits; and verl would report the entropies as its own."""
+    rule, world = Rule(Selector(0.2), "current", "micro_batch"), worlds[size]
+    share = NUM_ROWS // size
+    parts = [(make_answers(6), list(range(rank * share, (rank + 1) * share))) for rank in range(size)]
+    for actor in ({}, {"entropy_coeff": 0.1}):
+        for seen in world(partial(graphs_of_entropies, **actor), parts):
+            assert seen == [False] * (4 // size)
+    for part in train(world, make_answers(6), rule, THREE):
+        assert part["outputs"] == [{"log_probs": True}] * (4 // size)
+        assert "actor/entropy_loss" not in part["metrics"]
+    for part in train(world, make_answers(6), rule, THREE, entropy_coeff=0.1):
+        assert part["outputs"] == [{"log_probs": True, "entropy": True}] * (4 // size)
+        assert "actor/entropy_loss" in part["metrics"]
+    # the engine is as it was, and the pass before the step keeps none either
+    for plain in (None, Rule(Selector(0.2), "current")):
+        mode = "vanilla" if plain is None else "entropy_fork/vanilla"
+        for part in train(world, make_answers(6), plain, THREE, loss_mode=mode):
+            assert part["outputs"] == [{"log_probs": True}] * (4 // size)
+
+
+# --- the pass without gradients --------------------------------------------------------------------------------------
+
+
+def step_after_a_pass(state: dict[str, Any], path: str, answers: Answers, offload: bool) -> dict[str, Any]:
+    """A step by the current entropies of the mini-batch; and the engine's modes in its pass, its update, an error."""
+    from unittest.mock import patch
+
+    from verl.utils.activation_offload import SynchronizedGroupOffloadHandler
+
+    from entropy_fork.verl.gradient_step import _without_training
+
+    modes: list[tuple[str, set[bool]]] = []
+    engine = make_engine(path, use_remove_padding=True, enable_activation_offload=offload)
+    keep_gradients(engine, state)
+    state.update(engine=engine, use_remove_padding=True)
+    forward_backward_batch = engine.forward_backward_batch
+
+    def note() -> None:
+        modes.append((engine.mode, {module.training for module in engine.module.modules()}))
+
+    def noting(*arguments: Any, **keywords: Any) -> Any:
+        note()
+        return forward_backward_batch(*arguments, **keywords)
+
+    engine.forward_backward_batch = noting
+    unpinned = partial(SynchronizedGroupOffloadHandler.offload, pin_memory=False)  # which needs an accelerator
+    with patch.object(SynchronizedGroupOffloadHandler, "offload", staticmethod(unpinned)):
+        rule, rows = Rule(Selector(0.3), "current", "mini_batch"), list(range(NUM_ROWS))
+        answer = train_step(state, answers, rows, rule, THREE, "entropy_fork/vanilla")
+    with engine.train_mode():
+        with pytest.raises(ZeroDivisionError), _without_training(engine):
+            raise ZeroDivisionError
+        note()
+    return answer | {"modes": modes}
+
+
+@pytest.fixture(scope="module")
+def dropping_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Qwen3ForCausalLM, str]:
+    """A model of three layers, the fewest that verl offloads activations of."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=True,
+        attention_dropout=0.5,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    path = tmp_path_factory.mktemp("dropping_out")
+    model.save_pretrained(path)
+    return model, str(path)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_pass_before_a_step_runs_as_verl_runs_a_pass(
+    dropping_out: tuple[Qwen3ForCausalLM, str], offload: bool
+) -> None:
+    """Dropout off, so the mask is that of the model's own entropies; activations are offloaded in the update alone."""
+    model, path = dropping_out
+    answers = make_answers(seed=21)
+    world = Processes(1)
+    try:
+        (answer,) = world(step_after_a_pass, [(path, answers, offload)])
+    finally:
+        world.close()
+    assert answer["modes"] == [("eval", {False}), ("train", {True}), ("train", {True})]
+    assert kept_of([answer]) == highest(forward(model, answers)[1], answers.masks, list(range(NUM_ROWS)), 0.3)
+    assert all(bool(gradient.isfinite().all()) for gradient in answer["gradients"].values())
+
+
+# --- the old policy's entropies and the current one's ----------------------------------------------------------------
+
+
+def overlap(state: dict[str, Any], path: str, answers: Answers, how: dict[str, Any], rule: Rule, head: str) -> float:
+    """``overlap_with_old`` of a step whose old entropies a log-prob pass with the same weights made."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import response_from_nested
+
+    from entropy_fork.verl.gradient_step import RULE
+
+    key = ("engine", str(how))
+    if key not in state:
+        state[key] = make_engine(path, **how)
+        keep_gradients(state[key], state)
+    engine = state[key]
+    settings = {
+        "temperature": 0.6, "global_batch_size": NUM_ROWS, "use_remove_padding": how["use_remove_padding"],
+        "use_fused_kernels": how.get("use_fused_kernels", False),
+        "calculate_entropy": True, "compute_loss": False, "use_dynamic_bsz": True, "max_token_len_per_gpu": 60,
+    }  # fmt: skip
+    everything = list(range(NUM_ROWS))
+    passed = make_batch(answers, everything, {**settings, HEAD: head})
+    with engine.eval_mode():
+        output = engine.infer_batch(passed)["model_output"]
+    old = response_from_nested(output["entropy"], passed["response_mask"])
+    data = make_batch(
+        replace(answers, old_entropy=list(old.unbind())), everything, {**settings, HEAD: EVERYWHERE, RULE: rule}
+    )
+    tu.assign_non_tensor(data, calculate_entropy=False, compute_loss=True)
+
+    def loss(model_output: dict[str, Any], data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
+        return model_output["log_probs"].values().sum(), {}
+
+    with engine.train_mode():
+        metrics = engine.train_batch(data, loss)["metrics"]
+    ours = {name: values[0] for name, values in metrics.items() if name.startswith("entropy_fork/")}
+    return tally_of(ours, num_mini_batches=1).metrics()["overlap_with_old"]
+
+
+FUSED = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}}
+
+
+@pytest.mark.parametrize("param_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("packing", ["packed", "padded", "packed, fused"])
+def test_with_unchanged_weights_the_current_mask_is_the_old_one(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], packing: str, param_dtype: str
+) -> None:
+    """``overlap_with_old`` is exactly 1, whichever head made the old entropies, and wherever the mask is made."""
+    how = {"use_remove_padding": packing != "padded", "param_dtype": param_dtype}
+    world = worlds[1]
+    if "fused" in packing:  # verl's fused kernels replace the forward pass of the model's class
+        how, world = how | FUSED, Processes(1)
+    cases = itertools.product((0, 1), ("micro_batch", "mini_batch"), (RESPONSES, EVERYWHERE))
+    try:
+        for seed, pool, head in cases:
+            rule = Rule(Selector(0.2), "current", pool)
+            (found,) = world(overlap, [(model[1], make_answers(seed), how, rule, head)])
+            assert found == 1.0, (seed, pool, head)
+    finally:
+        if world is not worlds[1]:
+            world.close()
+
+
+def test_what_the_step_reports(worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str]) -> None:
+    """The same numbers from both ranks, of the whole mini-batch; averaged over mini-batches by verl, then a tally."""
+    answers = make_answers(seed=8)
+    reports = train(worlds[2], answers, Rule(Selector(0.3), "current"), THREE)
+    ours = [{k: v for k, v in part["metrics"].items() if k.startswith("entropy_fork/")} for part in reports]
+    selection = {k: v for k, v in ours[0].items() if "loss_" not in k}
+    assert selection == {k: v for k, v in ours[1].items() if "loss_" not in k}
+    metrics = tally_of({name: values[0] for name, values in selection.items()}, num_mini_batches=3).metrics()
+
+    _, entropies = forward(model[0], answers)
+    everything = list(range(NUM_ROWS))
+    kept = highest(entropies, answers.masks, everything, 0.3)
+    by_old = highest(answers.old_entropy, answers.masks, everything, 0.3)
+    eligible = {(row, t) for row in everything for t in range(len(answers.masks[row])) if answers.masks[row][t]}
+    positive = {token for token in eligible if answers.advantages[token[0]][0] > 0}
+    threshold = min(float(entropies[row][t]) for row, t in kept)
+    responses = {row for row, _ in eligible}
+    for name, expected in {
+        "kept_tokens": 3 * len(kept),
+        "kept_ratio": len(kept) / len(eligible),
+        "pool_tokens": len(eligible),
+        "threshold": threshold,
+        "threshold_min": threshold,
+        "threshold_max": threshold,
+        "entropy_kept": sum(float(entropies[row][t]) for row, t in kept) / len(kept),
+        "kept_ratio_positive": len(kept & positive) / len(positive),
+        "kept_ratio_negative": len(kept - positive) / len(eligible - positive),
+        "responses_without_kept": len(responses - {row for row, _ in kept}) / len(responses),
+        "overlap_with_old": len(kept & by_old) / len(kept),
+    }.items():
+        assert metrics[name] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_importance_weights_do_not_pass_for_a_mask(worlds: dict[int, Processes]) -> None:
+    """The rule got lost on the way, but rollout correction wrote weights: the loss of a masked run still refuses."""
+    answers = make_answers(9, importance=True)
+    with pytest.raises(RuntimeError, match=r"no token weights reached the policy loss in .* pid \d+"):
+        train(worlds[2], answers, None, THREE)
+
+
+def cut_otherwise(state: dict[str, Any], answers: Answers, rows: list[int]) -> None:
+    from entropy_fork.verl import gradient_step
+
+    original = gradient_step._cut
+    gradient_step._cut = lambda *arguments: original(*arguments)[::-1]
+    try:
+        train_step(state, answers, rows, Rule(Selector(0.2), "current", "micro_batch"), THREE, "entropy_fork/vanilla")
+    finally:
+        gradient_step._cut = original
+
+
+def test_micro_batches_that_were_not_counted_stop_the_run(worlds: dict[int, Processes]) -> None:
+    """Should verl ever cut a mini-batch in another way than the function that we ask."""
+    with pytest.raises(RuntimeError, match="verl cut the mini-batch into other micro-batches than were counted"):
+        worlds[1](cut_otherwise, [(make_answers(10), list(range(NUM_ROWS)))])

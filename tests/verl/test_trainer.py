@@ -1,0 +1,280 @@
+"""The advantage hook on batches in verl's layout: pools are mini-batches over all ranks, whatever the layout."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.hook import Masked, Stock, run_hook
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPActorConfig
+
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.core.selection import Selector
+from entropy_fork.core.tally import Pool
+from entropy_fork.verl import trainer
+from entropy_fork.verl.config import EntropyForkConfig, guarded_name
+from entropy_fork.verl.policy_loss import weights_written
+
+
+def make_rows(num_rows: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (num_rows,), generator=random).tolist()
+    entropies = [(torch.rand(n, generator=random) * 8).round() / 4 for n in lengths]
+    masks = [(torch.rand(n, generator=random) < 0.9).long() for n in lengths]
+    return entropies, masks
+
+
+def weights_by_row(
+    entropies: list[torch.Tensor], masks: list[torch.Tensor], mini_batch: torch.Tensor, order: torch.Tensor, rule: Rule
+) -> tuple[list[torch.Tensor], list[Pool]]:
+    lengths = torch.tensor([len(row) for row in entropies])
+    rows = Rows(torch.cat(entropies), torch.cat(masks), lengths, order, seeds=order)
+    kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
+    return list(weigh_mini_batches(rows, kept, mini_batch, rule).split(lengths.tolist())), pools
+
+
+TOP20 = Selector(0.2)
+RULES = st.sampled_from(
+    [
+        Rule(TOP20),
+        Rule(TOP20, pool="batch"),
+        Rule(TOP20, pool="response"),
+        Rule(TOP20, denominator="all"),
+        Rule(TOP20, weight="soft"),
+        Rule(Selector(0.8, "bottom")),
+        Rule(Selector(0.2, "random")),
+        Rule(Selector(0.2, "band", band_from=0.1)),
+        Rule(Selector(0.2, ties="threshold")),
+    ]
+)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), RULES)
+@settings(max_examples=150)
+def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
+    seed: int, dp_size: int, num_pools: int, rule: Rule
+) -> None:
+    """The same mini-batches laid out for 1, 2 and 4 ranks, with the rows in another order, and padding rows."""
+    rows_per_pool = 8
+    entropies, masks = make_rows(rows_per_pool * num_pools, seed)
+    pool_of = [row // rows_per_pool for row in range(len(entropies))]
+    expected, _ = weights_by_row(entropies, masks, torch.tensor(pool_of), torch.arange(len(entropies)), rule)
+
+    # verl's layout: rank r holds, one mini-batch behind the other, its share of each; 4 padding rows per mini-batch.
+    random = np.random.default_rng(seed)
+    layout: list[int | None] = []
+    shares = []
+    for pool in range(num_pools):
+        members: list[int | None] = [row for row in range(len(entropies)) if pool_of[row] == pool]
+        members += [None] * 4
+        random.shuffle(members)  # type: ignore[arg-type]
+        shares.append(np.array(members, dtype=object).reshape(dp_size, -1))
+    for rank in range(dp_size):
+        for share in shares:
+            layout.extend(share[rank])
+    worker = SimpleNamespace(_query_dispatch_info=lambda name: list(range(dp_size)))
+    this = SimpleNamespace(config=actor_config(rows_per_pool + 4), actor_rollout_wg=worker)
+    mini_batch = trainer.TokenWeights._mini_batch_of_row(this, len(layout))  # type: ignore[arg-type]
+    padded = [torch.tensor([5.0]) if row is None else entropies[row] for row in layout]
+    padded_masks = [torch.tensor([0]) if row is None else masks[row] for row in layout]
+    order = torch.tensor([10**6 + i if row is None else row for i, row in enumerate(layout)])
+    actual, pools = weights_by_row(padded, padded_masks, mini_batch, order, rule)
+
+    for row, weights in zip(layout, actual, strict=True):
+        # soft weights are divided by a mean, whose last bits depend on the order of summation
+        torch.testing.assert_close(weights, torch.zeros(1) if row is None else expected[row], rtol=1e-6, atol=0)
+    if rule != Rule(TOP20):
+        return
+    for pool, statistics in enumerate(pools):
+        tokens = sum(int(masks[row].sum()) for row in range(len(masks)) if pool_of[row] == pool)
+        assert statistics.num_tokens == tokens
+        assert statistics.num_kept == max(1, math.ceil(tokens / 5))
+
+
+def actor_config(rows: int) -> SimpleNamespace:
+    section = SimpleNamespace(
+        actor=SimpleNamespace(ppo_mini_batch_size=rows, loss_agg_mode="token-mean"), rollout=SimpleNamespace(n=1)
+    )
+    return SimpleNamespace(actor_rollout_ref=section)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_mini_batches_are_those_that_verls_worker_cuts(dp_size: int) -> None:
+    """Against verl's own iterator over the contiguous part of each rank (engine_workers.py: train_mini_batch)."""
+    num_rows, mini_batch_rows = 48, 16
+    worker = SimpleNamespace(_query_dispatch_info=lambda name: list(range(dp_size)))
+    this = SimpleNamespace(config=actor_config(mini_batch_rows), actor_rollout_wg=worker)
+    ours = trainer.TokenWeights._mini_batch_of_row(this, num_rows)  # type: ignore[arg-type]
+    for rank in range(dp_size):
+        rows = torch.arange(num_rows).chunk(dp_size)[rank]
+        part = tu.get_tensordict({"row": rows, "ours": ours[rows]})
+        batches = tu.make_iterator(part, mini_batch_size=mini_batch_rows // dp_size, epochs=1, seed=42 + rank)
+        for number, batch in enumerate(batches):
+            assert batch["ours"].tolist() == [number] * (mini_batch_rows // dp_size)
+
+
+def test_rows_that_cannot_be_cut_are_refused() -> None:
+    worker = SimpleNamespace(_query_dispatch_info=lambda name: [0, 1])
+    this = SimpleNamespace(config=actor_config(16), actor_rollout_wg=worker)
+    with pytest.raises(EntropyForkError, match="50 rows cannot be cut"):
+        trainer.TokenWeights._mini_batch_of_row(this, 50)  # type: ignore[arg-type]
+
+
+def test_verls_older_trainer_refuses_a_mask() -> None:
+    """A program that derives its trainer from it never comes past main_ppo's checks."""
+    config = OmegaConf.create({"entropy_fork": {"top_ratio": 0.2}})
+    with pytest.raises(EntropyForkError, match=r"RayPPOTrainer in .* pid \d+ .*has no token weights.*entropy_fork=off"):
+        RayPPOTrainer(config, None, {}, None)
+    config.entropy_fork.enabled = False
+    with pytest.raises(AttributeError):  # verl's own constructor, which wants more of a config than this
+        RayPPOTrainer(config, None, {}, None)
+
+
+def test_every_trainer_of_verls_is_masked_whoever_derives_it() -> None:
+    """The stock classes can be imported, so it must be in them and not in a registry."""
+    from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
+
+    for stock in (PPOTrainerSync, PPOTrainerColocateAsync, PPOTrainerSeparateAsync):
+
+        class Derived(stock):  # type: ignore[misc, valid-type]
+            def on_init_end(self) -> None: ...
+
+            def _compute_advantage(self, batch: object, metrics: dict[str, float]) -> object:
+                return super()._compute_advantage(batch, metrics)
+
+        order = [kind.__name__ for kind in Derived.__mro__]
+        assert order.index("PPOTrainer") < order.index("TokenWeights") < order.index("StockPPOTrainer")
+        for name in trainer.EXTENDED:
+            first = next(kind for kind in PPOTrainer.__mro__[1:] if name in vars(kind))
+            assert first.__module__.startswith("entropy_fork."), name
+
+    class Asked(Derived):
+        def __init__(self) -> None:  # as tests of verl's make a trainer
+            self.config = OmegaConf.create({"entropy_fork": {"top_ratio": 7}})
+
+    for method in ("_save_checkpoint", "_load_checkpoint"):
+        with pytest.raises(EntropyForkError, match="top_ratio must be in"):
+            getattr(Asked(), method)()
+
+
+def test_verls_methods_stay_verls_for_whoever_looks_at_them() -> None:
+    """verl's own tests call them with another ``self``, and programs read their signatures and replace them."""
+    (stock,) = [kind for kind in PPOTrainer.__mro__ if kind.__name__ == "StockPPOTrainer"]
+    for name in trainer.EXTENDED:
+        method = vars(PPOTrainer)[name]
+        assert inspect.signature(method) == inspect.signature(vars(stock)[name])
+        assert (method.__module__, method.__qualname__) == (PPOTrainer.__module__, f"PPOTrainer.{name}")
+        assert pickle.loads(pickle.dumps(method)) is method
+    plain = SimpleNamespace(config=SimpleNamespace(trainer=SimpleNamespace(resume_mode="disable")))
+    PPOTrainer._load_checkpoint(plain)  # a self that is no trainer
+    assert plain.global_steps == 0
+
+    class Bare(PPOTrainer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.config = plain.config
+
+        def on_sample_end(self) -> None: ...
+
+        def on_step_end(self) -> None: ...
+
+    bare = Bare()
+    bare._load_checkpoint()  # a config that is not OmegaConf's
+    assert bare.global_steps == 0
+    bare.config = OmegaConf.create({"trainer": {"critic_warmup": 0}})
+    bare.token_dump = "a folder"  # an attribute of the user's own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock, "_compute_advantage", lambda self, batch, metrics: batch)
+        assert bare._compute_advantage("batch", {}) == "batch"
+
+
+def test_verls_trainer_calls_what_is_extended() -> None:
+    """Fails when verl takes a step or starts in another way: read what it does now."""
+    step = inspect.getsource(PPOTrainer._step_once)
+    calls = ("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_advantage", "_update_actor")
+    places = [step.index(f"batch = self.{name}(batch, metrics=metrics)") for name in calls]
+    assert places == sorted(places)
+    assert "self._setup()\n        self.on_init_end()" in inspect.getsource(PPOTrainer.init)
+    (stock,) = [kind for kind in PPOTrainer.__mro__ if kind.__name__ == "StockPPOTrainer"]
+    assert set(trainer.EXTENDED) <= set(vars(stock))
+    assert all(vars(PPOTrainer)[name].__wrapped__ is vars(stock)[name] for name in trainer.EXTENDED)
+    assert "self.actor_rollout_wg.init_model()" in inspect.getsource(vars(stock)["_setup"])
+
+
+def test_a_trainer_whose_advantages_are_its_own_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves verl's out, and with it the weights; and another batch than the weighed one may reach the actor."""
+    data, _ = run_hook(monkeypatch)
+    assert "rollout_is_weights" in data
+
+    class Theirs(Masked):
+        def _compute_advantage(self, batch: object, metrics: dict[str, float]) -> object:
+            return batch
+
+    this = Theirs.__new__(Theirs)
+    this.entropy_fork, this.weighed_keys = EntropyForkConfig(), []
+    batch = SimpleNamespace(keys=["u_0_0"], extra_info={})
+    with pytest.raises(EntropyForkError, match=r"Theirs in .* pid \d+.*no token weights.*super\(\)._compute_advantage"):
+        this._update_actor(this._compute_advantage(batch, {}), {})
+
+
+@pytest.mark.parametrize("importance", [None, 0.5])
+def test_a_trainer_that_writes_over_the_weights_stops(
+    monkeypatch: pytest.MonkeyPatch, importance: float | None
+) -> None:
+    """Importance weights of its own in the same field: the batch is the weighed one, and its weights are gone."""
+    batches = []
+
+    class Updating(Stock):
+        def _update_actor(self, batch: Any, metrics: dict[str, float]) -> Any:
+            """Metrics as the guarded loss gives them."""
+            fields = trainer.tq.kv_batch_get(keys=batch.keys, select_fields=["response_mask", "rollout_is_weights"])
+            mask, weights = (fields[name].values()[None] for name in ("response_mask", "rollout_is_weights"))
+            with weights_written():
+                _, said = get_policy_loss_fn(guarded_name("vanilla"))(
+                    old_log_prob=torch.zeros_like(weights),
+                    log_prob=torch.zeros_like(weights),
+                    advantages=torch.ones_like(weights),
+                    response_mask=mask,
+                    config=FSDPActorConfig(
+                        strategy="fsdp2", rollout_n=1, ppo_mini_batch_size=1, ppo_micro_batch_size_per_gpu=1
+                    ),
+                    rollout_is_weights=weights,
+                )
+            metrics.update({f"actor/{name.removeprefix('actor/')}": value for name, value in said.items()})
+            return batch
+
+    class Theirs(trainer.TokenWeights, Updating):
+        def _compute_advantage(self, batch: Any, metrics: dict[str, float]) -> Any:
+            batch = super()._compute_advantage(batch, metrics)
+            batch.extra_info = {}
+            batches.append((self, batch))
+            return batch
+
+    data, _ = run_hook(monkeypatch, trainer_class=Theirs, importance=importance)
+    ((this, batch),) = batches
+    metrics: dict[str, float] = {}
+    this._update_actor(batch, metrics)
+    assert metrics["entropy_fork/ppo_kl"] == 0.0
+    assert "actor/entropy_fork/loss_dropped" not in metrics
+    data["rollout_is_weights"].values().fill_(0.5)
+    with pytest.raises(EntropyForkError, match=r"tokens .* weight 0.*trained on all of them.*wrote the field"):
+        this._update_actor(batch, {})
+
+
+def test_a_batch_without_entropies_stops_with_the_name_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the authors' code the mask was silently off for five months."""
+    with pytest.raises(EntropyForkError, match=r"no entropies in .* pid \d+"):
+        run_hook(monkeypatch, with_entropy=False)
