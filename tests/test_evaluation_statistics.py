@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_fork.evaluation.report import paper, paper_cells
+from entropy_fork.evaluation.results import paper, paper_cells
 from entropy_fork.evaluation.statistics import average, pass_at, pass_ks, summarise, wilson_interval
 
 Z = NormalDist().inv_cdf(0.975)

@@ -22,7 +22,7 @@ from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.selection import Selector, kept_count, select_tokens
 from entropy_fork.report import curves, page, steps
-from entropy_fork.report.answers import RATIOS, chosen_answers, pools_of
+from entropy_fork.report.packed_answers import RATIOS, chosen_answers, pools_of
 from entropy_fork.tokens.store import AnswerTokens, read_answers, write_manifest, write_part
 
 #: what a model may write; each becomes a token
@@ -428,7 +428,7 @@ def test_answers_are_taken_evenly_and_one_that_is_broken_is_named(tokens: Path, 
     answer.entropy[1] = np.nan
     write_part(tmp_path / "broken", 0, [answer])
     with pytest.raises(EntropyForkError, match=r"answers 7 of the tokens to show: .*not finite"):
-        page.write(page.Settings(tmp_path / "out.html", tokens=[tmp_path / "broken"]))
+        page.write(page.ReportSettings(tmp_path / "out.html", tokens=[tmp_path / "broken"]))
     assert not list(tmp_path.glob("*out.html*"))
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from entropy_fork.sampling import vllm_processor
 from entropy_fork.sampling.generation import Request, generate
 from entropy_fork.sampling.sampler import Decoding, Sampler
-from entropy_fork.sampling.temperature import (
+from entropy_fork.sampling.two_temperatures import (
     PAPER_TEMPERATURES,
     TwoTemperatures,
     entropies,

@@ -15,7 +15,7 @@ import numpy as np
 
 from entropy_fork.analysis.order_statistics import order_statistics, percentile_ranks
 from entropy_fork.analysis.parts_of_text import KINDS, SECTIONS, kinds_of_tokens, sections_of_tokens
-from entropy_fork.analysis.sources import check_complete
+from entropy_fork.analysis.texts import check_complete
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.tokens.store import AnswerTokens, parts, read_columns, read_manifest, read_part
 

@@ -23,7 +23,7 @@ from rich.console import Console
 import entropy_fork
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.progress import Task, task, track
-from entropy_fork.data.read import Rows, sha256
+from entropy_fork.data.read import SourceRows, sha256
 from entropy_fork.data.sources import Source
 from entropy_fork.data.template import INSTRUCTION, user_message
 from entropy_fork.reward import compare, compute_score, last_boxed
@@ -52,7 +52,7 @@ POWER_OF_TEN = re.compile(r"(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)")
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedRow:
     """A row of the source, with its exact copies.
 
     Attributes:
@@ -75,14 +75,20 @@ class Row:
 class Prepared:
     """What was made of a source: the kept rows, those that cannot be used, and the count of rows per reason."""
 
-    kept: list[Row]
-    rejected: list[Row]
+    kept: list[CheckedRow]
+    rejected: list[CheckedRow]
     dropped: Counter[str]
     rows_in: int
 
 
 def prepare(
-    source: Source, rows: Rows, output: Path, console: Console, *, limit: int | None = None, overwrite: bool = False
+    source: Source,
+    rows: SourceRows,
+    output: Path,
+    console: Console,
+    *,
+    limit: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write ``output`` / name of the source: ``train.parquet`` or ``test.parquet``, manifest and rejected rows.
 
@@ -137,14 +143,14 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise EntropyForkError(f"{folder} is there. Write --overwrite to replace it, or another --output.")
 
 
-def clean(source: Source, rows: Rows, limit: int | None = None) -> Prepared:
+def clean(source: Source, rows: SourceRows, limit: int | None = None) -> Prepared:
     """Tell usable rows from others and keep one row of each question, in the order of the source."""
     with task(f"{source.name}: reading", rows.total) as reading:
         distinct = distinct_rows(_counted(rows.batches, reading))
     rows_in = sum(values["copies"] for values in distinct)
 
-    questions: dict[str, list[Row]] = {}
-    rejected: list[Row] = []
+    questions: dict[str, list[CheckedRow]] = {}
+    rejected: list[CheckedRow] = []
     for values in track(f"{source.name}: checking", distinct):
         row = checked(**values)
         if row.unusable is None:
@@ -152,7 +158,7 @@ def clean(source: Source, rows: Rows, limit: int | None = None) -> Prepared:
         else:
             rejected.append(row)
 
-    kept: list[Row] = []
+    kept: list[CheckedRow] = []
     dropped: Counter[str] = Counter()
     for same in track(f"{source.name}: comparing answers", questions.values()):
         if any(not agree(same[0].answer, other.answer) for other in same[1:]):
@@ -200,7 +206,7 @@ def distinct_rows(batches: Iterable[pa.Table]) -> list[dict[str, Any]]:
 
 def checked(
     question: str | None, answer: str | None, unusable: str | None, id: str | None, first: int, copies: int
-) -> Row:
+) -> CheckedRow:
     """A cleaned row that says whether it can be used."""
     question, answer = (question or "").strip(), clean_answer(answer or "")
     if unusable is None and not question:
@@ -209,11 +215,11 @@ def checked(
         unusable = "no_answer"
     if unusable is None and not is_scorable(answer):
         unusable = "answer_not_scorable"
-    return Row(question, answer, id, first, copies, unusable)
+    return CheckedRow(question, answer, id, first, copies, unusable)
 
 
-def _unusable(row: Row, reason: str) -> Row:
-    return Row(row.question, row.answer, row.identifier, row.first, row.copies, reason)
+def _unusable(row: CheckedRow, reason: str) -> CheckedRow:
+    return CheckedRow(row.question, row.answer, row.identifier, row.first, row.copies, reason)
 
 
 def clean_answer(answer: str) -> str:

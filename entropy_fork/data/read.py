@@ -29,7 +29,7 @@ COLUMNS = ("question", "answer", "id", "unusable")
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """What a source gave.
 
     Attributes:
@@ -43,7 +43,7 @@ class Rows:
     origin: dict[str, Any]
 
 
-def from_hub(source: Source, revision: str) -> Rows:
+def from_hub(source: Source, revision: str) -> SourceRows:
     """Download a source, or take it from the local hub cache.
 
     Args:
@@ -73,10 +73,10 @@ def from_hub(source: Source, revision: str) -> Rows:
     except Exception as error:  # every HTTP library and version has exceptions of its own
         raise EntropyForkError(f"cannot load {source.hub} from the hub ({_first_line(error)}). {instead}") from None
     origin = {"hub": source.hub, "config": source.config, "split": source.split, "revision": commit}
-    return Rows(_columns(source, source.hub, data.with_format("arrow")), len(data), origin)
+    return SourceRows(_columns(source, source.hub, data.with_format("arrow")), len(data), origin)
 
 
-def from_files(source: Source, path: Path) -> Rows:
+def from_files(source: Source, path: Path) -> SourceRows:
     """Read local parquet, JSON lines or JSON files.
 
     Args:
@@ -97,7 +97,7 @@ def from_files(source: Source, path: Path) -> Rows:
     except Exception as error:  # what datasets and pyarrow raise for a broken file depends on the break
         raise _unreadable(path, error) from None
     origin = {"files": [{"name": file.name, "sha256": sha256(file)} for file in files]}
-    return Rows(_columns(source, str(path), data.with_format("arrow")), total, origin)
+    return SourceRows(_columns(source, str(path), data.with_format("arrow")), total, origin)
 
 
 def _files(source: Source, path: Path) -> list[Path]:

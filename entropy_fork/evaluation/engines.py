@@ -22,11 +22,11 @@ from entropy_fork.common.cores import share_cores
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation.checkpoint import code_refused
 from entropy_fork.sampling import vllm_cpu, vllm_processor
-from entropy_fork.sampling.temperature import TwoTemperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingSettings:
     """How answers are drawn.
 
     Attributes:
@@ -68,7 +68,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Job:
+class AnswerJob:
     """One answer that is wanted: to which question, the how many-th, drawn with which seed, after which prompt."""
 
     question: int
@@ -88,7 +88,7 @@ class Generated:
         above: with two temperatures, how many of its tokens were drawn above the threshold.
     """
 
-    job: Job
+    job: AnswerJob
     token_ids: list[int]
     truncated: bool
     above: int | None = None
@@ -102,9 +102,9 @@ class Engine(Protocol):
             also has one) and the same ``max_tokens``.
     """
 
-    sampling: Sampling
+    sampling: SamplingSettings
 
-    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+    def answers(self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]) -> Iterator[list[Generated]]:
         """Answers to the wanted ones of ``jobs``, in any order. ``jobs`` is the same in an interrupted evaluation."""
         ...
 
@@ -165,7 +165,7 @@ class TransformersEngine:
         batch_size: rows at most. A batch has the n-th answers of consecutive questions.
     """
 
-    def __init__(self, folder: Path, sampling: Sampling, dtype: str, end_ids: Sequence[int], batch_size: int):
+    def __init__(self, folder: Path, sampling: SamplingSettings, dtype: str, end_ids: Sequence[int], batch_size: int):
         from transformers import AutoModelForCausalLM
 
         if "OMP_NUM_THREADS" not in os.environ:
@@ -176,7 +176,7 @@ class TransformersEngine:
             ).eval()
         self.sampling, self.end_ids, self.batch_size = sampling, end_ids, batch_size
 
-    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+    def answers(self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]) -> Iterator[list[Generated]]:
         """Batch by batch; one of which a part is wanted is drawn as a whole."""
         from entropy_fork.sampling.generation import generate
 
@@ -196,13 +196,13 @@ class TransformersEngine:
                 if is_wanted(job)
             ]
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    def _batches(self, jobs: Sequence[AnswerJob]) -> Iterator[list[AnswerJob]]:
         for _, same_sample in groupby(jobs, key=lambda job: job.sample):
             rows = list(same_sample)
             for start in range(0, len(rows), self.batch_size):
                 yield rows[start : start + self.batch_size]
 
-    def _request(self, job: Job) -> Any:
+    def _request(self, job: AnswerJob) -> Any:
         from entropy_fork.sampling.generation import Request
 
         sampling = self.sampling
@@ -229,7 +229,7 @@ class VllmEngine:
     def __init__(
         self,
         folder: Path,
-        sampling: Sampling,
+        sampling: SamplingSettings,
         dtype: str,
         end_ids: Sequence[int],
         max_model_len: int,
@@ -259,7 +259,7 @@ class VllmEngine:
         self.engine = LLM(**(settings | (arguments or {}))).llm_engine
         self.sampling, self.end_ids, self.parameters = sampling, list(end_ids), SamplingParams
 
-    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+    def answers(self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]) -> Iterator[list[Generated]]:
         """Each answer as soon as vLLM has finished it."""
         sampling = self.sampling
         pair = sampling.two_temperatures

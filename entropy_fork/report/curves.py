@@ -13,7 +13,7 @@ import numpy as np
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import figure_label, visible
-from entropy_fork.report.figures import Drawing, axes, file_name
+from entropy_fork.report.figures import PageFigure, axes, file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,10 +96,10 @@ def tags(runs: Mapping[str, Run]) -> list[str]:
     return [*sorted(tag for tag in found if _ACCURACY.fullmatch(tag)), *(tag for tag in METRICS if tag in found)]
 
 
-def drawings(runs: Mapping[str, Run]) -> list[Drawing]:
+def page_figures(runs: Mapping[str, Run]) -> list[PageFigure]:
     """A figure per metric, with a line per run."""
     return [
-        Drawing(file_name("curve", tag), f"{title(tag)}, by training step", partial(_draw, runs, tag))
+        PageFigure(file_name("curve", tag), f"{title(tag)}, by training step", partial(_draw, runs, tag))
         for tag in tags(runs)
     ]
 

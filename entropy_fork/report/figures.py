@@ -26,7 +26,7 @@ _PAPER = {"light": "#ffffff", "dark": "#14171c"}
 
 
 @dataclass(frozen=True)
-class Drawing:
+class PageFigure:
     """A figure of the page.
 
     Attributes:
@@ -77,14 +77,14 @@ def style(name: str) -> dict[str, Any]:
     }
 
 
-def _saved(drawing: Drawing, name: str, kind: str, **options: Any) -> bytes:
+def _saved(figure: PageFigure, name: str, kind: str, **options: Any) -> bytes:
     import matplotlib
 
     settings: Any = style(name)
     with matplotlib.rc_context(settings):
         buffer = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else None
-        drawing.draw().savefig(buffer, format=kind, metadata=metadata, **options)
+        figure.draw().savefig(buffer, format=kind, metadata=metadata, **options)
     return buffer.getvalue()
 
 
@@ -93,7 +93,7 @@ def data_uri(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
-def write_files(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
+def write_files(figures: Sequence[PageFigure], folder: Path) -> list[Path]:
     """Each figure as SVG, as in the page, and as PNG.
 
     Raises:
@@ -102,9 +102,9 @@ def write_files(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for drawing in drawings:
-            for kind, image in (("svg", drawing.light), ("png", _saved(drawing, "light", "png", dpi=150))):
-                file = folder / f"{drawing.name}.{kind}"
+        for figure in figures:
+            for kind, image in (("svg", figure.light), ("png", _saved(figure, "light", "png", dpi=150))):
+                file = folder / f"{figure.name}.{kind}"
                 temporary = file.with_name(f".{file.name}")
                 temporary.write_bytes(image)
                 written.append(temporary.replace(file))

@@ -21,20 +21,19 @@ from typing import TYPE_CHECKING, Any
 from entropy_fork import __version__
 from entropy_fork.analysis import plots
 from entropy_fork.analysis.compare import compare
-from entropy_fork.analysis.report_files import check_installed, comparison_tables, summary_tables
+from entropy_fork.analysis.results import check_installed, comparison_tables, summary_tables
 from entropy_fork.analysis.summary import MIN_COUNT, NUM_TOKENS, summarise
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.output_folder import write_whole
-from entropy_fork.report import answers as packing
-from entropy_fork.report import curves, steps
-from entropy_fork.report.figures import Drawing, data_uri, file_name, write_files
+from entropy_fork.report import curves, packed_answers, steps
+from entropy_fork.report.figures import PageFigure, data_uri, file_name, write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """Rows of text under a header; ``long`` ones scroll in a box of their own."""
 
     header: Sequence[str]
@@ -54,12 +53,12 @@ class Section:
     id: str
     title: str
     text: str = ""
-    drawings: list[Drawing] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    figures: list[PageFigure] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReportSettings:
     """What goes into a report.
 
     Attributes:
@@ -85,7 +84,7 @@ class Settings:
     title: str = "Forking tokens"
 
 
-def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> Path:
+def write(settings: ReportSettings, note: Callable[[str], None] = lambda _: None) -> Path:
     """Make the report.
 
     Args:
@@ -115,8 +114,8 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
     folders = []
     for name, folder in zip(names, settings.tokens, strict=True):
         note(f"reading the tokens of {name}")
-        folders.append((name, packing.chosen_answers(folder, settings.answers)))
-    data = packing.packed_folders(folders) if folders else None
+        folders.append((name, packed_answers.chosen_answers(folder, settings.answers)))
+    data = packed_answers.packed_folders(folders) if folders else None
     sections = []
     slugs = _distinct([file_name(name) or "folder" for name in names])  # of files, and of places in the page
     for name, slug, folder in zip(names, map(file_name, slugs), settings.tokens, strict=True):
@@ -131,7 +130,7 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
     note("drawing")
     page = render(settings.title, data, sections)
     if settings.figures is not None:
-        write_files([drawing for section in sections for drawing in section.drawings], settings.figures)
+        write_files([figure for section in sections for figure in section.figures], settings.figures)
     try:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(settings.output, page)
@@ -155,22 +154,24 @@ CAPTIONS = {
 
 def _entropy_section(slug: str, folder: Path, suffix: str, min_count: int) -> Section:
     summary = summarise(folder, min_count)
-    tables = [Table(table.header, table.rows, title) for title, table in summary_tables(summary, NUM_TOKENS)]
-    return Section(f"entropy-{slug}", f"Entropy{suffix}", "", _drawings(plots.of_summary(summary), slug), tables)
+    tables = [PageTable(table.header, table.rows, title) for title, table in summary_tables(summary, NUM_TOKENS)]
+    return Section(f"entropy-{slug}", f"Entropy{suffix}", "", _page_figures(plots.of_summary(summary), slug), tables)
 
 
 def _comparison_section(folders: Sequence[Path], top_ratio: float) -> Section:
     comparison = compare(folders, top_ratio)
-    tables = [Table(table.header, table.rows, title) for title, table in comparison_tables(comparison)]
-    return Section("checkpoints", "Checkpoints", "", _drawings(plots.of_comparison(comparison), "checkpoints"), tables)
+    tables = [PageTable(table.header, table.rows, title) for title, table in comparison_tables(comparison)]
+    return Section(
+        "checkpoints", "Checkpoints", "", _page_figures(plots.of_comparison(comparison), "checkpoints"), tables
+    )
 
 
-def _drawings(figures: dict[str, Figure], slug: str) -> list[Drawing]:
+def _page_figures(figures: dict[str, Figure], slug: str) -> list[PageFigure]:
     """Figures of the analyses, at the size of the page's own: a legend must be readable on a phone."""
     for figure in figures.values():
         figure.set_size_inches(5.2, 3.2)
     return [
-        Drawing(file_name(key, slug), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
+        PageFigure(file_name(key, slug), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
     ]
 
 
@@ -190,15 +191,17 @@ def _steps_section(slug: str, folder: Path, suffix: str) -> list[Section]:
             for piece, early, late, before, after in found.moved
         ]
         tables.append(
-            Table(header, rows, "Tokens whose kept share changed most from the first half of the steps to the second")
+            PageTable(
+                header, rows, "Tokens whose kept share changed most from the first half of the steps to the second"
+            )
         )
     text = f"{len(found.steps)} dumped steps, {found.steps[0]} to {found.steps[-1]}."
-    return [Section(f"steps-{slug}", f"Forks over training{suffix}", text, steps.drawings(slug, found), tables)]
+    return [Section(f"steps-{slug}", f"Forks over training{suffix}", text, steps.page_figures(slug, found), tables)]
 
 
 def _curves_section(runs: dict[str, curves.Run]) -> Section:
     header, rows = curves.last_values(runs)
-    return Section("curves", "Training curves", "", curves.drawings(runs), [Table(header, rows)])
+    return Section("curves", "Training curves", "", curves.page_figures(runs), [PageTable(header, rows)])
 
 
 def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section]) -> str:
@@ -206,7 +209,7 @@ def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section])
 
     Args:
         title: of the page.
-        data: of :func:`entropy_fork.report.answers.packed_folders`; None where there are no tokens.
+        data: of :func:`entropy_fork.report.packed_answers.packed_folders`; None where there are no tokens.
         sections: below the token view.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entropy_fork.report.figures import Drawing, axes, file_name
+from entropy_fork.report.figures import PageFigure, axes, file_name
 from entropy_fork.tokens.store import parts, read_part
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ def _moved(early: _Half, late: _Half, pieces: dict[int, str]) -> list[tuple[str,
     ]
 
 
-def drawings(name: str, found: Steps) -> list[Drawing]:
+def page_figures(name: str, found: Steps) -> list[PageFigure]:
     """The figures of a folder called ``name``."""
     made = [
-        Drawing(
+        PageFigure(
             file_name("steps-percentiles", name),
             "percentiles of the entropies of the dumped answers, by training step",
             partial(_percentiles, found),
@@ -127,7 +127,7 @@ def drawings(name: str, found: Steps) -> list[Drawing]:
     ]
     if not np.isnan(found.kept).all() and not np.isnan(found.dropped).all():
         made.append(
-            Drawing(
+            PageFigure(
                 file_name("steps-kept", name),
                 "mean entropy of the tokens that were trained on and of the others, by training step",
                 partial(_sides, found),

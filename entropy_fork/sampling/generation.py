@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from entropy_fork.sampling.sampler import Decoding, Sampler
-from entropy_fork.sampling.temperature import TwoTemperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures
 
 
 @dataclass(frozen=True)

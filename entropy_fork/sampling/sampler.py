@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_fork.core.randomness import uniform_numbers
-from entropy_fork.sampling.temperature import TwoTemperatures, entropies, two_temperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures, entropies, two_temperatures
 
 
 @dataclass(frozen=True)

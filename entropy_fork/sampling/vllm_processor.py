@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from entropy_fork.sampling.sampler import Decoding, Sampler
-from entropy_fork.sampling.temperature import TwoTemperatures, entropies, scaled, two_temperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures, entropies, scaled, two_temperatures
 
 try:
     from vllm.v1.sample.logits_processor import LogitsProcessor

@@ -48,7 +48,7 @@ from entropy_fork.core.lm_head import (
     padded_positions,
     response_positions,
 )
-from entropy_fork.sampling.temperature import entropies
+from entropy_fork.sampling.two_temperatures import entropies
 from entropy_fork.verl import policy_loss
 from entropy_fork.verl.config import NODE
 

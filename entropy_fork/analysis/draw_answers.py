@@ -18,11 +18,11 @@ import numpy as np
 from rich.console import Console
 
 from entropy_fork.analysis.measure import TokenIds
-from entropy_fork.analysis.sources import Text
+from entropy_fork.analysis.texts import Text
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.progress import paused, task
-from entropy_fork.evaluation import run as evaluation
-from entropy_fork.evaluation.answers import AnswerStore
+from entropy_fork.evaluation import evaluate as evaluation
+from entropy_fork.evaluation.answer_store import AnswerStore
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.evaluation.engines import choose_engine
 from entropy_fork.evaluation.questions import read_questions
@@ -34,7 +34,7 @@ REFUSED, MARK = 3, "entropy-fork: "
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnAnswer:
     """An answer that has not been measured: to which question, the how many-th, its tokens, and what they followed."""
 
     question: int
@@ -48,7 +48,7 @@ class Drawn:
         """Question and number of the answer: what an :class:`AnswerStore` finds it by."""
         return self.question, self.sample
 
-    def without_content(self) -> Drawn:
+    def without_content(self) -> DrawnAnswer:
         """The same without its token ids, as an :class:`AnswerStore` keeps it in memory."""
         return replace(self, prompt_ids=[], token_ids=[])
 
@@ -67,7 +67,7 @@ class Prompts:
 
     kind = "model"
 
-    def __init__(self, settings: evaluation.Settings, checkpoint: Checkpoint, limit: int | None = None):
+    def __init__(self, settings: evaluation.EvaluationSettings, checkpoint: Checkpoint, limit: int | None = None):
         self.settings, self.checkpoint = settings, checkpoint
         self.questions = read_questions(settings.data)[:limit]
         self.engine = choose_engine(settings.engine)
@@ -92,7 +92,7 @@ class Prompts:
             _draw(self, folder, console.quiet)
 
     def texts(self, tokenizer: Any, start: int) -> Iterator[Text]:
-        """The answers from number ``start`` on, questions first: as ``Source.texts``."""
+        """The answers from number ``start`` on, questions first: as ``TextSource.texts``."""
         with self._store() as store:
             for number in range(start, len(self)):
                 sample, question = divmod(number, len(self.questions))
@@ -110,8 +110,8 @@ class Prompts:
                     truncated=drawn.truncated,
                 )
 
-    def _store(self) -> AnswerStore[Drawn]:
-        return AnswerStore(self.settings.output, self.identity(), kind=Drawn)
+    def _store(self) -> AnswerStore[DrawnAnswer]:
+        return AnswerStore(self.settings.output, self.identity(), kind=DrawnAnswer)
 
 
 def _draw_elsewhere(prompts: Prompts, folder: Path, quiet: bool) -> None:
@@ -134,7 +134,7 @@ def _draw_elsewhere(prompts: Prompts, folder: Path, quiet: bool) -> None:
 def _main() -> None:
     try:
         # Under the module's own name: what is pickled is not __main__'s.
-        from entropy_fork.analysis.sampling import _draw
+        from entropy_fork.analysis.draw_answers import _draw
 
         _draw(*pickle.load(sys.stdin.buffer))
     except EntropyForkError as error:
@@ -155,7 +155,9 @@ def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
             wanted = {(job.question, job.sample) for job in jobs} - store.records.keys()
             for batch in engine.answers(jobs, lambda job: (job.question, job.sample) in wanted):
                 drawn = [
-                    Drawn(one.job.question, one.job.sample, list(one.job.prompt_ids), one.token_ids, one.truncated)
+                    DrawnAnswer(
+                        one.job.question, one.job.sample, list(one.job.prompt_ids), one.token_ids, one.truncated
+                    )
                     for one in batch
                 ]
                 store.append(drawn)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from entropy_fork.analysis import plots
-from entropy_fork.analysis.summary import PAPER
+from entropy_fork.analysis.summary import PAPER, summarise
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import spreadsheet_cell
 from entropy_fork.common.output_folder import write_whole
-from entropy_fork.evaluation.report import TextTable
+from entropy_fork.common.progress import task
+from entropy_fork.evaluation.results import TextTable
+from entropy_fork.tokens.store import parts
 
 SUMMARY, COMPARISON, FIGURES = "summary.json", "comparison.json", "figures"
 
@@ -28,6 +30,26 @@ def check_installed() -> None:
     missing = [name for name in ("matplotlib", "pyarrow", "wordcloud") if find_spec(name) is None]
     if missing:
         raise EntropyForkError(f"{', '.join(missing)} is not installed: pip install 'entropy-fork[analysis]'")
+
+
+def summarise_and_write(folder: Path, min_count: int) -> dict[str, Any]:
+    """Summarise a folder of tokens, write the results beside them, and show how far this is.
+
+    Args:
+        folder: of tokens, complete.
+        min_count: how often a token must have been seen to be in the tables of highest and lowest entropy.
+
+    Returns:
+        What :func:`~entropy_fork.analysis.summary.summarise` returns.
+
+    Raises:
+        EntropyForkError: the folder cannot be summarised.
+    """
+    with task("summary", len(parts(folder))) as shown:
+        summary = summarise(folder, min_count, advance=shown.advance)
+    with task("figures"):
+        write_summary(summary, folder)
+    return summary
 
 
 def write_summary(summary: Mapping[str, Any], folder: Path) -> None:

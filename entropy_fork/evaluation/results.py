@@ -16,7 +16,7 @@ from rich.text import Text
 
 from entropy_fork.common.foreign_text import markdown_cell, visible
 from entropy_fork.common.output_folder import write_whole
-from entropy_fork.evaluation.run import Evaluation
+from entropy_fork.evaluation.evaluate import Evaluation
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
 
 RESULTS, TABLES = "results.json", "results.md"

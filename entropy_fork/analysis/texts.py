@@ -48,7 +48,7 @@ class Text:
     truncated: bool | None = None
 
 
-class Source(Protocol):
+class TextSource(Protocol):
     """Texts in a fixed order. ``kind`` is the manifest's ``source``."""
 
     kind: str

@@ -16,16 +16,16 @@ from typing import Any
 
 from rich.console import Console
 
+from entropy_fork.analysis.draw_answers import Prompts
+from entropy_fork.analysis.mark_top import select_top
 from entropy_fork.analysis.measure import Measurer
-from entropy_fork.analysis.sampling import Prompts
-from entropy_fork.analysis.select import select_top
-from entropy_fork.analysis.sources import Like, Rollouts, Source, Text
+from entropy_fork.analysis.texts import Like, Rollouts, Text, TextSource
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.output_folder import lock, refuse_other
 from entropy_fork.common.progress import task
 from entropy_fork.core.selection import kept_count
-from entropy_fork.evaluation import run as evaluation
-from entropy_fork.evaluation.answers import ANSWERS
+from entropy_fork.evaluation import evaluate as evaluation
+from entropy_fork.evaluation.answer_store import ANSWERS
 from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.tokens import store
 
@@ -36,14 +36,14 @@ DRAWN, MERGED, LOCK = "drawn", "merged", ".lock"
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnalysisSettings:
     """Everything that is asked for. Exactly one of ``prompts``, ``rollouts`` and ``like`` says what is measured.
 
     Attributes:
         model: a Hugging Face folder, or a checkpoint folder of verl.
         output: folder of tokens; taken up again if it holds a part of this analysis.
         prompts: how answers are drawn: the settings of an evaluation, whose ``output`` is not used.
-        rollouts: folder of verl's dumps, see :class:`~entropy_fork.analysis.sources.Rollouts`.
+        rollouts: folder of verl's dumps, see :class:`~entropy_fork.analysis.texts.Rollouts`.
         like: another folder of tokens, whose texts are measured.
         steps: of the rollouts, these alone; empty for all.
         limit: at most so many questions of ``prompts``, answers of each step of ``rollouts``, or answers of ``like``.
@@ -59,7 +59,7 @@ class Settings:
 
     model: Path
     output: Path
-    prompts: evaluation.Settings | None = None
+    prompts: evaluation.EvaluationSettings | None = None
     rollouts: Path | None = None
     like: Path | None = None
     steps: tuple[int, ...] = ()
@@ -96,7 +96,7 @@ class Settings:
             raise EntropyForkError(str(error)) from error
 
 
-def analyze(settings: Settings, console: Console) -> dict[str, Any]:
+def analyze(settings: AnalysisSettings, console: Console) -> dict[str, Any]:
     """Measure what has not been measured, and mark the top ρ.
 
     Returns:
@@ -143,7 +143,7 @@ def analyze(settings: Settings, console: Console) -> dict[str, Any]:
         return store.read_manifest(output)
 
 
-def _source(settings: Settings, checkpoint: Checkpoint) -> tuple[Source, float]:
+def _source(settings: AnalysisSettings, checkpoint: Checkpoint) -> tuple[TextSource, float]:
     """Where the texts come from, and at which T they are measured."""
     if settings.prompts is not None:
         drawing = replace(settings.prompts, output=settings.output / DRAWN)
@@ -180,7 +180,9 @@ def _taken_up(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, temperature: float, console: Console) -> None:
+def _measure(
+    settings: AnalysisSettings, checkpoint: Checkpoint, source: TextSource, temperature: float, console: Console
+) -> None:
     output = settings.output
     first, start = _whole_parts(output)
     if start == len(source):

@@ -18,7 +18,7 @@ from entropy_fork.common.output_folder import lock, refuse_other, write_whole
 ANSWERS, MANIFEST = "answers.jsonl", "manifest.json"
 
 
-class Kept(Protocol):
+class StoredAnswer(Protocol):
     """What a store keeps: a dataclass of what JSON can write."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -34,7 +34,7 @@ class Kept(Protocol):
 
 
 @dataclass(frozen=True)
-class Record:
+class ScoredAnswer:
     """One scored answer.
 
     Attributes:
@@ -65,12 +65,12 @@ class Record:
         """Question and number of the answer: what an :class:`AnswerStore` finds it by."""
         return self.question, self.sample
 
-    def without_content(self) -> Record:
+    def without_content(self) -> ScoredAnswer:
         """The same without its text, as an :class:`AnswerStore` keeps it in memory."""
         return replace(self, text="")
 
 
-R = TypeVar("R", bound=Kept)
+R = TypeVar("R", bound=StoredAnswer)
 
 
 class AnswerStore(Generic[R]):
@@ -93,7 +93,7 @@ class AnswerStore(Generic[R]):
         folder: Path,
         identity: dict[str, Any],
         notes: dict[str, Any] | None = None,
-        kind: type[R] = Record,  # type: ignore[assignment]
+        kind: type[R] = ScoredAnswer,  # type: ignore[assignment]
     ):
         self.folder = folder
         self.records: dict[tuple[int, int], R] = {}

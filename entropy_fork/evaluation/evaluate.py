@@ -19,13 +19,13 @@ from entropy_fork.common.progress import task
 from entropy_fork.common.recipes import preset_names
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.data.template import chat_template as template_of_recipes
-from entropy_fork.evaluation.answers import AnswerStore, Record
+from entropy_fork.evaluation.answer_store import AnswerStore, ScoredAnswer
 from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.evaluation.engines import (
+    AnswerJob,
     Engine,
     Generated,
-    Job,
-    Sampling,
+    SamplingSettings,
     TransformersEngine,
     VllmEngine,
     choose_engine,
@@ -38,7 +38,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """Everything that is asked for.
 
     Attributes:
@@ -62,7 +62,7 @@ class Settings:
     data: Sequence[Path]
     output: Path
     answers: int = 16
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     engine: str = "auto"
     chat_template: str | None = None
     dtype: str = "auto"
@@ -91,7 +91,9 @@ class Evaluation:
     benchmarks: dict[str, Summary]
 
 
-def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened] | None = None) -> Evaluation:
+def evaluate(
+    settings: EvaluationSettings, console: Console, opening: Callable[..., Opened] | None = None
+) -> Evaluation:
     """Answer what has not been answered yet, and summarise.
 
     Args:
@@ -109,7 +111,7 @@ def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened
     identity = identity_of(settings, checkpoint, engine_name, questions, template)
     identity["reward"] = f"entropy_fork.reward {entropy_fork.__version__}"
     notes = {"model_path": str(checkpoint.path), "data": [str(file.absolute()) for file in settings.data]}
-    with AnswerStore(settings.output, identity, notes, Record) as store:
+    with AnswerStore(settings.output, identity, notes, ScoredAnswer) as store:
         wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
         if missing := wanted - store.records.keys():
             with task(f"looking at {checkpoint.path}; shards are merged by verl's model merger", console=console):
@@ -123,7 +125,11 @@ def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened
 
 
 def identity_of(
-    settings: Settings, checkpoint: Checkpoint, engine_name: str, questions: Sequence[Question], template: str | None
+    settings: EvaluationSettings,
+    checkpoint: Checkpoint,
+    engine_name: str,
+    questions: Sequence[Question],
+    template: str | None,
 ) -> dict[str, Any]:
     """What decides which answers are drawn."""
     return {
@@ -196,11 +202,11 @@ def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
 
 
 #: a model that is ready to answer, all answers that are wanted of it, and its tokenizer
-Opened = tuple[Engine, list[Job], Any]
+Opened = tuple[Engine, list[AnswerJob], Any]
 
 
 def open_engine(
-    settings: Settings, engine_name: str, folder: Path, template: str | None, questions: Sequence[Question]
+    settings: EvaluationSettings, engine_name: str, folder: Path, template: str | None, questions: Sequence[Question]
 ) -> Opened:
     """A model that is ready to answer, all answers that are wanted of it, and its tokenizer.
 
@@ -228,7 +234,7 @@ def open_engine(
     if dtype == "auto":
         dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     jobs = [
-        Job(index, sample, seed_of(settings.sampling.seed, index, sample), prompt_ids[index])
+        AnswerJob(index, sample, seed_of(settings.sampling.seed, index, sample), prompt_ids[index])
         for sample in range(settings.answers)
         for index in range(len(questions))
     ]
@@ -251,17 +257,17 @@ def open_engine(
 def _answer(
     opened: Opened,
     questions: Sequence[Question],
-    store: AnswerStore[Record],
+    store: AnswerStore[ScoredAnswer],
     missing: set[tuple[int, int]],
     console: Console,
 ) -> None:
     engine, jobs, tokenizer = opened
 
-    def scored(generated: Generated) -> Record:
+    def scored(generated: Generated) -> ScoredAnswer:
         job, question = generated.job, questions[generated.job.question]
         text = tokenizer.decode(generated.token_ids, skip_special_tokens=True)
         reward = compute_score(question.data_source, text, question.ground_truth)
-        return Record(
+        return ScoredAnswer(
             job.question,
             job.sample,
             job.seed,
@@ -286,7 +292,7 @@ def _answer(
             shown.advance(len(records), f"{share:.1%} right  {speed:,.0f} tokens/s")
 
 
-def _summaries(questions: Sequence[Question], store: AnswerStore[Record], k: int) -> dict[str, Summary]:
+def _summaries(questions: Sequence[Question], store: AnswerStore[ScoredAnswer], k: int) -> dict[str, Summary]:
     """A summary per data source, of the first k answers to each question."""
     summaries = {}
     for name in dict.fromkeys(question.data_source for question in questions):
@@ -296,7 +302,7 @@ def _summaries(questions: Sequence[Question], store: AnswerStore[Record], k: int
             if question.data_source == name
         ]
 
-        def table(attribute: str, rows: list[list[Record]] = rows) -> np.ndarray:
+        def table(attribute: str, rows: list[list[ScoredAnswer]] = rows) -> np.ndarray:
             return np.array([[getattr(record, attribute) for record in row] for row in rows])
 
         has_above = all(record.above is not None for row in rows for record in row)

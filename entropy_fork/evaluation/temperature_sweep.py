@@ -25,17 +25,17 @@ from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import spreadsheet_cell
 from entropy_fork.common.output_folder import write_whole
 from entropy_fork.common.progress import task
-from entropy_fork.evaluation import report
-from entropy_fork.evaluation.run import Evaluation, Opened, Settings, evaluate, open_engine
+from entropy_fork.evaluation import results
+from entropy_fork.evaluation.evaluate import Evaluation, EvaluationSettings, Opened, evaluate, open_engine
 from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
-from entropy_fork.sampling.temperature import PAPER_THRESHOLD, TwoTemperatures
+from entropy_fork.sampling.two_temperatures import PAPER_THRESHOLD, TwoTemperatures
 from entropy_fork.tokens.store import read_manifest
 
 CSV, JSON, PLOTS = "temperatures.csv", "temperatures.json", ("temperatures.png", "temperatures.svg")
 
 
 @dataclass(frozen=True)
-class Sweep:
+class TemperatureSweep:
     """The temperatures to try.
 
     Attributes:
@@ -111,7 +111,20 @@ def threshold_of(folder: Path) -> float:
     return float(threshold)
 
 
-def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]:
+def choose_threshold(threshold: float | None, like: Path | None) -> float:
+    """τ in nats: the given threshold, that of a folder of tokens, or the paper's.
+
+    Raises:
+        EntropyForkError: both are given, or the folder has no threshold.
+    """
+    if threshold is not None and like is not None:
+        raise EntropyForkError("--threshold and --like both set τ: write one of them")
+    if like is not None:
+        return threshold_of(like)
+    return PAPER_THRESHOLD if threshold is None else threshold
+
+
+def run_sweep(settings: EvaluationSettings, sweep: TemperatureSweep, console: Console) -> list[Point]:
     """Evaluate what has not been evaluated yet, and write the results.
 
     Args:
@@ -138,7 +151,7 @@ def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]
     ]
     opened: Opened | None = None
 
-    def open_once(job: Settings, *arguments: Any) -> Opened:
+    def open_once(job: EvaluationSettings, *arguments: Any) -> Opened:
         nonlocal opened
         opened = opened or open_engine(job, *arguments)
         opened[0].sampling = job.sampling
@@ -149,18 +162,18 @@ def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]
         for pair, job in zip(pairs, jobs, strict=True):
             shown.update(note=f"T_high {pair.high:g}, T_low {pair.low:g}")
             evaluations[pair] = evaluate(job, console, open_once)
-            report.write(evaluations[pair], job.output, None)
+            results.write(evaluations[pair], job.output, None)
             shown.advance()
     if settings.merged is None:
         shutil.rmtree(merged, ignore_errors=True)
-    results = [Point(varied, pair, evaluations[pair]) for varied, pair in points]
-    write_whole(settings.output / CSV, _csv(results))
-    write_whole(settings.output / JSON, json.dumps(_as_dict(results, sweep), indent=2) + "\n")
-    _plot(results, sweep, settings.output)
-    return results
+    curves = [Point(varied, pair, evaluations[pair]) for varied, pair in points]
+    write_whole(settings.output / CSV, _csv(curves))
+    write_whole(settings.output / JSON, json.dumps(_as_dict(curves, sweep), indent=2) + "\n")
+    _plot(curves, sweep, settings.output)
+    return curves
 
 
-def table(points: Sequence[Point]) -> report.TextTable:
+def table(points: Sequence[Point]) -> results.TextTable:
     """A row for each point; where there are several benchmarks, of their average."""
     k = points[0].average.answers_per_question
     header = ["varied", "T_high", "T_low", f"Acc@{k}", f"{CONFIDENCE:.0%} interval", "tokens", "truncated", "above τ"]
@@ -171,7 +184,7 @@ def table(points: Sequence[Point]) -> report.TextTable:
         cells = [f"T_{point.varied}", f"{point.pair.high:g}", f"{point.pair.low:g}", f"{100 * summary.accuracy:.2f}"]
         cells += [f"{100 * low:.1f}–{100 * high:.1f}", f"{summary.mean_tokens:.0f}", f"{summary.truncated:.1%}"]
         rows.append([*cells, f"{summary.above:.1%}"])
-    return report.TextTable(header, rows)
+    return results.TextTable(header, rows)
 
 
 def _csv(points: Sequence[Point]) -> str:
@@ -192,7 +205,7 @@ def _csv(points: Sequence[Point]) -> str:
     return text.getvalue()
 
 
-def _as_dict(points: Sequence[Point], sweep: Sweep) -> dict[str, Any]:
+def _as_dict(points: Sequence[Point], sweep: TemperatureSweep) -> dict[str, Any]:
     common = dict(points[0].evaluation.identity)
     common["sampling"] = {key: value for key, value in common["sampling"].items() if key != "two_temperatures"}
     return {
@@ -212,7 +225,7 @@ def _as_dict(points: Sequence[Point], sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _plot(points: Sequence[Point], sweep: Sweep, folder: Path) -> None:
+def _plot(points: Sequence[Point], sweep: TemperatureSweep, folder: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
