@@ -29,6 +29,7 @@ from entropy_fork.analysis.summary import summarise
 from entropy_fork.analysis.texts import Rollouts
 from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.installing import install_command
 from entropy_fork.evaluation.engines import SamplingSettings
 from entropy_fork.evaluation.evaluate import EvaluationSettings
 from entropy_fork.tokens import store
@@ -558,4 +559,4 @@ def test_a_missing_extra_is_named_before_anything_is_measured(monkeypatch: pytes
     monkeypatch.setattr(results, "find_spec", lambda name: None if name == "wordcloud" else object())
     result = CliRunner().invoke(app, ["analyze", str(tmp_path), "--output", str(tmp_path / "o")])
     assert result.exit_code == 1
-    assert "wordcloud is not installed: pip install 'entropy-fork[analysis]'" in result.output
+    assert f"wordcloud is not installed. Install the extra: {install_command('analysis')}" in result.output

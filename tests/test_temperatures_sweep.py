@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from entropy_fork import cli
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.installing import install_command
 from entropy_fork.evaluation import evaluate as evaluation
 from entropy_fork.evaluation import temperature_sweep
 from entropy_fork.evaluation.answer_store import ANSWERS, AnswerStore, ScoredAnswer
@@ -273,7 +275,7 @@ def test_without_matplotlib_it_says_so_first(
     sweep_of: Callable[..., list[temperature_sweep.Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(temperature_sweep.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(EntropyForkError, match=r"pip install 'entropy-fork\[analysis\]'"):
+    with pytest.raises(EntropyForkError, match=re.escape(install_command("analysis"))):
         sweep_of(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from entropy_fork.core.entropy import entropies
 from entropy_fork.evaluation import evaluate as evaluation
 from entropy_fork.evaluation.engines import SamplingSettings, entropies_of
 from entropy_fork.sampling import vllm_processor
 from entropy_fork.sampling.generation import Answer, Request, generate
-from entropy_fork.sampling.two_temperatures import TwoTemperatures, entropies, scaled, two_temperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures, scaled, two_temperatures
 from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
 vllm = pytest.importorskip("vllm")

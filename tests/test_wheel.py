@@ -26,7 +26,7 @@ def test_the_wheel_holds_the_recipes_and_nothing_that_is_not_ours(wheel: Path) -
     names = zipfile.ZipFile(wheel).namelist()
     recipes = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "recipes").rglob("*.yaml")}
     assert {f"entropy_fork/{recipe}" for recipe in recipes} <= set(names)
-    assert "entropy_fork/model_shapes/qwen3-14b.json" in names
+    assert "entropy_fork/preflight/model_shapes/qwen3-14b.json" in names
     assert {f"entropy_fork/report/{name}" for name in ("template.html", "page.css", "page.js")} <= set(names)
     assert {name.split("/")[0].removesuffix(".dist-info").split("-")[0] for name in names} == {
         "entropy_fork",

@@ -14,6 +14,7 @@ from entropy_fork.analysis import plots
 from entropy_fork.analysis.summary import PAPER, summarise
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import spreadsheet_cell
+from entropy_fork.common.installing import why_missing
 from entropy_fork.common.output_folder import write_whole
 from entropy_fork.common.progress import task
 from entropy_fork.evaluation.results import TextTable
@@ -26,10 +27,10 @@ PRINTED = 20
 
 
 def check_installed() -> None:
-    """Raises an EntropyForkError where the extra ``analysis`` is missing: before an hour of measuring, not after it."""
+    """Raise an EntropyForkError if the extra ``analysis`` is missing: before an hour of measuring, not after it."""
     missing = [name for name in ("matplotlib", "pyarrow", "wordcloud") if find_spec(name) is None]
     if missing:
-        raise EntropyForkError(f"{', '.join(missing)} is not installed: pip install 'entropy-fork[analysis]'")
+        raise EntropyForkError(why_missing(missing, "analysis"))
 
 
 def summarise_and_write(folder: Path, min_count: int) -> dict[str, Any]:

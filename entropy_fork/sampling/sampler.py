@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_fork.core.entropy import entropies
 from entropy_fork.core.randomness import uniform_numbers
-from entropy_fork.sampling.two_temperatures import TwoTemperatures, entropies, two_temperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures, two_temperatures
 
 
 @dataclass(frozen=True)

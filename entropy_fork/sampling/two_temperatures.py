@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entropy_fork.core.entropy import column
+
 #: nats; the 80th percentile of Qwen3-8B's entropies on its answers to AIME questions (§3)
 PAPER_THRESHOLD = 0.672
 #: what the paper sweeps either temperature over while the other one is 1
@@ -46,25 +48,6 @@ class TwoTemperatures:
             raise ValueError(f"the threshold is {self.threshold}, and must be an entropy in nats: 0 or more")
 
 
-@torch.no_grad()
-def entropies(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """H_t of softmax(z_t / T), the paper's Eq. 1. Keeps no graph, and one tensor beside the logits.
-
-    Args:
-        logits: shape (rows, vocabulary); -inf for tokens that cannot come.
-        temperature: T above 0, a number or of shape (rows,).
-
-    Returns:
-        Nats, at least 0, shape (rows,), float32 (float64 for such logits).
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    if isinstance(temperature, Tensor) or temperature != 1.0:
-        logits = logits.to(wide)
-        logits = logits / _column(temperature, logits)
-    probabilities = torch.softmax(logits, dim=-1, dtype=wide)
-    return torch.special.entr(probabilities, out=probabilities).sum(dim=-1)
-
-
 def two_temperatures(entropy: Tensor, high: Tensor | float, low: Tensor | float, threshold: Tensor | float) -> Tensor:
     """T'_t of Eq. 5 for each row, from its entropy.
 
@@ -92,15 +75,10 @@ def scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
         Shape (rows, vocabulary), float32 (float64 for such logits).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    temperature = _column(temperature, logits)
+    temperature = column(temperature, logits)
     greedy = temperature == 0
     divided = logits / torch.where(greedy, 1.0, temperature)
     if not bool(greedy.any()):
         return divided
     certain = torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
     return torch.where(greedy, certain, divided)
-
-
-def _column(temperature: Tensor | float, logits: Tensor) -> Tensor:
-    """One temperature per row, or one for all, to divide rows of logits by."""
-    return torch.as_tensor(temperature).to(logits).reshape(-1, 1)

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_fork.core.entropy import entropies
 from entropy_fork.sampling.sampler import Decoding, Sampler
-from entropy_fork.sampling.two_temperatures import TwoTemperatures, entropies, scaled, two_temperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures, scaled, two_temperatures
 
 try:
     from vllm.v1.sample.logits_processor import LogitsProcessor
