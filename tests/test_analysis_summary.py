@@ -308,5 +308,5 @@ def test_a_folder_without_a_token_has_no_figures_and_no_tables(tmp_path: Path) -
 def test_an_entropy_that_is_no_number_is_named(tmp_path: Path) -> None:
     """A training that has diverged writes such ones with dump_every."""
     written(tmp_path, [[0.5, 1.0], [0.5, float("nan")]], part_size=1)
-    with pytest.raises(EntropyForkError, match=r"answer 1 in .* no number"):
+    with pytest.raises(EntropyForkError, match=r"answer 1 in .* not finite"):
         summarise(tmp_path)

@@ -340,7 +340,7 @@ def test_bad_input(tmp_path: Path) -> None:
     assert "--revision" in refused("prepare", "aime25", "--from", good, "--revision", "v1", *output)
 
     (tmp_path / "empty").mkdir()
-    assert "no data that can be read" in refused("prepare", "aime25", "--from", tmp_path / "empty", *output)
+    assert "no file that can be read" in refused("prepare", "aime25", "--from", tmp_path / "empty", *output)
     (tmp_path / "notes.txt").write_text("x")
     assert ".parquet, .jsonl, .json" in refused("prepare", "aime25", "--from", tmp_path / "notes.txt", *output)
     mixed = tmp_path / "mixed"
@@ -371,7 +371,7 @@ def test_bad_input(tmp_path: Path) -> None:
     )
     useless = write_parquet(tmp_path / "useless.parquet", [dapo_row("A?", "1", instructed=False)])
     message = refused("prepare", "dapo_math_17k", "--from", useless, *output)
-    assert "not one of the 1 rows can be used as dapo_math_17k: other_instruction (1)" in message
+    assert "none of the 1 rows can be used as dapo_math_17k: other_instruction (1)" in message
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 

@@ -260,9 +260,9 @@ def test_a_broken_line_and_a_second_process_are_named(tmp_path: Path) -> None:
             AnswerStore(tmp_path / "out", {"x": 1})
     with (tmp_path / "out" / "answers.jsonl").open("a") as file:
         file.write("garbage\n")
-    with pytest.raises(EntropyForkError, match=r"line 2 of .*answers.jsonl is no answer"):
+    with pytest.raises(EntropyForkError, match=r"line 2 of .*answers.jsonl is not an answer"):
         AnswerStore(tmp_path / "out", {"x": 1})
-    with pytest.raises(EntropyForkError, match="other files"):
+    with pytest.raises(EntropyForkError, match="files of something else"):
         AnswerStore(tmp_path, {"x": 1})
 
 
@@ -271,7 +271,7 @@ def test_bad_data_is_one_clear_error(tmp_path: Path) -> None:
         read_questions([tmp_path / "none.parquet"])
     text = tmp_path / "text.parquet"
     text.write_text("{}")
-    with pytest.raises(EntropyForkError, match="no readable parquet"):
+    with pytest.raises(EntropyForkError, match="cannot be read as parquet"):
         read_questions([text])
     good = {"data_source": "a", "prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "1"}}
     for change, message in (
@@ -301,7 +301,7 @@ def test_bad_settings_are_one_clear_error(
     for values, message in (({"top_p": 0.0}, "top_p"), ({"top_k": 0}, "top_k"), ({"max_tokens": 0}, "max_tokens")):
         with pytest.raises(EntropyForkError, match=message):
             SamplingSettings(**values)
-    with pytest.raises(EntropyForkError, match="none of chat, paper, no file and no Jinja template"):
+    with pytest.raises(EntropyForkError, match=r"neither a name \(chat, paper\) nor a file nor a Jinja template"):
         evaluation.evaluate(settings(chat_template="missing.jinja"), QUIET)
     assert engines.parse_arguments(["a=1", "b.c=[x, 2]"]) == {"a": 1, "b": {"c": ["x", 2]}}
     with pytest.raises(EntropyForkError, match="KEY=VALUE"):
@@ -311,7 +311,7 @@ def test_bad_settings_are_one_clear_error(
     with pytest.raises(EntropyForkError, match="vLLM is not installed"):
         engines.choose_engine("vllm")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(EntropyForkError, match="would not use this machine's accelerator"):
+    with pytest.raises(EntropyForkError, match="does not use this machine's accelerator"):
         engines.choose_engine("auto")
 
 

@@ -263,7 +263,7 @@ def test_an_answer_that_would_have_been_run_counts_as_stopped(python: Callable[.
         "-c",
         f"""
 import io, sys
-from entropy_fork import judge
+from entropy_fork.reward import judge
 judge.compare = lambda answer, truth: judge.Verdict(answer.startswith("[") and bool(eval(answer)), True)
 sys.stdin = io.StringIO({request!r} + chr(10))
 judge.serve(2048)
@@ -391,7 +391,7 @@ def test_a_hostile_shard_is_not_unpickled(
     shard = actor / "model_world_size_1_rank_0.pt"
     torch.save({"model.embed_tokens.weight": torch.zeros(2, 2), "a": Touch(canary)}, shard)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(EntropyForkError, match=r"holds posix\.mkdir, which could run code and was not loaded"):
+    with pytest.raises(EntropyForkError, match=r"has posix\.mkdir in it, which could run code and was not loaded"):
         evaluation.evaluate(evaluating(actor, data, tmp_path / "out"), QUIET)
     assert not canary.exists()
     torch.load(shard, weights_only=False)  # what verl's merger does by itself
@@ -401,7 +401,7 @@ def test_a_hostile_shard_is_not_unpickled(
 @pytest.mark.parametrize("size", ["1000000000000", "-1", '"../../x"', "null", "1.5"])
 def test_a_hostile_number_of_shards_is_refused(size: str, tmp_path: Path) -> None:
     (tmp_path / "fsdp_config.json").write_text(f'{{"world_size": {size}}}')
-    with pytest.raises(EntropyForkError, match="names no number of ranks"):
+    with pytest.raises(EntropyForkError, match="has no valid number of ranks"):
         Checkpoint.find(tmp_path)
 
 
@@ -412,7 +412,7 @@ def test_a_hostile_pickle_of_weights_is_not_unpickled(model: Path, data: Path, t
         if not file.name.endswith(".safetensors"):
             (hostile / file.name).write_bytes(file.read_bytes())
     torch.save({"model.embed_tokens.weight": Touch(canary)}, hostile / "pytorch_model.bin")
-    with pytest.raises(EntropyForkError, match=r"holds posix\.mkdir, which could run code and was not loaded"):
+    with pytest.raises(EntropyForkError, match=r"has posix\.mkdir in it, which could run code and was not loaded"):
         evaluation.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)
     assert not canary.exists()
     torch.load(hostile / "pytorch_model.bin", weights_only=False)
@@ -511,7 +511,7 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path: Path) -> None:
     write_manifest(tokens, {"source": "model", "identity": {}})
     for folder in (prepared, tokens):
         before = (folder / "manifest.json").read_text()
-        with pytest.raises(EntropyForkError, match="is of something else: choose another folder"):
+        with pytest.raises(EntropyForkError, match="is not of an evaluation: choose another folder"):
             AnswerStore(folder, {"model": "x"})
         config = SimpleNamespace(trainer=None, actor_rollout_ref=None)
         with pytest.raises(EntropyForkError, match=r"manifest of something else|other tokens than those of a training"):

@@ -25,7 +25,7 @@ from entropy_fork.evaluation import temperature_sweep
 from entropy_fork.evaluation.answer_store import ANSWERS, AnswerStore, ScoredAnswer
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.evaluation.engines import SamplingSettings
-from entropy_fork.evaluation.statistics import summarise
+from entropy_fork.evaluation.statistics import summarise_benchmark
 from entropy_fork.evaluation.temperature_sweep import CSV, JSON, PLOTS, TemperatureSweep, run_sweep
 from entropy_fork.sampling.two_temperatures import PAPER_TEMPERATURES, TwoTemperatures
 
@@ -111,7 +111,7 @@ def test_the_plot_shows_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     points = []
     for (varied, pair), num_right in zip(SWEEP.points(), (2, 5, 5, 9), strict=True):
         right = np.arange(10)[:, None] < num_right
-        summary = summarise(right, 3 * np.ones((10, 1), int), ~right, right, np.ones((10, 1), int))
+        summary = summarise_benchmark(right, 3 * np.ones((10, 1), int), ~right, right, np.ones((10, 1), int))
         points.append(temperature_sweep.Point(varied, pair, evaluation.Evaluation({}, {"x": summary})))
     temperature_sweep._plot(points, SWEEP, tmp_path)
     (high, low) = drawn
@@ -243,7 +243,7 @@ def test_mistakes_are_named_before_anything_is_answered(command: Callable[..., R
         (["--threshold", "1", "--like", str(tokens)], "write one of them"),
         (["--like", str(tokens)], "its manifest has no threshold"),
         (["--like", str(tmp_path / "nowhere")], f"no folder {tmp_path / 'nowhere'}: name a folder that"),
-        (["--temperature", "0"], "entropies need one above it"),
+        (["--temperature", "0"], "entropies are measured at it"),
         (["--high", "0", "--fixed-low", "0"], "write --answers 1"),
         (["--fixed-high", "-2"], "T_high is -2.0"),
     ):

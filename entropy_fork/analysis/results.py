@@ -1,4 +1,4 @@
-"""What ``analyze`` and ``compare`` print and leave beside the tokens: tables, CSV, JSON and figures."""
+"""What ``analyze`` and ``compare`` print and write: tables, CSV, JSON and figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from entropy_fork.tokens.store import parts
 
 SUMMARY, COMPARISON, FIGURES = "summary.json", "comparison.json", "figures"
 
-#: tokens of each end that are printed; the CSV has all
+#: how many tokens of highest and of lowest entropy are printed; the CSV has all of them
 PRINTED = 20
 
 
@@ -54,7 +54,7 @@ def summarise_and_write(folder: Path, min_count: int) -> dict[str, Any]:
 
 
 def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """``summary.json``, CSV files and figures of one folder."""
+    """Write ``summary.json``, CSV files and figures of one folder."""
     write_whole(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     edges = summary["histogram"]["edges"]
     bins = [
@@ -76,7 +76,7 @@ def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_comparison(comparison: Mapping[str, Any], folder: Path) -> None:
-    """``comparison.json``, CSV files and figures of a comparison."""
+    """Write ``comparison.json``, CSV files and figures of a comparison."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / COMPARISON, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
     checkpoints = comparison["checkpoints"]
@@ -93,7 +93,7 @@ def write_comparison(comparison: Mapping[str, Any], folder: Path) -> None:
 
 
 def summary_tables(summary: Mapping[str, Any], printed: int = PRINTED) -> list[tuple[str, TextTable]]:
-    """(title, table) of one folder, with so many tokens of each end."""
+    """(title, table) of one folder, with ``printed`` tokens of highest and of lowest entropy."""
     if not summary["tokens"]:
         return []
     rows = [["answers", f"{summary['answers']:,}", ""], ["tokens", f"{summary['tokens']:,}", ""]]
@@ -122,7 +122,7 @@ def summary_tables(summary: Mapping[str, Any], printed: int = PRINTED) -> list[t
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
-    """(title, table) of a comparison: Table 1, Fig. 5 and Fig. 4."""
+    """(title, table) of a comparison: the paper's Table 1, Fig. 5 and Fig. 4."""
     checkpoints = comparison["checkpoints"]
     overlap = TextTable(
         ["checkpoint", "mean entropy", "threshold", "with the base", "with the final"],
@@ -161,7 +161,7 @@ def _sums_table(what: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Tex
 
 
 def _write_csv(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """A file with the rows' keys as its header; none where there are no rows, and then no older one either."""
+    """Write rows under their keys as CSV. Without rows an older file is deleted and none is written."""
     if not rows:
         file.unlink(missing_ok=True)
         return

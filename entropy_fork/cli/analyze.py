@@ -67,15 +67,15 @@ def analyze(
         from entropy_fork.evaluation.engines import SamplingSettings, parse_arguments
         from entropy_fork.evaluation.evaluate import EvaluationSettings
 
-        drawing = None
+        answering = None
         if prompts:
             sampling = SamplingSettings(1.0 if temperature is None else temperature, top_p, top_k, max_tokens, seed)
-            drawing = EvaluationSettings(
+            answering = EvaluationSettings(
                 model, prompts, output, answers, sampling, engine.value, chat_template, dtype, merged, batch_size,
                 tensor_parallel, parse_arguments(vllm or []),
             )  # fmt: skip
         settings = AnalysisSettings(
-            model, output, drawing, rollouts, like, tuple(steps or ()), limit, temperature, top_ratio, dtype,
+            model, output, answering, rollouts, like, tuple(steps or ()), limit, temperature, top_ratio, dtype,
             batch_tokens, merged,
         )  # fmt: skip
         analyze_tokens(settings, console)

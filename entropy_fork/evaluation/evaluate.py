@@ -1,4 +1,4 @@
-"""The evaluation from a checkpoint to the table: what ``entropy-fork evaluate`` does."""
+"""What ``entropy-fork evaluate`` does: answer the questions, score the answers, summarise the scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from entropy_fork.evaluation.engines import (
     choose_engine,
 )
 from entropy_fork.evaluation.questions import Question, checksum, read_questions
-from entropy_fork.evaluation.statistics import Summary, summarise
+from entropy_fork.evaluation.statistics import BenchmarkSummary, summarise_benchmark
 from entropy_fork.reward import compute_score
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -39,23 +39,24 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Everything that is asked for.
+    """Everything that an evaluation needs to know.
 
     Attributes:
         model: a Hugging Face folder, or a checkpoint folder of verl.
         data: parquet files in verl's format.
-        output: folder for answers and results; taken up again if it holds a part of this evaluation.
+        output: folder for answers and results; continued if it has a part of this evaluation.
         answers: k, answers per question.
+        sampling: how answers are drawn.
         engine: ``auto``, ``vllm`` or ``transformers``.
         chat_template: a name of the Hydra group ``template`` (``paper``, ``chat``), a file with a Jinja template, or
             the template itself; None takes the tokenizer's.
-        dtype: of the weights when answering; ``auto`` is what they are stored in.
+        dtype: type of the weights when answering; ``auto`` is the type in which they are stored.
         merged: where the Hugging Face folder of a sharded checkpoint is kept; None removes it at the end.
-        batch_size: of the transformers engine.
-        tensor_parallel, vllm: of the vLLM engine, see :class:`~entropy_fork.evaluation.engines.VllmEngine`.
+        batch_size: for the transformers engine: answers at once.
+        tensor_parallel, vllm: for the vLLM engine, see :class:`~entropy_fork.evaluation.engines.VllmEngine`.
 
     Raises:
-        EntropyForkError: a value that has no meaning.
+        EntropyForkError: a value has no meaning.
     """
 
     model: Path
@@ -85,24 +86,24 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out: the manifest's identity, and a summary per benchmark in the order of the data."""
+    """The result: the identity of the manifest, and a summary per benchmark in the order of the data."""
 
     identity: dict[str, Any]
-    benchmarks: dict[str, Summary]
+    benchmarks: dict[str, BenchmarkSummary]
 
 
 def evaluate(
     settings: EvaluationSettings, console: Console, opening: Callable[..., Opened] | None = None
 ) -> Evaluation:
-    """Answer what has not been answered yet, and summarise.
+    """Answer what has not been answered yet, and summarise all answers.
 
     Args:
-        settings: what is evaluated, on what, how, and where to.
+        settings: the model, the data, how to answer, and where to write.
         console: where progress is shown.
-        opening: called in the place of :func:`open_engine`, when there is something to answer.
+        opening: called in place of :func:`open_engine`, if there is something to answer.
 
     Raises:
-        EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
+        EntropyForkError: something that was asked for cannot be done; raised before any answer is drawn.
     """
     questions = read_questions(settings.data)
     checkpoint = Checkpoint.find(settings.model)
@@ -114,7 +115,7 @@ def evaluate(
     with AnswerStore(settings.output, identity, notes, ScoredAnswer) as store:
         wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
         if missing := wanted - store.records.keys():
-            with task(f"looking at {checkpoint.path}; shards are merged by verl's model merger", console=console):
+            with task(f"reading {checkpoint.path} (verl merges shards)", console=console):
                 folder = checkpoint.merge(settings.merged or settings.output / "merged")
             with task(f"loading {folder} into {engine_name}", console=console):
                 opened = (opening or open_engine)(settings, engine_name, folder, template, questions)
@@ -131,7 +132,7 @@ def identity_of(
     questions: Sequence[Question],
     template: str | None,
 ) -> dict[str, Any]:
-    """What decides which answers are drawn."""
+    """Everything that decides which answers are drawn."""
     return {
         "model": checkpoint.fingerprint(),
         "questions": checksum(questions),
@@ -143,10 +144,13 @@ def identity_of(
 
 
 def read_template(chat_template: str | None) -> str | None:
-    """The Jinja text of a recipe's template or of a file, or the text itself; None is the tokenizer's own.
+    """The Jinja text of a chat template; None is the tokenizer's own.
+
+    Args:
+        chat_template: a name of the Hydra group ``template``, a file with a Jinja template, or the template itself.
 
     Raises:
-        EntropyForkError: it is none of these.
+        EntropyForkError: the argument is none of these.
     """
     if chat_template is None or "{" in chat_template:
         return chat_template
@@ -157,7 +161,7 @@ def read_template(chat_template: str | None) -> str | None:
     except OSError as error:
         names = ", ".join(preset_names("template"))
         raise EntropyForkError(
-            f"--chat-template {chat_template} is none of {names}, no file and no Jinja template"
+            f"--chat-template {chat_template} is neither a name ({names}) nor a file nor a Jinja template"
         ) from error
 
 
@@ -165,9 +169,9 @@ def prompts(tokenizer: Any, questions: Sequence[Question], template: str | None)
     """Token ids of each prompt, through the chat template as verl applies it in training.
 
     Raises:
-        EntropyForkError: the tokenizer has no chat template and none is given, or it does what it may not.
+        EntropyForkError: the tokenizer has no chat template and none is given, or the template fails.
     """
-    from jinja2 import TemplateError  # which transformers needs for chat templates
+    from jinja2 import TemplateError  # transformers needs it for chat templates
 
     if template is not None:
         tokenizer.chat_template = template
@@ -179,7 +183,7 @@ def prompts(tokenizer: Any, questions: Sequence[Question], template: str | None)
             tokenizer.apply_chat_template(list(question.prompt), add_generation_prompt=True, tokenize=False)
             for question in questions
         ]
-    except TemplateError as error:  # also of what transformers' sandbox forbids
+    except TemplateError as error:  # raised also for what transformers' sandbox forbids
         raise EntropyForkError(f"the chat template cannot be applied: {type(error).__name__}: {error}") from error
     return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
@@ -188,7 +192,7 @@ def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     """The tokenizer's end token and those of the model's generation config.
 
     Raises:
-        EntropyForkError: there is none.
+        EntropyForkError: there is no end token.
     """
     from transformers import GenerationConfig
 
@@ -201,17 +205,18 @@ def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     raise EntropyForkError(f"{folder} names no end token, neither in its tokenizer nor in generation_config.json")
 
 
-#: a model that is ready to answer, all answers that are wanted of it, and its tokenizer
+#: a model that is ready to answer, all jobs for it, and its tokenizer
 Opened = tuple[Engine, list[AnswerJob], Any]
 
 
 def open_engine(
     settings: EvaluationSettings, engine_name: str, folder: Path, template: str | None, questions: Sequence[Question]
 ) -> Opened:
-    """A model that is ready to answer, all answers that are wanted of it, and its tokenizer.
+    """Load a model that is ready to answer, with all jobs for it and its tokenizer.
 
     Raises:
-        EntropyForkError: the model's tokenizer or its number of positions does not allow it; before weights are loaded.
+        EntropyForkError: the tokenizer has no chat template or no end token, or the model has too few positions; raised
+            before the weights are loaded.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -292,8 +297,8 @@ def _answer(
             shown.advance(len(records), f"{share:.1%} right  {speed:,.0f} tokens/s")
 
 
-def _summaries(questions: Sequence[Question], store: AnswerStore[ScoredAnswer], k: int) -> dict[str, Summary]:
-    """A summary per data source, of the first k answers to each question."""
+def _summaries(questions: Sequence[Question], store: AnswerStore[ScoredAnswer], k: int) -> dict[str, BenchmarkSummary]:
+    """A summary per data source, over the first k answers to each question."""
     summaries = {}
     for name in dict.fromkeys(question.data_source for question in questions):
         rows = [
@@ -306,7 +311,7 @@ def _summaries(questions: Sequence[Question], store: AnswerStore[ScoredAnswer], 
             return np.array([[getattr(record, attribute) for record in row] for row in rows])
 
         has_above = all(record.above is not None for row in rows for record in row)
-        summaries[name] = summarise(
+        summaries[name] = summarise_benchmark(
             table("score") == 1.0,
             table("tokens"),
             table("truncated"),

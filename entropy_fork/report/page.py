@@ -1,8 +1,8 @@
-"""The HTML file: data, figures and tables into ``template.html``, with everything that it needs inside.
+"""Make the HTML file: data, figures and tables go into ``template.html``, and everything it needs is inside.
 
-The page runs one script, named by its hash in a Content-Security-Policy that allows nothing else and no connection.
-What a model wrote reaches it in two ways: through jinja2, which escapes it, and as JSON in a data block, in which
-``<``, ``>`` and ``&`` are written as escapes, so that no text can end the block. The script shows it as text nodes.
+The page runs one script. A Content-Security-Policy names it by its hash, and allows no other script and no connection.
+Text that a model wrote reaches the page in two ways: through jinja2, which escapes it, and as JSON in a data block, in
+which ``<``, ``>`` and ``&`` are escaped, so that no text can end the block. The script shows it as text nodes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PageTable:
-    """Rows of text under a header; ``long`` ones scroll in a box of their own."""
+    """Rows of text under a header. A long table scrolls in a box of its own."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -43,13 +43,13 @@ class PageTable:
 
     @property
     def long(self) -> bool:
-        """Whether the page lets it scroll in a box of its own."""
+        """Whether it scrolls in a box of its own."""
         return len(self.rows) > 12
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what belongs under it."""
+    """A heading with the text, figures and tables under it."""
 
     id: str
     title: str
@@ -64,14 +64,14 @@ class ReportSettings:
 
     Attributes:
         output: the file to write.
-        tokens: folders of ``entropy_fork/tokens/store.py``.
-        runs: name and folder of tensorboard files of each training run.
-        compare: folders of the same tokens, measured with checkpoints in the order of training; none, or two and more.
+        tokens: folders of tokens, see ``entropy_fork/tokens/store.py``.
+        runs: name and folder of tensorboard files, for each training run.
+        compare: folders of the same tokens, measured with checkpoints in the order of training: none, or at least two.
         top_ratio: ρ of the comparison.
         min_count: how often a token must have been seen to be in the tables of highest and lowest mean entropy.
-        figures: a folder for the figures as SVG and PNG; None for none.
-        answers: at most so many of each folder can be looked at; all of them are in the figures.
-        title: of the page.
+        figures: a folder to which the figures are written as SVG and PNG as well; None for none.
+        answers: the page shows at most this many answers of each folder. The figures use all answers.
+        title: title of the page.
     """
 
     output: Path
@@ -89,19 +89,19 @@ def write(settings: ReportSettings, note: Callable[[str], None] = lambda _: None
     """Make the report.
 
     Args:
-        settings: what goes into it, and where to.
-        note: is told what is being done.
+        settings: what goes into it, and where it is written.
+        note: called with what is being done.
 
     Returns:
         The file.
 
     Raises:
-        EntropyForkError: nothing to show, input that cannot be read, output that cannot be written; or a library is
-            missing.
+        EntropyForkError: there is nothing to show, an input cannot be read, the output cannot be written, or a library
+            is missing.
     """
     if not settings.tokens and not settings.runs and not settings.compare:
         raise EntropyForkError(
-            "nothing to report: give --tokens FOLDER (of 'entropy-fork analyze', or of a run with "
+            "there is nothing to report: write --tokens FOLDER (of 'entropy-fork analyze', or of a run with "
             "entropy_fork.dump_every), --run NAME=DIR (a folder of tensorboard files) or --compare FOLDER twice"
         )
     check_installed()
@@ -118,9 +118,9 @@ def write(settings: ReportSettings, note: Callable[[str], None] = lambda _: None
         folders.append((name, packed_answers.chosen_answers(folder, settings.answers)))
     data = packed_answers.packed_folders(folders) if folders else None
     sections = []
-    slugs = _distinct([file_name(name) or "folder" for name in names])  # of files, and of places in the page
+    slugs = _distinct([file_name(name) or "folder" for name in names])  # for file names, and for links in the page
     for name, slug, folder in zip(names, map(file_name, slugs), settings.tokens, strict=True):
-        note(f"going over the tokens of {name}")
+        note(f"summarising the tokens of {name}")
         suffix = "" if len(folders) == 1 else f": {name}"
         sections += [_entropy_section(slug, folder, suffix, settings.min_count), *_steps_section(slug, folder, suffix)]
     if settings.compare:
@@ -140,14 +140,14 @@ def write(settings: ReportSettings, note: Callable[[str], None] = lambda _: None
     return settings.output
 
 
-#: what the figures of ``analysis/plots.py`` show
+#: captions of the figures of ``analysis/plots.py``
 CAPTIONS = {
     "entropy_histogram": "tokens by entropy, on a logarithmic scale",
     "entropy_by_position": "mean entropy and share of forks along the answer",
     "entropy_by_kind": "mean entropy by part of the answer, and by kind of text",
-    "words_highest": "tokens of highest mean entropy, the larger the higher",
-    "words_lowest": "tokens of lowest mean entropy, the larger the lower",
-    "overlap": "how many of a checkpoint's top positions are also the base's, and the final model's",
+    "words_highest": "tokens of highest mean entropy; the highest are the largest",
+    "words_lowest": "tokens of lowest mean entropy; the lowest are the largest",
+    "overlap": "how many of a checkpoint's top positions are also those of the base, and of the final model",
     "entropy_change": "mean change of the entropy against the base, per 5% of the base's tokens",
     "percentile_evolution": "percentiles of the entropy over the checkpoints",
 }
@@ -168,7 +168,7 @@ def _comparison_section(folders: Sequence[Path], top_ratio: float) -> Section:
 
 
 def _page_figures(figures: dict[str, Figure], slug: str) -> list[PageFigure]:
-    """Figures of the analyses, at the size of the page's own: a legend must be readable on a phone."""
+    """Figures of the analyses, at the size of the page's other figures: a legend must be readable on a phone."""
     for figure in figures.values():
         figure.set_size_inches(5.2, 3.2)
     return [
@@ -209,9 +209,9 @@ def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section])
     """The page as text.
 
     Args:
-        title: of the page.
-        data: of :func:`entropy_fork.report.packed_answers.packed_folders`; None where there are no tokens.
-        sections: below the token view.
+        title: title of the page.
+        data: what :func:`entropy_fork.report.packed_answers.packed_folders` returns; None without tokens.
+        sections: what is shown below the tokens.
 
     Raises:
         EntropyForkError: jinja2 is not installed.
@@ -245,13 +245,13 @@ def _hash(text: str) -> str:
 
 
 def _safe_json(data: dict[str, Any]) -> str:
-    """JSON that can stand in a ``<script>`` block: nothing in it can end the block or begin a comment."""
+    """JSON for a ``<script>`` block: nothing in it can end the block or begin a comment."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names, with a number behind those that were there before."""
+    """The names, with a number behind a name that came before."""
     found: list[str] = []
     for name in names:
         same = sum(each == name or each.startswith(f"{name} (") for each in found)

@@ -1,10 +1,9 @@
-"""Decoding with two temperatures: one where the model hesitates, another where it does not (2506.01939, §3, Eq. 5).
+"""Decoding with two temperatures: one where the entropy is high, another where it is low (2506.01939, §3, Eq. 5).
 
     T'_t = T_high if H_t > τ else T_low        token t is drawn from softmax(z_t / T'_t)
 
-H_t is the entropy of softmax(z_t / T) at the ordinary decoding temperature T, which the threshold τ was measured at. A
-temperature of 0 takes the likeliest token. All of it is in float32 or better, whatever the logits come in: an entropy
-of 16-bit sums is a difference of two large numbers.
+H_t is the entropy of softmax(z_t / T) at the ordinary decoding temperature T, at which the threshold τ was measured too
+(``core/entropy.py``). A temperature of 0 takes the likeliest token. Everything is computed in float32 or better.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from torch import Tensor
 
 from entropy_fork.core.entropy import column
 
-#: nats; the 80th percentile of Qwen3-8B's entropies on its answers to AIME questions (§3)
+#: nats: the 80th percentile of Qwen3-8B's entropies on its answers to AIME questions (§3)
 PAPER_THRESHOLD = 0.672
-#: what the paper sweeps either temperature over while the other one is 1
+#: the values that the paper tries for one temperature while the other one is 1
 PAPER_TEMPERATURES = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
 
 
 @dataclass(frozen=True)
 class TwoTemperatures:
-    """Eq. 5's parameters.
+    """The parameters of Eq. 5.
 
     Attributes:
         high: T_high, where the entropy is above the threshold; 0 takes the likeliest token there.
         low: T_low, everywhere else.
-        threshold: τ in nats, 0 or more; infinite: everything is low.
+        threshold: τ in nats, 0 or more; if it is infinite, T_low is used everywhere.
 
     Raises:
-        ValueError: a value that has no meaning.
+        ValueError: a value has no meaning.
     """
 
     high: float
@@ -65,7 +64,7 @@ def two_temperatures(entropy: Tensor, high: Tensor | float, low: Tensor | float,
 
 
 def scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """z_t / T' for each row; where T' is 0, a row that is certain of the likeliest token (the first of equals).
+    """z_t / T' for each row. Where T' is 0, the row becomes certain of the likeliest token (the first of equals).
 
     Args:
         logits: shape (rows, vocabulary).
