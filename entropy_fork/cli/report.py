@@ -26,7 +26,8 @@ def report(
     compare: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FOLDER", help="Written twice or more, in the order of training: as the command 'compare'."
+            metavar="FOLDER",
+            help="A checkpoint's folder of 'analyze', for a comparison; given twice or more, in the order of training.",
         ),
     ] = None,
     figures: Annotated[
