@@ -502,7 +502,7 @@ def test_files_that_are_no_dumps_are_named(settings: Callable[..., analyze.Analy
     for line, message in (
         ('{"input": "a"', r"line 2 of .*1\.jsonl is not JSON .*Is a run still writing it"),
         ('{"input": "a"}', r"line 2 of .*: output is None"),
-        ("[]", "none of verl's dumps"),
+        ("[]", "not from a dump of verl's answers"),
         ('{"input": "a", "output": "b", "score": "high"}', "score is 'high'"),
     ):
         file.write_text(file.read_text().splitlines()[0] + "\n" + line)

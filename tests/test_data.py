@@ -357,7 +357,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
     columns = write_lines(tmp_path / "columns.jsonl", [{"text": "x", "label": "y"}])
     message = refused("prepare", "aime25", "--from", columns, *output)
-    assert "it has the columns text, label; expected are problem or question and answer" in message
+    assert "it has the columns text, label; the columns must be problem or question and answer" in message
     numbers = write_lines(tmp_path / "numbers.jsonl", [{"problem": 1, "answer": "y"}])
     assert "column problem or question of aime25 holds no text; its type is int64" in refused(
         "prepare", "aime25", "--from", numbers, *output
@@ -366,7 +366,7 @@ def test_bad_input(tmp_path: Path) -> None:
     pq.write_table(dates, tmp_path / "dates.parquet")
     assert "timestamp" in refused("prepare", "aime25", "--from", tmp_path / "dates.parquet", *output)
     field = write_lines(tmp_path / "field.jsonl", [{"prompt": "x", "reward_model": {"style": "rule"}}])
-    assert "expected are prompt and reward_model.ground_truth" in refused(
+    assert "the columns must be prompt and reward_model.ground_truth" in refused(
         "prepare", "dapo_math_17k", "--from", field, *output
     )
     useless = write_parquet(tmp_path / "useless.parquet", [dapo_row("A?", "1", instructed=False)])

@@ -237,7 +237,7 @@ def _optional(table: pa.Table, names: tuple[str, ...]) -> pa.Array | None:
 
 def _expected(source: Source, table: pa.Table) -> str:
     paths = " and ".join(" or ".join(names) for names in (source.question, source.answer))
-    return f"it has the columns {', '.join(table.column_names)}, and needs {paths}."
+    return f"it has the columns {', '.join(table.column_names)}; the columns must be {paths}."
 
 
 def _find(table: pa.Table, names: tuple[str, ...]) -> pa.Array | None:
