@@ -76,7 +76,7 @@ def main(
         make(Path(place) / "tokens", answers, tokens)
         began = time.process_time()
         with task("report") as shown:
-            settings = report_page.Settings(file, tokens=[Path(place) / "tokens"], answers=answers)
+            settings = report_page.ReportSettings(file, tokens=[Path(place) / "tokens"], answers=answers)
             report_page.write(settings, shown.say)
         print(f"{answers} answers of {tokens:,} tokens: {file.stat().st_size / 1e6:.1f} MB")
         print(f"written in {time.process_time() - began:.1f} s of CPU")

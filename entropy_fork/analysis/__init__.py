@@ -1,6 +1,6 @@
-"""Where a model's forks are: every response token with its entropy, and what can be said about them.
+"""Where a model's forks are: the entropy of every response token, and statistics of these entropies.
 
-Read ``table.py`` first: the folder of parquet files that everything else writes or reads. ``run.py`` fills one:
-``sources.py`` and ``sampling.py`` bring the texts, ``measure.py`` their entropies, ``select.py`` marks the top ρ.
-``summary.py`` (with ``parts_of_text.py``) and ``compare.py`` read it, ``plots.py`` and ``report_files.py`` show it.
+Read ``tokens/store.py`` first: everything here writes or reads such a folder of tokens. ``analyze.py`` fills one:
+``texts.py`` and ``draw_answers.py`` bring the texts, ``measure.py`` their entropies, ``mark_top.py`` marks the top ρ.
+``summary.py`` (with ``parts_of_text.py``) and ``compare.py`` read it, ``plots.py`` and ``results.py`` show it.
 """

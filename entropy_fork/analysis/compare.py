@@ -1,6 +1,6 @@
-"""Checkpoints of one run on the same texts (arXiv 2506.01939, section 4): do the forks stay, and what changes at them.
+"""Compare checkpoints of one run on the same texts (arXiv 2506.01939, section 4): do the forks stay, and what changes?
 
-Every folder is read once more, a part at a time, beside the others; parts need not be cut at the same places.
+The folders are read side by side, one part of each at a time. Their parts may end at different tokens.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from entropy_fork.analysis.mark_top import TopRatio, find_top, top_masks
 from entropy_fork.analysis.order_statistics import order_statistics, percentile_ranks
-from entropy_fork.analysis.select import TopRatio, find_top, top_masks
-from entropy_fork.analysis.sources import check_complete, digest
 from entropy_fork.analysis.summary import PERCENTILES
+from entropy_fork.analysis.texts import check_complete, digest
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.tokens.store import parts, read_columns, read_manifest
 
-#: percentiles of the base that bound Fig. 4's bins
+#: percentiles of the base model's entropies that bound the bins of Fig. 4
 BIN_EDGES = tuple(range(5, 100, 5))
 
 
@@ -28,17 +28,20 @@ def compare(folders: Sequence[Path], top_ratio: float = 0.2) -> dict[str, Any]:
 
     Args:
         folders: in the order of training; the first is the base, the last the final model.
-        top_ratio: ρ, of each checkpoint's own top share of all tokens.
+        top_ratio: ρ, the share of all tokens that counts as each checkpoint's top.
 
     Returns:
-        A dict that JSON can write: top_ratio, tokens; checkpoints, each with its name, model, mean_entropy, threshold,
-        overlap_base and overlap_final (share of the top ρ positions that are also in theirs; Table 1) and percentiles
-        (Fig. 5); and change (Fig. 4): per bin of the base's entropies, from and to (percent), tokens, and the mean
-        change of each checkpoint against the base, nats. Of tokens whose entropy equals the edge of a bin all are
-        below it, so bins can be of different size.
+        A dict that JSON can write, with these keys:
+
+        - top_ratio, tokens
+        - checkpoints: for each its name, model, mean_entropy, threshold; overlap_base and overlap_final (the share of
+          its top positions that are also the base's, and the final model's; Table 1); percentiles (Fig. 5)
+        - change (Fig. 4): for each bin of the base's entropies from and to (percent), tokens, and the mean change of
+          each checkpoint against the base, nats. All tokens whose entropy equals the edge of a bin are below the edge,
+          so bins can have different sizes.
 
     Raises:
-        EntropyForkError: fewer than two folders, one that is unfinished, other tokens or another temperature.
+        EntropyForkError: there are fewer than two folders, one is unfinished, or they differ in tokens or temperature.
     """
     _check(folders)
     tops = [find_top(folder, top_ratio) for folder in folders]
@@ -87,7 +90,7 @@ def compare(folders: Sequence[Path], top_ratio: float = 0.2) -> dict[str, Any]:
 
 def _check(folders: Sequence[Path]) -> None:
     if len(folders) < 2:
-        raise EntropyForkError("compare needs two folders or more: the base's first, the final model's last")
+        raise EntropyForkError("compare needs two folders or more: the first of the base, the last of the final model")
     manifests = [read_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
         check_complete(folder, manifest)
@@ -95,7 +98,7 @@ def _check(folders: Sequence[Path]) -> None:
         if manifest.get("temperature") != manifests[0].get("temperature"):
             raise EntropyForkError(
                 f"{folder} was measured at T = {manifest.get('temperature')} and {folders[0]} at "
-                f"{manifests[0].get('temperature')}: entropies compare at one temperature alone"
+                f"{manifests[0].get('temperature')}: entropies can be compared only at the same temperature"
             )
     digests = [digest(folder) for folder in folders]
     for folder, found in zip(folders[1:], digests[1:], strict=True):
@@ -105,11 +108,11 @@ def _check(folders: Sequence[Path]) -> None:
                 f"with 'entropy-fork analyze MODEL --like {folders[0]} --output FOLDER'"
             )
     if not sum(len(read_columns(folders[0], number, "position")[0]) for number in parts(folders[0])):
-        raise EntropyForkError(f"{folders[0]} holds no tokens: all of its answers are empty")
+        raise EntropyForkError(f"{folders[0]} has no tokens: all of its answers are empty")
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' last names, or all of their path where these are the same."""
+    """The names of the folders, or their whole paths if two names are the same."""
     names = [folder.absolute().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -131,7 +134,7 @@ def _entropy_and_top(folder: Path, top: TopRatio) -> Iterator[tuple[np.ndarray, 
 def _aligned(
     streams: Sequence[Iterator[tuple[np.ndarray, np.ndarray]]],
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """The same tokens of all streams, in pieces as long as the shortest that is at hand."""
+    """The same tokens of all streams, in pieces as long as the shortest piece that has been read."""
     held: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(streams)
     while True:
         for place, stream in enumerate(streams):

@@ -1,8 +1,8 @@
-"""Entropy, log-prob and rank at every response position: one forward pass of transformers over prompt and answer.
+"""Measure entropy, log-prob and rank at every response position: one forward pass over prompt and answer.
 
-The LM head is evaluated through ``core/lm_head.py``, as in the training step's own pass: at response positions alone, a
-few hundred rows of logits at once. Several answers share a pass, padded on their right, where causal attention lets
-nothing of the padding into them.
+The LM head is evaluated by ``core/lm_head.py``, as in the pass of a training step: only at response positions, a few
+hundred rows of logits at once. Several answers share a pass. They are padded on the right, where causal attention keeps
+the padding out of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from entropy_fork.evaluation.checkpoint import code_refused
 
 @dataclass(frozen=True)
 class TokenIds:
-    """One prompt and its answer, int32 arrays."""
+    """One prompt and its answer: int32 arrays."""
 
     prompt: np.ndarray
     response: np.ndarray
@@ -32,7 +32,7 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of every response token: entropy and log_prob (float32, nats), rank (int32, 0 for the likeliest)."""
+    """The values at every response token: entropy, log_prob (float32, nats), rank (int32, 0: the likeliest)."""
 
     entropy: np.ndarray
     log_prob: np.ndarray
@@ -44,12 +44,12 @@ class Measurer:
 
     Args:
         folder: a Hugging Face folder.
-        dtype: name of a torch dtype, or ``auto`` for what the weights are stored in.
+        dtype: name of a torch dtype, or ``auto`` for the type in which the weights are stored.
         temperature: T of Eq. 1, p = softmax(z/T); above 0.
-        batch_tokens: of one forward pass, padding included; a longer answer goes alone.
+        batch_tokens: tokens of one forward pass, padding included; a longer answer gets a pass of its own.
 
     Raises:
-        EntropyForkError: the model's logits are not those of a linear head without a bias.
+        EntropyForkError: the model's logits are not simply those of a linear head without a bias.
     """
 
     def __init__(self, folder: Path, dtype: str = "auto", temperature: float = 1.0, batch_tokens: int = 32768):
@@ -67,14 +67,14 @@ class Measurer:
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise EntropyForkError(
-                f"{folder}: the LM head is no linear layer without a bias, the only kind that is measured"
+                f"{folder}: the LM head is not a linear layer without a bias, and no other kind can be measured"
             )
         self.weight: Tensor = head.weight
         self._check_logits(folder)
 
     @torch.inference_mode()
     def _check_logits(self, folder: Path) -> None:
-        """Some models scale or cap their logits after the head; their entropies would be others."""
+        """Refuse a model that scales or caps its logits after the head: we would measure other entropies."""
         ids = torch.arange(min(8, self.weight.shape[0]), device=self.weight.device)[None]
         theirs = self.model(input_ids=ids, use_cache=False).logits.float()
         ours = linear(self._hidden(ids), self.weight).float()
@@ -88,10 +88,10 @@ class Measurer:
         return self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def measure(self, texts: Sequence[TokenIds]) -> list[Measured]:
-        """Each text's response tokens, in the order of the texts.
+        """Measure the response tokens of each text, in the order of the texts.
 
         Raises:
-            EntropyForkError: a text that this model cannot read: no prompt, too long, or ids that it does not have.
+            EntropyForkError: this model cannot read a text: it has no prompt, is too long, or has unknown token ids.
         """
         for text in texts:
             self._check(text)
@@ -105,7 +105,7 @@ class Measurer:
         if not len(text.response):
             return
         if not len(text.prompt):
-            raise EntropyForkError("an answer has an empty prompt, and nothing predicts its first token")
+            raise EntropyForkError("an answer has an empty prompt, so nothing predicts its first token")
         length = len(text.prompt) + len(text.response)
         if self.positions is not None and length > self.positions:
             raise EntropyForkError(f"an answer has {length} tokens with its prompt, and the model {self.positions} "
@@ -116,7 +116,7 @@ class Measurer:
                                    f"it was written by a model with another tokenizer")  # fmt: skip
 
     def _batches(self, texts: Sequence[TokenIds]) -> Iterator[list[int]]:
-        """Rows of like length together, as many as fit; those without a response need no pass."""
+        """Rows of similar length together, as many as fit. Rows without a response need no pass."""
         lengths = np.array([len(text.prompt) + len(text.response) for text in texts])
         order = [row for row in np.argsort(-lengths, kind="stable").tolist() if len(texts[row].response)]
         while order:

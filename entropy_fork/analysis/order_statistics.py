@@ -1,7 +1,8 @@
-"""Exact order statistics of any number of float32 values in a fixed amount of memory, by counting.
+"""Exact order statistics of any number of float32 values, in a fixed amount of memory, by counting.
 
-The 32 bits of a float can be turned so that they are ordered as the values are. One pass counts the upper 16 of them,
-a second one the lower 16 of those values that share their upper bits with a wanted one. No sample, no interpolation.
+The 32 bits of a float can be changed into an integer that has the order of the values. One pass counts the values by
+their upper 16 bits. A second pass counts, by their lower 16 bits, the values that share their upper bits with a wanted
+one. Nothing is sampled or interpolated.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _HALF = 1 << 16
 
 
 def order_statistics(values: Callable[[], Iterable[np.ndarray]], ranks: Sequence[int]) -> np.ndarray:
-    """The values at these places of the ascending order.
+    """The values at these places in ascending order.
 
     Args:
         values: called twice; returns the same float32 arrays, none of them with a NaN, both times.
@@ -24,7 +25,7 @@ def order_statistics(values: Callable[[], Iterable[np.ndarray]], ranks: Sequence
         float32 of shape (ranks,). Zeros are equal whatever their sign.
 
     Raises:
-        ValueError: a rank that is not below the number of values.
+        ValueError: a rank is not below the number of values.
     """
     wanted = np.asarray(ranks, dtype=np.int64)
     upper = np.zeros(_HALF, dtype=np.int64)
@@ -48,12 +49,12 @@ def order_statistics(values: Callable[[], Iterable[np.ndarray]], ranks: Sequence
 
 
 def percentile_ranks(num_values: int, percentiles: Sequence[float]) -> list[int]:
-    """The place of each percentile in the ascending order: the first value that at least q% do not exceed."""
+    """The place of each percentile in ascending order: that of the smallest value that at least q% do not exceed."""
     return [min(num_values - 1, max(0, int(np.ceil(round(q / 100 * num_values, 6))) - 1)) for q in percentiles]
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:
-    """uint32 in the order of the values: the sign bit is set for positive ones, and all bits turned for the others."""
+    """uint32 in the order of the values: positive values get the sign bit, negative values get all bits inverted."""
     bits = (np.asarray(values, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # -0 + 0 is +0
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
 

@@ -1,7 +1,7 @@
-"""What a piece of an answer is, where its text shows it: thinking, final answer, formula, code.
+"""Find out what each token of an answer belongs to: thinking, final answer, formula, code or other text.
 
-Found on the characters of the text, in one pass over its delimiters (a hostile text of nothing but ``\\(`` takes no
-longer than another), and carried over to the tokens that touch them.
+The kinds are found on the characters of the text, in one pass over its delimiters. (A hostile text of nothing but
+``\\(`` takes no longer than another one.) Each token then gets the kind of its characters.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 
 from entropy_fork.reward import last_boxed_span
 
-#: kinds of text; where several hold, the later one counts
+#: kinds of text; if a character is of several kinds, the later one counts
 KINDS = ("other text", "formula", "code", "final answer")
 _OTHER, _FORMULA, _CODE, _FINAL = range(len(KINDS))
 
-#: parts of an answer: before ``</think>`` (it included), and the rest
+#: parts of an answer: thinking ends with ``</think>``, and the rest is the answer
 SECTIONS = ("answer", "thinking")
 
 _DELIMITER = re.compile(r"\\[\\`$()\[\]]|```|`|\$\$|\$|\n(?:[ \t]*\n)?")
@@ -25,17 +25,18 @@ _CLOSING = {"\\(": "\\)", "\\[": "\\]", "$": "$", "$$": "$$", "`": "`", "```": "
 
 
 def kinds_of_tokens(pieces: Sequence[str]) -> np.ndarray:
-    """The kind of each token, as an index of :data:`KINDS`: the highest of the characters that it has.
+    """The kind of each token, as an index of :data:`KINDS`: the highest kind among its characters.
 
-    - final answer: inside of the last ``\\boxed{}``
-    - code: a fence of three backticks (to the end where it is never closed), or backticks on one line
-    - formula: ``$…$`` on one line (the first character inside and the last one are no spaces, and no digit follows:
-      prices are no formulas), ``$$…$$``, ``\\(…\\)`` and ``\\[…\\]`` without a blank line in them
+    - final answer: inside the last ``\\boxed{}``
+    - code: between fences of three backticks (to the end of the text if the fence is never closed), or between
+      backticks on one line
+    - formula: ``$…$`` on one line (neither the first nor the last character inside is a space, and no digit follows, so
+      that prices are not formulas), ``$$…$$``, ``\\(…\\)`` and ``\\[…\\]`` without a blank line in them
 
-    Delimiters belong to what they delimit.
+    Delimiters belong to what they delimit, except those of the box.
 
     Args:
-        pieces: of one answer, see ``table.token_pieces``.
+        pieces: the tokens of one answer as text, see :func:`entropy_fork.tokens.store.token_pieces`.
 
     Returns:
         uint8 of shape (tokens,).
@@ -51,8 +52,8 @@ def kinds_of_tokens(pieces: Sequence[str]) -> np.ndarray:
 def sections_of_tokens(pieces: Sequence[str], prompt: str = "") -> np.ndarray:
     """Whether each token is thinking, as an index of :data:`SECTIONS`.
 
-    Thinking ends with the first ``</think>``. An answer without one is thinking as a whole if ``<think>`` opens it, in
-    the answer or at the end of the prompt, and not at all otherwise.
+    Thinking ends with the first ``</think>``. An answer without ``</think>`` is all thinking if ``<think>`` is at the
+    beginning of the answer or at the end of the prompt, and has no thinking otherwise.
 
     Returns:
         uint8 of shape (tokens,).
@@ -76,7 +77,7 @@ def _bounds(pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def _highest_per_token(kinds: np.ndarray, pieces: Sequence[str]) -> np.ndarray:
     starts, ends = _bounds(pieces)
     found = np.zeros(len(pieces), dtype=np.uint8)
-    has_text = ends > starts  # the others would take a character of their neighbour
+    has_text = ends > starts  # a token without text would get the kind of its neighbour
     if has_text.any():
         found[has_text] = np.maximum.reduceat(kinds, starts[has_text])
     return found
@@ -114,7 +115,7 @@ def _mark_formulas_and_code(text: str, kinds: np.ndarray) -> None:
             kinds[start : match.end()] = _FORMULA
             opened = ""
         elif mark in ("\\(", "\\[") or (not opened and (mark == "$$" or (mark == "$" and _opens_inline(text, place)))):
-            # of two \( or \[ the later one: only it can be closed as LaTeX has it
+            # of two \( or \[ the later one counts: LaTeX allows only that one to be closed
             opened, start = mark, place
     if opened == "```":
         kinds[start:] = _CODE

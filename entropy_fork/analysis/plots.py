@@ -1,7 +1,7 @@
-"""The figures: each function takes what ``summary.py`` or ``compare.py`` returns and gives a matplotlib Figure.
+"""The figures of the analyses. Each function takes what ``summary.py`` or ``compare.py`` returns, and makes a Figure.
 
-No background, and inks that can be read on white and on black, so one figure serves both. Nothing of pyplot, which
-keeps every figure of a process.
+The figures have no background, and colours that can be read on white and on black. pyplot is not used, because it keeps
+every figure of a process in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INK, BLUE, ORANGE = "#808890", "#3b8fd9", "#e08a2c"
 #: from the low percentiles to the high ones; both ends are far from white and black
 COLORS = "plasma"
-#: characters of a word in a cloud
+#: at most this many characters of a word in a cloud
 LONGEST = 24
 
 
@@ -58,7 +58,7 @@ def entropy_by_position(summary: Mapping[str, Any]) -> Figure:
 
 
 def entropy_by_kind(summary: Mapping[str, Any]) -> Figure:
-    """Mean entropy of thinking and answer, and of formula, code, final answer and other text."""
+    """Mean entropy of thinking and of the answer, and of formulas, code, final answer and other text."""
     figure, axes = _figure("mean entropy (nats)", "")
     rows = [(row["section"], row) for row in summary["sections"]] + [(row["kind"], row) for row in summary["kinds"]]
     names = [name for name, _ in rows]
@@ -75,7 +75,7 @@ def entropy_by_kind(summary: Mapping[str, Any]) -> Figure:
 
 
 def word_cloud(tokens: Sequence[Mapping[str, Any]]) -> Figure:
-    """The tokens of ``summary["highest"]`` or ``["lowest"]``, the larger the further up in their table."""
+    """The tokens of ``summary["highest"]`` or ``["lowest"]``; the first of the table are the largest."""
     import matplotlib.colors
     from matplotlib import font_manager
     from matplotlib.figure import Figure
@@ -127,7 +127,7 @@ def percentile_evolution(comparison: Mapping[str, Any]) -> Figure:
 
 
 def overlap(comparison: Mapping[str, Any]) -> Figure:
-    """Table 1: how many of the top ρ positions are the base's, and the final model's."""
+    """Table 1: how many of the top ρ positions are also those of the base, and of the final model."""
     figure, axes = _figure("", f"of the top {comparison['top_ratio']:.0%} positions (%)")
     for key, label, color in (("overlap_base", "with the base", BLUE), ("overlap_final", "with the final", ORANGE)):
         values = [100 * checkpoint[key] for checkpoint in comparison["checkpoints"]]
@@ -160,7 +160,7 @@ def of_comparison(comparison: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write each figure as PNG and SVG; the same figure gives the same file."""
+    """Write each figure as PNG and SVG. The same figure always gives the same file."""
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
 
 
 def shown(piece: str) -> str:
-    """A token for tables and clouds: spaces that begin or end it and whatever has no glyph are made visible."""
+    """A token for tables and clouds, with its outer spaces and its invisible characters made visible."""
     inner = piece.strip(" ")
     before = len(piece) - len(piece.lstrip(" "))
     after = len(piece) - len(inner) - before

@@ -1,7 +1,7 @@
-"""What can be said about the tokens of one folder (arXiv 2506.01939, section 3): numpy over its parts, one at a time.
+"""Statistics of the tokens of one folder (arXiv 2506.01939, section 3), computed one part at a time.
 
-Sums and counts are kept by entropy bin, by token, by place and by kind of text, so the memory does not grow with the
-number of tokens. Percentiles are exact (``order_statistics.py``).
+Sums and counts are kept per entropy bin, token, place in the answer and kind of text, so that memory does not grow with
+the number of tokens. Percentiles are exact (``order_statistics.py``).
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import numpy as np
 
 from entropy_fork.analysis.order_statistics import order_statistics, percentile_ranks
 from entropy_fork.analysis.parts_of_text import KINDS, SECTIONS, kinds_of_tokens, sections_of_tokens
-from entropy_fork.analysis.sources import check_complete
+from entropy_fork.analysis.texts import check_complete
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.tokens.store import AnswerTokens, parts, read_columns, read_manifest, read_part
 
-#: nats; the paper names the first
+#: The shares of tokens below these entropies (nats) are counted. The paper gives the first one.
 BELOW = (0.01, 0.1, 0.5, 1.0)
 PERCENTILES = (1, *range(5, 100, 5), 99)
 BIN_WIDTH = 0.05
-#: "seen more than 100 times"
+#: the paper's tables have tokens "seen more than 100 times"
 MIN_COUNT, NUM_TOKENS, POSITION_BINS = 101, 100, 50
 
-#: of Qwen3-8B on answers to AIME questions, T = 1 (section 3)
+#: the paper's numbers for Qwen3-8B on its answers to AIME questions, T = 1 (section 3)
 PAPER = {"share_below_0.01": 0.5064, "percentile_80": 0.672}
 
 
 @dataclass
 class Sums:
-    """Tokens, their entropy and their forks, by an index that grows as it needs to."""
+    """Counts of tokens and forks and sums of entropy, per index; the arrays grow when they need to."""
 
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
     entropy: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -49,10 +49,10 @@ class Sums:
             setattr(self, name, there)
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """tokens, mean_entropy (nats) and fork_share at these indices; None where there is no token or no selection.
+        """tokens, mean_entropy (nats) and fork_share at these indices; None without tokens, or without a selection.
 
         Args:
-            indices: int, shape (n,): positions, kinds, steps, …, of what was summed.
+            indices: int, shape (n,): the positions, kinds, steps, … to read.
         """
         found = []
         for index in indices:
@@ -75,13 +75,13 @@ def summarise(
     position_bins: int = POSITION_BINS,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Everything about one folder, as a dict that JSON can write.
+    """Summarise one folder, as a dict that JSON can write.
 
     Args:
-        folder: complete.
-        min_count: of the tokens' tables: how often a token must have been seen.
-        num_tokens: of either table.
-        position_bins: that an answer is divided into.
+        folder: of tokens, complete.
+        min_count: how often a token must have been seen to be in the tables of highest and lowest mean entropy.
+        num_tokens: rows of each of these tables.
+        position_bins: number of bins into which an answer is divided.
         advance: called after each part.
 
     Returns:
@@ -90,7 +90,7 @@ def summarise(
         positions, kinds, sections, cells (kind × section), steps: tokens, mean_entropy and fork_share of each.
 
     Raises:
-        EntropyForkError: no folder of tokens, an unfinished one, or an entropy that is no number.
+        EntropyForkError: it is not a folder of tokens, it is unfinished, or an entropy is not finite.
     """
     manifest = read_manifest(folder)
     check_complete(folder, manifest)
@@ -106,8 +106,8 @@ def summarise(
                 continue
             if not np.isfinite(entropy).all():
                 raise EntropyForkError(
-                    f"answer {answer.answer} in {folder} has an entropy that is no number: its model gave no finite "
-                    f"logits there, as a training that has diverged does"
+                    f"answer {answer.answer} in {folder} has an entropy that is not finite, because its "
+                    f"model's logits were not finite: did its training diverge?"
                 )
             below += [np.count_nonzero(entropy < edge) for edge in BELOW]
             highest = max(highest, float(entropy.max()))
@@ -165,7 +165,7 @@ def _cells(answer: AnswerTokens) -> np.ndarray:
 
 
 def _by_cell(by_cell: Sums) -> dict[str, list[dict[str, Any]]]:
-    """Kinds, sections, and both; what no token belongs to is left out."""
+    """Rows per kind, per section, and per pair of both, without those that have no token."""
 
     def summed(axis: int) -> Sums:
         def over(values: np.ndarray) -> np.ndarray:
@@ -193,7 +193,7 @@ def _remember(pieces: dict[int, str], answer: AnswerTokens) -> None:
 
 
 def _by_mean(sums: Sums, pieces: dict[int, str], min_count: int, num_tokens: int, sign: int) -> list[dict[str, Any]]:
-    """The tokens of highest (sign −1) or lowest (+1) mean entropy; of equal ones the lower id first."""
+    """The tokens of highest (sign −1) or lowest (+1) mean entropy; among equals the lower id comes first."""
     often = np.flatnonzero(sums.tokens >= max(1, min_count))
     means = sums.entropy[often] / sums.tokens[often]
     order = often[np.lexsort((often, sign * means))][:num_tokens]

@@ -1,1 +1,1 @@
-"""What every room uses and what imports nothing of ours: errors, whole files, foreign text, progress, recipes."""
+"""What every room uses: errors, whole files, foreign text, progress, recipes. It imports no other room."""

@@ -1,17 +1,17 @@
 """What a run can ask this package for. Each check belongs to one row. A run that asks for nothing is not checked.
 
-| a run asks for | by | and then |
+| a run asks for | by writing | and then |
 |---|---|---|
 | the mask | the node ``entropy_fork`` | it is typed and checked; no checkpoint of another selection is resumed |
-| the guards | the node ``entropy_fork_guards`` | it is typed; data files, checkpoints and waiting are looked after |
+| the guards | the node ``entropy_fork_guards`` | it is typed; data files, checkpoints and waiting are guarded |
 | a recipe, a cluster, a template | a Hydra group, chosen in a line or in a file | it arrived, in order, and whole |
 | an estimator or a loss of ours | its name in ``algorithm.adv_estimator`` or ``loss_mode`` | what it needs is there |
 | the light rollout | its name in ``rollout.name`` | ``VERL_PLATFORM=cpu`` is in the environment |
 | verl on a CPU | ``VERL_PLATFORM=cpu`` | the config can run there |
-| a mask where it does nothing | our nodes or a name of ρ in another place (``check_places``) | it is refused |
+| a mask where it does nothing | our nodes, or a name of ρ, in another place (``check_places``) | it is refused |
 
-``verl/plugin.py`` makes the checks in the launcher. This module imports neither verl nor the plugin: the search path
-plugin needs it where the plugin is not active.
+``verl/plugin.py`` makes the checks in the launcher. This module imports neither verl nor the plugin, because the search
+path plugin (``hydra_plugins/``) needs it also where the plugin is not active.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GUARDS = "entropy_fork_guards"
 #: the Hydra groups that change verl's own keys
 GROUPS = ("recipe", "cluster", "template")
 
-#: A word of the command line that asks for us. ``recipe.x=1`` and ``my.recipe=x`` are keys of the user's own.
+#: A word of the command line that asks for us. ``recipe.x=1`` and ``my.recipe=x`` are the user's own keys.
 WORD = re.compile(rf"^\+{{0,2}}(({'|'.join(GROUPS)})([=@]|$)|({NODE}|{GUARDS})([=@.]|$))")
 
 
@@ -41,7 +41,7 @@ def on_command_line(arguments: list[str], users_folder: Path | None) -> bool:
 
     Args:
         arguments: ``sys.argv[1:]``.
-        users_folder: of ``--config-dir``. What an option names there is the user's own.
+        users_folder: the folder of ``--config-dir``, or None. An option that has a file there is the user's own.
     """
     return any(
         WORD.match(argument) and not (users_folder and _lies_in(users_folder, *argument.lstrip("+").split("=")[:2]))
@@ -54,7 +54,7 @@ def _lies_in(folder: Path, group: str, option: str = "") -> bool:
 
 
 def in_config(config: Any) -> bool:
-    """Whether it is the root of a config of verl's, whole, with a node of ours."""
+    """Whether this is a whole config of verl's, from its root, with a node of ours."""
     if not isinstance(config, DictConfig) or config._get_parent() is not None:
         return False
     if config._is_none() or config._is_missing() or not (NODE in config or GUARDS in config):
@@ -68,10 +68,10 @@ def overrides() -> list[str] | None:
 
 
 def chosen(group: str) -> str | None:
-    """The option of ours that was chosen in a Hydra group, also by a defaults list in a file; None where there is none.
+    """The option of ours that was chosen in a Hydra group, on the command line or in a defaults list; None if none was.
 
-    A user may have a group of that name, too: an option that this install does not ship, or that lies in a folder of
-    the user's as well, which comes first, is not ours.
+    A user may have a group of the same name. An option is not ours if this install does not ship it, or if the user's
+    folder, which Hydra searches first, has a file for it.
     """
     if not HydraConfig.initialized():
         return None
@@ -86,8 +86,8 @@ def chosen(group: str) -> str | None:
 def came_as_a_plain_value(group: str, value: Any) -> bool:
     """Whether a string at the root of a config was meant as an option of one of the ``GROUPS``.
 
-    It was where the command line says so and Hydra did not know the group. Without a command line only the name of a
-    recipe tells; a key ``recipe`` in a file of the user's own is the user's own.
+    It was if the command line has it: Hydra did not know the group, and took it for a plain new key. Without a command
+    line only the name of a recipe tells. Any other value of ``recipe`` is the user's own.
     """
     if not isinstance(value, str):
         return False

@@ -11,16 +11,16 @@ from pathlib import Path
 #: where a container mounts its cgroup: version 2, and version 1
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 
-#: OpenMP's threads sleep while they wait for each other. By default they spin, and take a core from who has work.
+#: OpenMP's threads sleep while they wait for each other. By default they spin, and keep a core from other work.
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 def available_cores(cgroup: Path = CGROUP_FOLDER) -> int:
     """The number of cores that this process may use, at least 1.
 
-    It is the smaller of two numbers: the cores that it may run on (``sched_getaffinity``; set by ``taskset``, Slurm or
-    ``docker --cpuset-cpus``), and the time that its control group may use, rounded up (``cpu.max``; set by
-    ``docker --cpus`` or Kubernetes).
+    It is the smaller of two numbers: the cores that the process may run on (``sched_getaffinity``; set by ``taskset``,
+    Slurm or ``docker --cpuset-cpus``), and the processor time that its control group may use, rounded up (``cpu.max``;
+    set by ``docker --cpus`` or Kubernetes).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = _cgroup_limit(cgroup)
@@ -51,8 +51,8 @@ def share_cores(processes: int = 1) -> None:
 
 
 def waiting_passively(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment of a process that is started, for passive waiting. Empty where the user chose.
+    """Variables that make OpenMP wait passively, for the environment of a new process. Empty if the user set one.
 
-    OpenMP reads it when it is loaded, so it is too late for the process that calls this.
+    OpenMP reads them when it is loaded: set them before torch is imported.
     """
     return {} if any(name in environment for name in PASSIVE_WAITING) else dict(PASSIVE_WAITING)

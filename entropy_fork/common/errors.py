@@ -1,4 +1,4 @@
-"""The one error of this plugin, and how a process is named in it."""
+"""The one error of this package, and the name of a process for its message."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ class EntropyForkError(ValueError):
 
 
 def process_name() -> str:
-    """Host, process id and program of this process: what one needs to find it in a cluster's logs."""
+    """Host, process id and program of this process, to find it in a cluster's logs."""
     return f"{socket.gethostname()} pid {os.getpid()} ({os.path.basename(sys.argv[0]) or 'python'})"

@@ -1,6 +1,7 @@
-"""Text that a model or a data set wrote, where a reader takes more than text: terminal, spreadsheet, Markdown, figure.
+"""Text that a model or a data set wrote, made harmless for a terminal, a spreadsheet, Markdown and a figure.
 
-What a page of HTML does with it is in ``report/page.py``, and what the reward does in ``judge.py``; docs/security.md.
+Each of these gives some characters a meaning of their own. ``report/page.py`` does the same for HTML, and
+``reward/judge.py`` for the comparison of answers. See docs/security.md.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from typing import Any
 
 from rich.cells import cell_len
 
-#: what a spreadsheet takes for the beginning of a formula, the wide forms of Chinese and Japanese input among them
+#: what a spreadsheet takes for the beginning of a formula, in the wide forms of Chinese and Japanese input as well
 _FORMULA = tuple("=+-@\t＝＋－＠")
 
-#: what would end a cell of a table, or become a link, an image, HTML or code
+#: what ends a cell of a table, or begins a link, an image, HTML or code
 _MARKDOWN = re.compile(r"[\\`|<>\[\]&!]")
 
 
 def visible(text: str, kept: str = "") -> str:
-    """Each character that cannot be seen by itself as its number: ``\\x1b``, which begins a terminal's commands.
+    """Write each character that cannot be seen by itself as its number. ``\\x1b`` begins terminal commands.
 
-    So are accents that combine with the letter before them, zero-width characters, variation selectors and skin tones:
-    alone they vanish from a table, and behind a letter two texts would look like one.
+    This includes accents that combine with the letter before them, zero-width characters, variation selectors and skin
+    tones: alone they vanish from a table, and behind a letter they make two texts look the same.
 
     Args:
-        text: from a model, a data set or a file's name.
+        text: text from a model, a data set or the name of a file.
         kept: characters that are left as they are.
     """
     if text.isascii() and text.isprintable():
@@ -38,16 +39,17 @@ def visible(text: str, kept: str = "") -> str:
 
 
 def _is_seen(character: str) -> bool:
-    """Whether it has a place of its own on a terminal."""
+    """Whether the character takes a place of its own on a terminal."""
     is_mark = unicodedata.category(character).startswith("M")
     return character.isprintable() and not is_mark and cell_len(character) > 0
 
 
 def spreadsheet_cell(value: Any) -> Any:
-    """A value for CSV: a text that a spreadsheet would compute or run gets an apostrophe before it.
+    """A value for CSV. A text that a spreadsheet would take for a formula gets an apostrophe before it.
 
-    Numbers, in whatever form, and single signs stay as they are. A carriage return, which csv does not quote before
-    Python 3.13 and behind which a new row would begin, is written as ``\\r``; a null, which it cannot read, likewise.
+    Numbers in any form, and single signs, stay as they are. A carriage return is written as ``\\r``, because csv does
+    not quote it before Python 3.13 and a new row would begin behind it. A null, which csv cannot read, is written as
+    ``\\x00``.
     """
     if not isinstance(value, str):
         return value
@@ -61,10 +63,10 @@ def spreadsheet_cell(value: Any) -> Any:
 
 
 def markdown_cell(text: str) -> str:
-    """A cell of a Markdown table that shows this very text."""
+    """A cell of a Markdown table that shows the text as it is."""
     return _MARKDOWN.sub(r"\\\g<0>", visible(text))
 
 
 def figure_label(text: str) -> str:
-    """matplotlib reads formulas between dollar signs, and hides labels that begin with an underscore."""
+    """A label for matplotlib, which reads formulas between dollar signs, and hides labels with a leading underscore."""
     return "\u200b" * text.startswith("_") + visible(text).replace("$", r"\$")

@@ -1,7 +1,4 @@
-"""What commands that fill a folder share: files are whole, one process writes at a time, and nothing is mixed.
-
-The error is imported where it is raised: it brings verl's plugin along, which needs this module.
-"""
+"""What commands that fill a folder share: files are whole, one process writes at a time, and nothing is mixed."""
 
 from __future__ import annotations
 
@@ -13,14 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-#: in the folder of verl's checkpoint while a run writes it (``verl/checkpoint.py``), and for good if that run is killed
+from entropy_fork.common.errors import EntropyForkError
+
+#: A checkpoint's folder has this file while a run writes it, and keeps it if the run is killed (``verl/guards/``).
 UNFINISHED = "unfinished"
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name first, so that it is never seen half-written.
+    """Write a file under another name first and rename it, so that nobody sees it half-written.
 
-    What UTF-8 cannot say (half a surrogate pair, out of JSON or of a folder's name) becomes a question mark.
+    What UTF-8 cannot express (half a surrogate pair, from JSON or from the name of a folder) becomes a question mark.
     """
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -34,26 +33,24 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def lock(file: IO[Any], folder: Path) -> None:
-    """Hold a file of ``folder`` until it is closed, so that no second process writes there.
+    """Lock a file of ``folder`` until the file is closed, so that no second process writes there.
 
     Raises:
         EntropyForkError: another process holds it.
     """
-    from entropy_fork.common.errors import EntropyForkError
-
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise EntropyForkError(f"another process is writing to {folder}: wait for it, or end it") from error
     except OSError:
-        pass  # file systems of some clusters have no locks
+        pass  # the file systems of some clusters have no locks
 
 
 def refuse_other(folder: Path, what: str, there: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare what a folder holds with what is asked for; both are dicts of what JSON can write.
+    """Compare what a folder holds with what is asked for now. Both are dicts that JSON can write.
 
     Raises:
-        EntropyForkError: they differ; with a line for each difference.
+        EntropyForkError: they differ; the message has a line for each difference.
     """
     there, now = _flat(there), _flat(json.loads(json.dumps(now)))
     different = [
@@ -62,8 +59,6 @@ def refuse_other(folder: Path, what: str, there: dict[str, Any], now: dict[str, 
         if there.get(name) != now.get(name)
     ]
     if different:
-        from entropy_fork.common.errors import EntropyForkError
-
         raise EntropyForkError(
             f"{folder} holds {what}, and the two must not be mixed:\n"
             + "\n".join(different)

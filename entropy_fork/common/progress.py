@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from entropy_fork.common.foreign_text import visible
 
-#: seconds: between two lines on the same task, and between a line and one on another task; the first line comes so late
+#: seconds between two lines on the same task; seconds between lines on two tasks, and before the first line
 EVERY, SOON = 10.0, 3.0
 
 Item = TypeVar("Item")
@@ -32,13 +32,13 @@ Item = TypeVar("Item")
 
 @dataclass(eq=False)
 class Task:
-    """What is being done, as :func:`task` yields it.
+    """A piece of work that is shown, as :func:`task` yields it.
 
     Attributes:
-        what: a few words.
-        total: how much there is to do; None where that is not known.
+        what: what is being done, in a few words.
+        total: how much there is to do; None if that is not known.
         completed: how much of it is done.
-        note: what else is to be said of it now.
+        note: a remark on its present state, such as a speed.
     """
 
     what: str
@@ -52,28 +52,28 @@ class Task:
         self._began, self._completed_before = self._clock(), self.completed
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """So much more is done."""
+        """Add to what is done."""
         self.update(self.completed + count, note)
 
     def update(self, completed: int | None = None, note: str | None = None, total: int | None = None) -> None:
-        """So much is done; None leaves a value as it is."""
+        """Set how much is done; None leaves a value as it is."""
         self.completed = self.completed if completed is None else completed
         self.note = self.note if note is None else note
         self.total = self.total if total is None else total
         self._changed()
 
     def say(self, what: str) -> None:
-        """Something else is being done."""
+        """Say that something else is being done now."""
         self.what = what
         self._changed()
 
     def text(self) -> str:
-        """What a bar has beside it."""
+        """The text beside a bar."""
         count = "" if self.total is None else f"{self.completed:,}/{self.total:,}"
         return "  ".join(part for part in (count, visible(self.note)) if part)
 
     def line(self) -> str:
-        """What is said where there is no bar."""
+        """The line that is written where there is no bar."""
         parts = [visible(self.what), self.text()]
         new = self.completed - self._completed_before
         if self.total is not None and new > 0 and self.completed < self.total:
@@ -84,7 +84,7 @@ class Task:
 
 @dataclass
 class _Lines:
-    """Says where the innermost task is, when it is time for that. ``write`` is given whole lines."""
+    """Writes a line on the innermost task when one is due. ``write`` gets whole lines."""
 
     write: Callable[[str], object]
     clock: Callable[[], float] = time.monotonic
@@ -97,8 +97,8 @@ class _Lines:
         self._lock = threading.Lock()
 
     def tick(self, ended: Task | None = None) -> None:
-        """Called often. Of a task that has ended the last count is said, if it was the last that was said of."""
-        with self._lock, suppress(IndexError, OSError, ValueError):  # no task any more; a closed stderr
+        """Called often. A task that has ended gets a line with its final count, if the last line was on it as well."""
+        with self._lock, suppress(IndexError, OSError, ValueError):  # no task is left, or stderr is closed
             task = ended or self.tasks[-1]
             name, now = (task, task.what), self.clock()
             is_same = name == self._said
@@ -113,7 +113,7 @@ class _Lines:
 
 @dataclass
 class _Display:
-    """What the tasks of now are shown on: a live display of rich, or lines that a thread writes."""
+    """Where the present tasks are shown: a live display of rich, or lines that a thread writes."""
 
     screen: Console
     bars: Progress | None
@@ -136,7 +136,7 @@ class _Display:
             finally:
                 done.set()
                 if watcher.ident is not None:
-                    watcher.join(timeout=1)  # it may be writing to somebody who does not read
+                    watcher.join(timeout=1)  # it may be blocked by a pipe that nobody reads
 
     @contextmanager
     def task(self, task: Task) -> Iterator[Task]:
@@ -170,12 +170,12 @@ def task(
     """Show what is done in this block.
 
     Args:
-        what: a few words; text, not rich's markup.
-        total: how much there is to do; None where that is not known.
+        what: what is being done, in a few words; plain text, not rich's markup.
+        total: how much there is to do; None if that is not known.
         completed: how much of it was done before.
-        note: what else is to be said of it.
-        console: of the results, whose terminal has the bar and whose ``quiet`` means no display; stderr if not given.
-            A task within another is shown where that one is.
+        note: a remark on its present state.
+        console: the console of the results. The bar is drawn on its terminal, and its ``quiet`` means no display. None
+            takes stderr. A task within another one is shown where the outer one is.
     """
     global _display
     if _display is not None:
@@ -192,10 +192,10 @@ def task(
 
 @contextmanager
 def paused(lines_too: bool = True) -> Iterator[None]:
-    """Draw no bar during this block, in which something else draws: a child process, or a library's own bar.
+    """Draw no bar during this block, because a child process or a library draws its own.
 
     Args:
-        lines_too: write no lines either, where lines are written.
+        lines_too: where lines are written in place of a bar, write none either.
     """
     if _display is None:
         yield
@@ -216,8 +216,8 @@ def track(what: str, items: Iterable[Item], total: int | None = None, console: C
 
     Args:
         what: as for :func:`task`.
-        items: what is gone through.
-        total: how many there are, where the items cannot say it.
+        items: the items.
+        total: how many there are; None asks the items themselves, if they have a length.
         console: as for :func:`task`.
     """
     if total is None and isinstance(items, Sized):

@@ -1,19 +1,19 @@
-"""Which versions of verl this package holds on to. Imports nothing of verl, so that it can be asked before that."""
+"""The versions of verl that this package works with. Imports nothing of verl, so that it can be asked first."""
 
 from __future__ import annotations
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-#: whose internals were read. As in any specifier, pre-releases of 0.9.0 and of 0.10.0 are outside, and 0.9.2rc1 is in
+#: the versions whose internals we read; as in any specifier, without pre-releases of 0.9.0 and 0.10.0, with 0.9.2rc1
 SUPPORTED = ">=0.9,<0.10"
 
-#: on which the installed wheel is tested (docs/versions.md), oldest first
+#: the versions on which the installed wheel is tested (docs/versions.md), oldest first
 TESTED = ("0.9.0", "0.9.1")
 
 
 def why_unsupported(version: str) -> str | None:
-    """The sentence to refuse a verl of this version with, or None where it is supported."""
+    """The message that refuses this version of verl, or None if it is supported."""
     try:
         supported = SpecifierSet(SUPPORTED).contains(version, prereleases=True)
     except InvalidVersion:

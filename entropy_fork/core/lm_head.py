@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from entropy_fork.sampling.temperature import entropies
+from entropy_fork.core.entropy import entropies
 
 #: rows of logits that exist at once: 512 × 151,936 × 4 bytes are 0.3 GB, and a GPU is busy with them
 CHUNK = 512

@@ -1,6 +1,6 @@
 """Clean the rows of a source and write them as verl's parquet, with a manifest and a list of what was left out.
 
-Every row that is read is accounted for: it is written, or it is one more of a reason in the manifest's ``dropped``.
+Every row that is read is accounted for: it is written, or the manifest's ``dropped`` counts it under a reason.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rich.console import Console
 import entropy_fork
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.progress import Task, task, track
-from entropy_fork.data.read import Rows, sha256
+from entropy_fork.data.read import SourceRows, sha256
 from entropy_fork.data.sources import Source
 from entropy_fork.data.template import INSTRUCTION, user_message
 from entropy_fork.reward import compare, compute_score, last_boxed
 
 MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
 
-#: reasons that name rows one could use, which are therefore only counted
+#: reasons for rows that could be used; such rows are only counted
 DUPLICATE, BEYOND_LIMIT = "duplicate", "beyond_limit"
 
 SCHEMA = pa.schema(
@@ -42,25 +42,25 @@ SCHEMA = pa.schema(
         ("extra_info", pa.struct([("index", pa.int64()), ("split", pa.string()), ("id", pa.string())])),
     ]
 )
-"""What verl's data set, agent loops and reward loop read. One schema for all sources: verl concatenates files."""
+"""The columns that verl's data set, agent loops and reward loop read, the same for all sources: verl joins files."""
 
 INTEGER = re.compile(r"-?\d{1,18}")
-"""Ground truths that the reward surely reads; most of DAPO-Math-17K."""
+"""Ground truths that the reward can always read. Most of DAPO-Math-17K is of this form."""
 
 POWER_OF_TEN = re.compile(r"(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)")
-"""As Minerva's answers are written; math-verify would take the e for the number."""
+"""How Minerva's answers are written. math-verify would take the e for Euler's number."""
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedRow:
     """A row of the source, with its exact copies.
 
     Attributes:
-        question, answer: cleaned; empty where there is none.
-        identifier: the source's, None where it has none.
+        question, answer: cleaned text; empty if the row has none.
+        identifier: the id that the source gives it, or None.
         first: number of the first copy in the source, from 0.
-        copies: how many rows are exactly this one.
-        unusable: why it cannot be used, or None.
+        copies: how many rows are exact copies, itself included.
+        unusable: the reason why it cannot be used, or None.
     """
 
     question: str
@@ -73,34 +73,40 @@ class Row:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was made of a source: the kept rows, those that cannot be used, and the count of rows per reason."""
+    """What became of the rows of a source: those kept, those that cannot be used, and the count of rows per reason."""
 
-    kept: list[Row]
-    rejected: list[Row]
+    kept: list[CheckedRow]
+    rejected: list[CheckedRow]
     dropped: Counter[str]
     rows_in: int
 
 
 def prepare(
-    source: Source, rows: Rows, output: Path, console: Console, *, limit: int | None = None, overwrite: bool = False
+    source: Source,
+    rows: SourceRows,
+    output: Path,
+    console: Console,
+    *,
+    limit: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write ``output`` / name of the source: ``train.parquet`` or ``test.parquet``, manifest and rejected rows.
+    """Write the folder ``output/NAME`` of a source: ``train.parquet`` or ``test.parquet``, manifest and rejected rows.
 
-    The folder appears with one rename when everything in it is complete.
+    The folder appears at once, with a rename, when everything in it is complete.
 
     Args:
         source: the data set.
         rows: its rows as they were read.
-        output: the folder that a folder of the source's name is made in.
+        output: the folder in which a folder with the source's name is made.
         console: where progress is shown.
-        limit: at most so many rows, the first ones.
+        limit: keep at most this many rows, the first ones.
         overwrite: replace what an earlier call wrote there.
 
     Returns:
         The manifest.
 
     Raises:
-        EntropyForkError: the folder is there, a file cannot be read or not one row can be used.
+        EntropyForkError: the folder exists already, a file cannot be read, or no row can be used.
     """
     folder = output.absolute() / source.name
     check_free(folder, overwrite)
@@ -109,7 +115,7 @@ def prepare(
     if not prepared.kept:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in prepared.dropped.most_common())
         raise EntropyForkError(
-            f"not one of the {prepared.rows_in} rows can be used as {source.name}: {reasons or 'it is empty'}. "
+            f"none of the {prepared.rows_in} rows can be used as {source.name}: {reasons or 'there are no rows'}. "
             f"Is this the right data set? 'entropy-fork data list' shows where each one comes from."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,27 +130,27 @@ def prepare(
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that is there, and one that is not ours in any case.
+    """Refuse an output folder that exists: always if we did not write it, else unless it is to be replaced.
 
     Raises:
-        EntropyForkError: with what to write instead.
+        EntropyForkError: it exists; the message says what to write instead.
     """
     if not folder.exists():
         return
     if not (folder / MANIFEST).is_file():
-        raise EntropyForkError(f"{folder} is there and holds no {MANIFEST}, so it is not ours: write another --output")
+        raise EntropyForkError(f"{folder} exists and has no {MANIFEST}, so it is not ours: write another --output")
     if not overwrite:
-        raise EntropyForkError(f"{folder} is there. Write --overwrite to replace it, or another --output.")
+        raise EntropyForkError(f"{folder} exists. Write --overwrite to replace it, or another --output.")
 
 
-def clean(source: Source, rows: Rows, limit: int | None = None) -> Prepared:
-    """Tell usable rows from others and keep one row of each question, in the order of the source."""
+def clean(source: Source, rows: SourceRows, limit: int | None = None) -> Prepared:
+    """Separate usable rows from others, and keep one row of each question, in the order of the source."""
     with task(f"{source.name}: reading", rows.total) as reading:
         distinct = distinct_rows(_counted(rows.batches, reading))
     rows_in = sum(values["copies"] for values in distinct)
 
-    questions: dict[str, list[Row]] = {}
-    rejected: list[Row] = []
+    questions: dict[str, list[CheckedRow]] = {}
+    rejected: list[CheckedRow] = []
     for values in track(f"{source.name}: checking", distinct):
         row = checked(**values)
         if row.unusable is None:
@@ -152,11 +158,11 @@ def clean(source: Source, rows: Rows, limit: int | None = None) -> Prepared:
         else:
             rejected.append(row)
 
-    kept: list[Row] = []
+    kept: list[CheckedRow] = []
     dropped: Counter[str] = Counter()
     for same in track(f"{source.name}: comparing answers", questions.values()):
         if any(not agree(same[0].answer, other.answer) for other in same[1:]):
-            # Which one is right cannot be told, and a wrong one would reward wrong answers.
+            # Nobody can tell which one is right, and a wrong one would reward wrong answers.
             rejected += [_unusable(row, "conflicting_answers") for row in same]
             continue
         dropped[DUPLICATE] += sum(row.copies for row in same) - 1
@@ -200,8 +206,8 @@ def distinct_rows(batches: Iterable[pa.Table]) -> list[dict[str, Any]]:
 
 def checked(
     question: str | None, answer: str | None, unusable: str | None, id: str | None, first: int, copies: int
-) -> Row:
-    """A cleaned row that says whether it can be used."""
+) -> CheckedRow:
+    """Clean a row, and find out whether it can be used."""
     question, answer = (question or "").strip(), clean_answer(answer or "")
     if unusable is None and not question:
         unusable = "no_question"
@@ -209,15 +215,15 @@ def checked(
         unusable = "no_answer"
     if unusable is None and not is_scorable(answer):
         unusable = "answer_not_scorable"
-    return Row(question, answer, id, first, copies, unusable)
+    return CheckedRow(question, answer, id, first, copies, unusable)
 
 
-def _unusable(row: Row, reason: str) -> Row:
-    return Row(row.question, row.answer, row.identifier, row.first, row.copies, reason)
+def _unusable(row: CheckedRow, reason: str) -> CheckedRow:
+    return CheckedRow(row.question, row.answer, row.identifier, row.first, row.copies, reason)
 
 
 def clean_answer(answer: str) -> str:
-    """A ground truth as the reward takes it: LaTeX, without dollar signs or a box around all of it.
+    """A ground truth as the reward reads it: LaTeX, without dollar signs or a box around all of it.
 
     >>> clean_answer(r" $\\\\boxed{\\\\frac{1}{2}}$ ")
     '\\\\frac{1}{2}'
@@ -239,20 +245,20 @@ def agree(truth: str, answer: str) -> bool:
 
 
 def is_scorable(truth: str) -> bool:
-    """Whether the reward can read a ground truth, so that an answer need not repeat it to the letter."""
+    """Whether the reward can read a ground truth. If not, only an answer with the same characters would be right."""
     return bool(INTEGER.fullmatch(truth)) or compare(truth, "0").parseable
 
 
 def normalised(question: str) -> str:
-    """What two copies of a question have in common: the text up to white space and composed characters.
+    """A question in the form in which copies are compared: white space and composed characters do not count.
 
-    Not NFKC, which would make x² and x2 the same.
+    NFC, not NFKC: the latter would make x² and x2 the same.
     """
     return " ".join(unicodedata.normalize("NFC", question).split())
 
 
 def write(source: Source, prepared: Prepared, origin: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the three files of a source into a folder that is there."""
+    """Write the three files of a source into a folder that exists."""
     parquet = folder / f"{source.use}.parquet"
     records = [
         {
@@ -292,7 +298,7 @@ def write(source: Source, prepared: Prepared, origin: dict[str, Any], folder: Pa
 
 
 def put_in_place(finished: Path, folder: Path) -> None:
-    """Rename a finished folder to its final name; one that is there is moved away first and then deleted."""
+    """Rename a finished folder to its final name. An older folder of that name is moved away first, then deleted."""
     if not folder.exists():
         finished.rename(folder)
         return

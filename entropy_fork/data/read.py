@@ -1,7 +1,7 @@
-"""Rows of a source, from the hub or from local files, as batches of text columns.
+"""Read the rows of a source, from the hub or from local files, as batches of text columns.
 
-``datasets`` loads, ``huggingface_hub`` turns a branch into the commit that the manifest names. Everything per row is
-done on Arrow columns: DAPO-Math-17K has 1.79M rows.
+``datasets`` loads them. ``huggingface_hub`` turns a branch into the commit that the manifest names. All work per row is
+done on Arrow columns, because DAPO-Math-17K has 1.79M rows.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ BATCH_ROWS = 50_000
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 """How ``datasets`` reads a file, by its suffix."""
 
-#: what every source is brought to; ``unusable`` is the reason why a row cannot be used, or null
+#: the columns that every source is brought to; ``unusable`` is the reason why a row cannot be used, or null
 COLUMNS = ("question", "answer", "id", "unusable")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What a source gave.
+class SourceRows:
+    """The rows of a source, as they are read.
 
     Attributes:
         batches: tables of the text columns ``question``, ``answer``, ``id`` and ``unusable`` (a reason, or null).
-        total: number of rows, where it is known beforehand.
-        origin: for the manifest: repository and commit, or the local files with their checksums.
+        total: number of rows; None if it is not known beforehand.
+        origin: where they come from, for the manifest: repository and commit, or local files with their checksums.
     """
 
     batches: Iterator[pa.Table]
@@ -43,7 +43,7 @@ class Rows:
     origin: dict[str, Any]
 
 
-def from_hub(source: Source, revision: str) -> Rows:
+def from_hub(source: Source, revision: str) -> SourceRows:
     """Download a source, or take it from the local hub cache.
 
     Args:
@@ -73,10 +73,10 @@ def from_hub(source: Source, revision: str) -> Rows:
     except Exception as error:  # every HTTP library and version has exceptions of its own
         raise EntropyForkError(f"cannot load {source.hub} from the hub ({_first_line(error)}). {instead}") from None
     origin = {"hub": source.hub, "config": source.config, "split": source.split, "revision": commit}
-    return Rows(_columns(source, source.hub, data.with_format("arrow")), len(data), origin)
+    return SourceRows(_columns(source, source.hub, data.with_format("arrow")), len(data), origin)
 
 
-def from_files(source: Source, path: Path) -> Rows:
+def from_files(source: Source, path: Path) -> SourceRows:
     """Read local parquet, JSON lines or JSON files.
 
     Args:
@@ -84,7 +84,7 @@ def from_files(source: Source, path: Path) -> Rows:
         path: a file, or a folder such as the download of a hub repository.
 
     Raises:
-        EntropyForkError: nothing there that can be read.
+        EntropyForkError: there is nothing that can be read.
     """
     import datasets
 
@@ -97,11 +97,11 @@ def from_files(source: Source, path: Path) -> Rows:
     except Exception as error:  # what datasets and pyarrow raise for a broken file depends on the break
         raise _unreadable(path, error) from None
     origin = {"files": [{"name": file.name, "sha256": sha256(file)} for file in files]}
-    return Rows(_columns(source, str(path), data.with_format("arrow")), total, origin)
+    return SourceRows(_columns(source, str(path), data.with_format("arrow")), total, origin)
 
 
 def _files(source: Source, path: Path) -> list[Path]:
-    """The files of a source at a path; of a repository with several data sets, its own."""
+    """The files of a source at a path. In a repository with several data sets, only its own."""
     if not path.exists():
         raise EntropyForkError(f"there is no file or folder {path}")
     if path.is_file():
@@ -114,7 +114,7 @@ def _files(source: Source, path: Path) -> list[Path]:
         if source.config is not None:
             found = [file for file in found if source.config in str(file.relative_to(path))] or found
     if not found or any(file.suffix not in BUILDERS for file in found):
-        raise EntropyForkError(f"{path} holds no data that can be read: expected files {', '.join(BUILDERS)}")
+        raise EntropyForkError(f"{path} has no file that can be read: --from takes {', '.join(BUILDERS)}")
     if len({BUILDERS[file.suffix] for file in found}) > 1:
         names = ", ".join(str(file.relative_to(path)) for file in found[:4])
         raise EntropyForkError(f"{path} holds files of several kinds ({names}, …): write --from with one of them")
@@ -146,11 +146,11 @@ def text_columns(source: Source, place: str, table: pa.Table) -> pa.Table:
 
     Args:
         source: the data set.
-        place: named in errors.
-        table: a batch of its rows, with the columns that they came with.
+        place: where the rows come from, for errors.
+        table: a batch of its rows, with the columns of the source.
 
     Raises:
-        EntropyForkError: the source's columns are not there, or of a type that holds no text.
+        EntropyForkError: a column of the source is missing, or its type holds no text.
     """
     question, chat = _question(source, place, table)
     answer = _text(_column(source, place, table, source.answer), numbers=True)
@@ -190,7 +190,7 @@ def text_columns(source: Source, place: str, table: pa.Table) -> pa.Table:
 
 
 def _question(source: Source, place: str, table: pa.Table) -> tuple[pa.Array | None, pa.Array | None]:
-    """The question's text, and for chat messages whether a row has exactly one."""
+    """The text of the question, and for chat messages whether a row has exactly one of them."""
     column = _column(source, place, table, source.question)
     if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
         return _text(column), None
@@ -207,7 +207,7 @@ def _question(source: Source, place: str, table: pa.Table) -> tuple[pa.Array | N
 
 
 def _text(column: pa.Array, numbers: bool = False) -> pa.Array | None:
-    """A column as text; a list of texts is joined with commas. None where its type holds none."""
+    """A column as text; a list of texts is joined with commas. None if its type holds no text."""
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         return column.cast(pa.string())
@@ -230,18 +230,18 @@ def _column(source: Source, place: str, table: pa.Table, names: tuple[str, ...])
 
 
 def _optional(table: pa.Table, names: tuple[str, ...]) -> pa.Array | None:
-    """A column as text that may be absent or of another type."""
+    """A column as text; None if it is absent or its type holds no text."""
     found = _find(table, names)
     return None if found is None else _text(found, numbers=True)
 
 
 def _expected(source: Source, table: pa.Table) -> str:
     paths = " and ".join(" or ".join(names) for names in (source.question, source.answer))
-    return f"it has the columns {', '.join(table.column_names)}; expected are {paths}."
+    return f"it has the columns {', '.join(table.column_names)}; the columns must be {paths}."
 
 
 def _find(table: pa.Table, names: tuple[str, ...]) -> pa.Array | None:
-    """The first of some columns that is there; ``a.b`` is the field b of the struct column a."""
+    """The first of these columns that exists; ``a.b`` is the field b of the struct column a."""
     for name in names:
         column, _, part = name.partition(".")
         if column in table.column_names:

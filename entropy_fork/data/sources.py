@@ -1,8 +1,8 @@
-"""The data sets of the paper and of the authors' script: where they are and which columns hold what.
+"""The data sets of the paper and of the authors' script: where they are, and which column holds what.
 
-No data set was at hand when this was written. The columns were taken from public code that reads these data sets, and
-"not seen" marks what no such code confirmed. A file that looks different is refused with the columns that it has
-(``read.py``), and a row that looks different is listed in ``rejected.jsonl``; nothing is guessed.
+We had no access to the data sets when we wrote this. The columns are those that public code reads, and "not seen" marks
+what no such code confirmed. Nothing is guessed: a file with other columns is refused with the names of its columns
+(``read.py``), and a row with other contents is listed in ``rejected.jsonl``.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ class Source:
     """One data set.
 
     Attributes:
-        name: of the output folder, and the rows' ``data_source``: verl's validation metrics are per such name.
-        title: for people.
-        hub, config, split, file: where it is on the hub; ``file`` where a repository holds several data sets.
+        name: the name of the output folder, and the rows' ``data_source``, for which verl logs validation metrics.
+        title: its name for people.
+        hub, config, split, file: where it is on the hub; ``file`` if a repository has several data sets.
         use: ``train`` or ``test``.
-        rows: on the hub and, after deduplication, expected; for people.
-        license: that the data set's card states, where we know it.
-        question, answer, identifier: columns, dotted for a field of a struct; the first that is there is taken.
-        context: a column whose text, where there is any, stands before the question.
-        prefix, suffix: the source's own instruction around a question, cut off.
-        instructed: whether a chat message without that instruction is refused, because another one would contradict
-            ours.
-        only: column → the one value (in lower case) that can be used and the reason for leaving out the others, where
-            the column exists.
+        rows: how many rows it has on the hub and, without duplicates, how many are expected; for people.
+        license: the license that the data set's card states, if we know it.
+        question, answer, identifier: names of columns, dotted for a field of a struct; the first that exists is taken.
+        context: a column whose text is put before the question, if it has any.
+        prefix, suffix: the source's own instruction around a question, which is cut off.
+        instructed: refuse a chat message without that instruction, because another instruction could contradict ours.
+        only: column → the one value (in lower case) that can be used, and the reason that is given for leaving out rows
+            with another value. A column that does not exist leaves out nothing.
     """
 
     name: str
@@ -181,14 +180,14 @@ SOURCES = {
 }
 
 BENCHMARKS = "benchmarks"
-"""On the command line: all sources whose use is evaluation."""
+"""On the command line: all sources for evaluation."""
 
 
 def named(names: list[str]) -> list[Source]:
-    """The sources of some names; ``benchmarks`` stands for the six benchmarks.
+    """The sources with these names; ``benchmarks`` stands for all sources for evaluation.
 
     Raises:
-        EntropyForkError: an unknown name.
+        EntropyForkError: a name is unknown.
     """
     for name in names:
         if name not in SOURCES and name != BENCHMARKS:

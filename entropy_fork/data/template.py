@@ -1,8 +1,9 @@
 """The text around a question: what is in the data, and what the chat template adds.
 
 The paper's prompt is ``User:\\n[question]\\n`` + the instruction + ``\\n\\nAssistant:\\n``. verl always sends messages
-through a chat template, so it is made in two places: the instruction ends the user's message, in the data; the rest is
-the chat template of ``recipes/template/paper.yaml``. The same data therefore serve the model's own chat template.
+through a chat template, so the prompt is made in two places: the data have the question and the instruction, as the
+user's message; the chat template of ``recipes/template/paper.yaml`` adds the rest. The same data therefore also work
+with the model's own chat template.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def user_message(question: str) -> dict[str, str]:
 
 
 def chat_template(name: str) -> str | None:
-    """The Jinja chat template of the Hydra group ``template``; None means the tokenizer's own.
+    """The Jinja chat template of an option of the Hydra group ``template``; None means the tokenizer's own.
 
     Raises:
         EntropyForkError: there is no such template.

@@ -1,6 +1,7 @@
-"""A checkpoint on benchmarks: sampling, scoring, statistics, and the paper's table beside them.
+"""A checkpoint on benchmarks: its answers, their scores and statistics, and the paper's table beside them.
 
-Read ``run.py`` first. ``statistics.py`` is the mathematics (numpy only); ``questions.py`` reads verl's parquet,
-``checkpoint.py`` finds or makes the Hugging Face folder of a model, ``engines.py`` samples, ``answers.py`` keeps every
-answer so that a second call goes on where the first stopped, ``report.py`` writes the tables.
+Read ``evaluate.py`` first, then ``statistics.py``, the mathematics (numpy only). ``questions.py`` reads verl's parquet,
+``checkpoint.py`` finds or makes the Hugging Face folder of a model, ``engines.py`` generates answers,
+``answer_store.py`` keeps every answer so that a second call continues where the first one stopped, ``results.py``
+writes the tables. ``temperature_sweep.py`` runs the evaluation at several pairs of temperatures.
 """

@@ -1,9 +1,9 @@
-"""From what a training run leaves to a folder that transformers and vLLM load.
+"""Turn the checkpoint of a training run into a folder that transformers and vLLM load.
 
 verl saves a checkpoint as ``global_step_N/actor`` with one file per rank. Its own merger (``verl.model_merger``) makes
-a Hugging Face folder of it, rounding every weight to bfloat16, as verl's rollouts do by default. It runs in a process
-of its own, which gives its memory back before an engine starts, and which takes nothing but weights out of FSDP's
-shards: they are pickles, and a pickle may run code.
+a Hugging Face folder of it and rounds every weight to bfloat16, as verl's rollouts do by default. We run it in a
+process of its own, so that its memory is free again before an engine starts. That process reads only weights from
+FSDP's shards: they are pickles, and a pickle may run code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.output_folder import UNFINISHED, write_whole
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-#: says of a merged folder which checkpoint it was made from
+#: the file in a merged folder that says which checkpoint it was made from
 MERGED_FROM = "merged_from.json"
 
 _WHOLE_BYTES, _NUM_BLOCKS, _BLOCK_BYTES = 4 << 20, 64, 64 << 10
@@ -37,7 +37,7 @@ class Checkpoint:
 
     Attributes:
         path: the folder with its files.
-        backend: ``huggingface`` (loads as it is), or whose shards they are, ``fsdp`` or ``megatron``.
+        backend: ``huggingface`` (loads as it is), or the kind of its shards, ``fsdp`` or ``megatron``.
     """
 
     path: Path
@@ -45,10 +45,10 @@ class Checkpoint:
 
     @classmethod
     def find(cls, path: Path) -> Checkpoint:
-        """Look at what lies in a folder: Hugging Face's, ``global_step_N/actor``, or ``global_step_N``.
+        """Find out what a folder is: a Hugging Face folder, ``global_step_N/actor``, or ``global_step_N``.
 
         Raises:
-            EntropyForkError: nothing that could be evaluated lies there; the message says what to name instead.
+            EntropyForkError: nothing there can be evaluated; the message says what to name instead.
         """
         path = path.absolute()
         if not path.is_dir():
@@ -59,10 +59,10 @@ class Checkpoint:
             path = path / "actor"
         if (path.parent / UNFINISHED).is_file():
             raise EntropyForkError(
-                f"{path.parent} is being written, or its run ended before it was whole (the file '{UNFINISHED}' is in "
-                f"it): name another checkpoint"
+                f"{path.parent} is not finished (it has the file '{UNFINISHED}'): a run is writing it, or ended too "
+                f"early. Name another checkpoint"
             )
-        # With checkpoint.save_contents=[…,hf_model] verl has written a whole model already.
+        # With checkpoint.save_contents=[…,hf_model] verl has already written a whole model.
         for folder in (path, path / "huggingface", path / "model" / "huggingface"):
             if (folder / "config.json").is_file() and _has_weights(folder):
                 return cls(folder, "huggingface")
@@ -79,8 +79,8 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A checksum of all files that decide what the model says, without reading all of the weights.
 
-        Of a large file, its size, its beginning, its end and evenly spaced blocks are read: a step of training changes
-        every tensor, so another checkpoint of the same model differs in all of them.
+        Of a large file only its size and some blocks are read, evenly spaced from its beginning to its end. That is
+        enough: a step of training changes every tensor, so every block of another checkpoint differs.
         """
         digest = hashlib.sha256()
         for file in self._files():
@@ -99,7 +99,7 @@ class Checkpoint:
         return sorted(found - {self.path / MERGED_FROM})
 
     def merge(self, target: Path) -> Path:
-        """The Hugging Face folder of this checkpoint, made at ``target`` if it is not there yet.
+        """The Hugging Face folder of this checkpoint, made at ``target`` if it does not exist yet.
 
         Raises:
             EntropyForkError: ``target`` holds something else, or verl's merger failed.
@@ -140,49 +140,49 @@ class Checkpoint:
         if done.returncode != 0 or not _has_weights(target):
             if "Weights only load failed" in done.stdout:
                 raise EntropyForkError(
-                    f"a shard of {self.path} holds {_refused(done.stdout)}, which could run code and was not loaded: "
-                    f"from whom is it?"
+                    f"a shard of {self.path} has {_refused(done.stdout)} in it, which could run code and was not "
+                    f"loaded: do you trust who made it?"
                 )
             end = "\n".join(done.stdout.splitlines()[-15:])
-            raise EntropyForkError(f"verl's merger could not read {self.path}. It said at its end:\n{end}")
+            raise EntropyForkError(f"verl's merger could not read {self.path}. The end of its output:\n{end}")
 
 
 @contextmanager
 def code_refused(folder: Path) -> Iterator[None]:
-    """For calls of transformers with ``trust_remote_code=False``: one clear error where a model would run code.
+    """Wrap calls of transformers with ``trust_remote_code=False``: one clear error if a model would run code.
 
     Without that argument transformers would ask on the terminal whether to run the classes that a model brings.
 
     Raises:
-        EntropyForkError: a model would, by its classes or by what its ``*.bin`` holds beside weights.
+        EntropyForkError: the model would run code: its own classes, or what its ``*.bin`` has beside weights.
     """
     try:
         yield
     except UnpicklingError as error:
         raise EntropyForkError(
-            f"a *.bin of {folder} holds {_refused(str(error))}, which could run code and was not loaded: from whom is "
-            f"it?"
+            f"a *.bin of {folder} has {_refused(str(error))} in it, which could run code and was not loaded: do you "
+            f"trust who made it?"
         ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise EntropyForkError(
             f"{folder} brings Python code of its own (auto_map in one of its JSON files), which is not run: name a "
-            f"model whose classes are in transformers. vLLM may be told to run it, by --vllm trust_remote_code=true"
+            f"model whose classes are in transformers, or let vLLM run the code with --vllm trust_remote_code=true"
         ) from error
 
 
 def _refused(said: str) -> str:
-    """What torch found in a pickle that is no weight."""
+    """What torch found in a pickle that is not a weight."""
     found = re.search(r"unsupported .*?GLOBAL (\S+)", said, re.IGNORECASE)
-    return found[1] if found else "something else than weights"
+    return found[1] if found else "more than weights"
 
 
 def fold_adapter(folder: Path) -> None:
-    """Add a LoRA adapter, which verl's merger leaves beside the base model, to the weights.
+    """Add a LoRA adapter to the weights. verl's merger leaves it beside the base model.
 
     Raises:
-        EntropyForkError: the adapter's scale is not known, which would evaluate the base model.
+        EntropyForkError: the adapter's scale is not known, so the base model would be evaluated without it.
     """
     adapter = folder / "lora_adapter"
     if not adapter.is_dir():
@@ -219,12 +219,12 @@ def _check_shards(path: Path) -> None:
     config = json.loads((path / "fsdp_config.json").read_text())
     size = config.get("world_size") if isinstance(config, dict) else None
     if not isinstance(size, int) or not 0 < size < 1 << 20:
-        raise EntropyForkError(f"{path / 'fsdp_config.json'} names no number of ranks: world_size is {size!r}")
+        raise EntropyForkError(f"{path / 'fsdp_config.json'} has no valid number of ranks: world_size is {size!r}")
     missing = [rank for rank in range(size) if not (path / f"model_world_size_{size}_rank_{rank}.pt").is_file()]
     if missing:
         raise EntropyForkError(
             f"{path} lacks the shards of ranks {', '.join(map(str, missing[:8]))}{'…' if len(missing) > 8 else ''} of "
-            f"{size}: each node keeps its own unless the folder is shared; copy those of the other nodes here"
+            f"{size}: each node keeps its own shards unless the folder is shared. Copy those of the other nodes here"
         )
 
 

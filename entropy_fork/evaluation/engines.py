@@ -1,8 +1,8 @@
 """What answers the questions: vLLM, or without it the light sampler of ``entropy_fork/sampling/generation.py``.
 
-Each answer has a seed of its own, so it is the same answer whichever others it is computed with, up to the last bits
+Each answer has a seed of its own. So it does not depend on the answers that are computed with it, up to the last bits
 of a sum. The light sampler goes further: its batches are fixed beforehand, so an evaluation that was interrupted gives
-exactly the answers of one that was not.
+exactly the same answers as one that was not.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from entropy_fork.common.cores import share_cores
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation.checkpoint import code_refused
 from entropy_fork.sampling import vllm_cpu, vllm_processor
-from entropy_fork.sampling.temperature import TwoTemperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingSettings:
     """How answers are drawn.
 
     Attributes:
         temperature: T; 0 takes the likeliest token.
         top_p, top_k: nucleus and top-k truncation; 1.0 and -1 leave the distribution as it is.
         max_tokens: tokens of an answer at most, its end token included.
-        seed: of the whole evaluation.
-        two_temperatures: instead of T, which then is what entropies are measured at, and above 0.
+        seed: the seed of the whole evaluation.
+        two_temperatures: draws with these instead of T. Entropies are then measured at T, which must be above 0.
 
     Raises:
-        EntropyForkError: a value that has no meaning.
+        EntropyForkError: a value has no meaning.
     """
 
     temperature: float = 1.0
@@ -58,7 +58,7 @@ class Sampling:
             if not is_good:
                 raise EntropyForkError(f"{name} is {getattr(self, name)}, and must be {wanted}")
         if self.two_temperatures is not None and self.temperature == 0:
-            raise EntropyForkError("temperature is 0, and entropies need one above it: write --temperature 1")
+            raise EntropyForkError("temperature is 0, and entropies are measured at it: write --temperature 1")
 
     @property
     def is_greedy(self) -> bool:
@@ -68,8 +68,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One answer that is wanted: to which question, the how many-th, drawn with which seed, after which prompt."""
+class AnswerJob:
+    """One answer that is wanted: question, number of the answer to it, seed, and token ids of the prompt."""
 
     question: int
     sample: int
@@ -79,33 +79,33 @@ class Job:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a job.
+    """The answer to a job.
 
     Attributes:
         job: what was asked for.
-        token_ids: with the end token.
+        token_ids: of the answer, with its end token.
         truncated: whether the length limit ended it.
         above: with two temperatures, how many of its tokens were drawn above the threshold.
     """
 
-    job: Job
+    job: AnswerJob
     token_ids: list[int]
     truncated: bool
     above: int | None = None
 
 
 class Engine(Protocol):
-    """Answers jobs, and hands over what is ready.
+    """Answers jobs, and hands over answers as they are finished.
 
     Attributes:
-        sampling: how answers are drawn; may be replaced between two calls, by one that also has two temperatures (or
-            also has one) and the same ``max_tokens``.
+        sampling: how answers are drawn. It may be replaced between two calls, if ``max_tokens`` stays the same and two
+            temperatures are not exchanged for one, or one for two.
     """
 
-    sampling: Sampling
+    sampling: SamplingSettings
 
-    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
-        """Answers to the wanted ones of ``jobs``, in any order. ``jobs`` is the same in an interrupted evaluation."""
+    def answers(self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]) -> Iterator[list[Generated]]:
+        """Answer those of ``jobs`` that are wanted, in any order. An evaluation always gives the same ``jobs``."""
         ...
 
 
@@ -113,19 +113,19 @@ def choose_engine(asked: str) -> str:
     """``vllm`` or ``transformers``; ``auto`` takes vLLM where it is installed.
 
     Raises:
-        EntropyForkError: vLLM is asked for and not installed; or nothing is asked for, and without vLLM the
-            accelerator of this machine would stand idle.
+        EntropyForkError: vLLM is asked for and not installed; or ``auto`` is, and without vLLM the accelerator of this
+            machine would not be used.
     """
     spec = importlib.util.find_spec("vllm")
-    is_installed = spec is not None and spec.origin is not None  # a folder that happens to be called vllm has no origin
+    is_installed = spec is not None and spec.origin is not None  # a plain folder called vllm has no origin
     if asked == "vllm" and not is_installed:
-        raise EntropyForkError("vLLM is not installed: 'pip install vllm', or write --engine transformers (CPU)")
+        raise EntropyForkError("vLLM is not installed: pip install vllm, or write --engine transformers (on the CPU)")
     if asked != "auto":
         return asked
     if not is_installed and torch.accelerator.is_available():
         raise EntropyForkError(
-            "vLLM is not installed, and the light engine would not use this machine's accelerator: 'pip install vllm', "
-            "or write --engine transformers to compute on the CPU"
+            "vLLM is not installed, and the engine transformers does not use this machine's accelerator: "
+            "pip install vllm, or write --engine transformers to use the CPU"
         )
     return "vllm" if is_installed else "transformers"
 
@@ -134,7 +134,7 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     """``["max_num_seqs=64"]`` as a dict; values are read as YAML.
 
     Raises:
-        EntropyForkError: a text that is not of this form.
+        EntropyForkError: a text does not have this form.
     """
     from omegaconf import OmegaConf
     from yaml import YAMLError
@@ -145,27 +145,28 @@ def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs)))  # type: ignore[return-value]
     except YAMLError as error:
-        raise EntropyForkError(f"--vllm {' '.join(pairs)}: a value is no YAML ({error})") from error
+        raise EntropyForkError(f"--vllm {' '.join(pairs)}: a value is not YAML ({error})") from error
 
 
 def above_threshold(entropies: Sequence[float], pair: TwoTemperatures | None) -> int | None:
-    """How many entropies (float32) are above the threshold, compared as they were when drawing."""
+    """How many entropies are above the threshold, in float32 as when tokens were drawn. None without a threshold."""
     if pair is None:
         return None
     return int(np.count_nonzero(np.asarray(entropies, np.float32) > np.float32(pair.threshold)))
 
 
 class TransformersEngine:
-    """The light sampler, on the CPU, in batches that depend on the questions alone.
+    """The light sampler, on the CPU, in batches that depend only on the questions.
 
     Args:
         folder: the model's Hugging Face folder.
+        sampling: how answers are drawn.
         dtype: name of a torch dtype.
         end_ids: the token ids that end an answer.
-        batch_size: rows at most. A batch has the n-th answers of consecutive questions.
+        batch_size: at most this many answers at once. A batch has the n-th answers to consecutive questions.
     """
 
-    def __init__(self, folder: Path, sampling: Sampling, dtype: str, end_ids: Sequence[int], batch_size: int):
+    def __init__(self, folder: Path, sampling: SamplingSettings, dtype: str, end_ids: Sequence[int], batch_size: int):
         from transformers import AutoModelForCausalLM
 
         if "OMP_NUM_THREADS" not in os.environ:
@@ -176,14 +177,14 @@ class TransformersEngine:
             ).eval()
         self.sampling, self.end_ids, self.batch_size = sampling, end_ids, batch_size
 
-    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
-        """Batch by batch; one of which a part is wanted is drawn as a whole."""
+    def answers(self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]) -> Iterator[list[Generated]]:
+        """Answer batch by batch. A batch of which only a part is wanted is drawn as a whole."""
         from entropy_fork.sampling.generation import generate
 
         for batch in self._batches(jobs):
             if not any(map(is_wanted, batch)):
                 continue
-            # Whole, also where only a part is wanted: the number of rows can change the last bits of a logit.
+            # As a whole: the number of rows can change the last bits of a logit.
             answers = generate(self.model, [self._request(job) for job in batch], self.end_ids)
             yield [
                 Generated(
@@ -196,13 +197,13 @@ class TransformersEngine:
                 if is_wanted(job)
             ]
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    def _batches(self, jobs: Sequence[AnswerJob]) -> Iterator[list[AnswerJob]]:
         for _, same_sample in groupby(jobs, key=lambda job: job.sample):
             rows = list(same_sample)
             for start in range(0, len(rows), self.batch_size):
                 yield rows[start : start + self.batch_size]
 
-    def _request(self, job: Job) -> Any:
+    def _request(self, job: AnswerJob) -> Any:
         from entropy_fork.sampling.generation import Request
 
         sampling = self.sampling
@@ -221,6 +222,10 @@ class VllmEngine:
     """vLLM's own engine loop: all requests at once, and each answer as soon as it is complete.
 
     Args:
+        folder: the model's Hugging Face folder.
+        sampling: how answers are drawn.
+        dtype: name of a torch dtype.
+        end_ids: the token ids that end an answer.
         max_model_len: tokens of the longest prompt and answer together.
         tensor_parallel: GPUs that one copy of the model is spread over.
         arguments: further arguments of ``vllm.LLM``.
@@ -229,7 +234,7 @@ class VllmEngine:
     def __init__(
         self,
         folder: Path,
-        sampling: Sampling,
+        sampling: SamplingSettings,
         dtype: str,
         end_ids: Sequence[int],
         max_model_len: int,
@@ -244,12 +249,12 @@ class VllmEngine:
             "tensor_parallel_size": tensor_parallel,
             "seed": sampling.seed % 2**31,
             "use_tqdm_on_load": False,
-            "generation_config": "vllm",  # sampling is ours alone; end tokens go with each request
+            "generation_config": "vllm",  # only our sampling settings count; end tokens go with each request
         }
         if vllm_cpu.is_installed():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-            # A prompt in parts makes vLLM 0.29 take back a number of the answer's generator, which one on a CPU cannot
-            # ("CPU Generator does not use offset").
+            # With a prompt in parts, vLLM 0.29 sets the answer's generator back by one number, and a generator on a CPU
+            # cannot do that ("CPU Generator does not use offset").
             settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
             settings["max_num_batched_tokens"] = max(max_model_len, 4096)
         if sampling.two_temperatures is not None:
@@ -259,8 +264,8 @@ class VllmEngine:
         self.engine = LLM(**(settings | (arguments or {}))).llm_engine
         self.sampling, self.end_ids, self.parameters = sampling, list(end_ids), SamplingParams
 
-    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
-        """Each answer as soon as vLLM has finished it."""
+    def answers(self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]) -> Iterator[list[Generated]]:
+        """Hand over each answer as soon as vLLM has finished it."""
         sampling = self.sampling
         pair = sampling.two_temperatures
         two: dict[str, Any] = {} if pair is None else {"logprobs": 0, "extra_args": vllm_processor.extra_args(pair)}
@@ -292,5 +297,5 @@ class VllmEngine:
 
 
 def entropies_of(completion: Any) -> list[float]:
-    """What ``vllm_temperatures`` left in the place of log-probs: one entropy (nats) per token."""
+    """One entropy (nats) per token. ``sampling/vllm_processor.py`` writes it in the place of the log-prob."""
     return [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs, strict=True)]

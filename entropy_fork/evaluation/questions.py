@@ -18,7 +18,7 @@ COLUMNS = ("data_source", "prompt", "reward_model")
 
 @dataclass(frozen=True)
 class Question:
-    """One row: the benchmark it belongs to, its chat messages, and what a right answer equals."""
+    """One row of the data: its benchmark, its chat messages, and the ground truth that a right answer equals."""
 
     data_source: str
     prompt: tuple[dict[str, str], ...]
@@ -29,7 +29,7 @@ def read_questions(files: Sequence[Path]) -> list[Question]:
     """All rows of all files, in order.
 
     Raises:
-        EntropyForkError: a file that is missing, is no parquet, lacks a column, or has a row that cannot be used.
+        EntropyForkError: a file is missing, is not parquet, lacks a column, or has a row that cannot be used.
     """
     questions = [question for file in files for question in _read(file)]
     if not questions:
@@ -38,7 +38,7 @@ def read_questions(files: Sequence[Path]) -> list[Question]:
 
 
 def checksum(questions: Sequence[Question]) -> str:
-    """sha256 of what is asked and what counts as right, in order; not of how the parquet was written."""
+    """sha256 of the questions and their ground truths, in order. How the parquet was written does not matter."""
     rows = [[question.data_source, question.prompt, question.ground_truth] for question in questions]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
@@ -51,11 +51,11 @@ def _read(file: Path) -> list[Question]:
             raise EntropyForkError(f"{file} has no column {', '.join(missing)}: {advice}")
         rows = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
     except FileNotFoundError as error:
-        raise EntropyForkError(f"no file {file}: {advice}") from error
+        raise EntropyForkError(f"there is no file {file}: {advice}") from error
     except (OSError, ValueError) as error:
         if isinstance(error, EntropyForkError):
             raise
-        raise EntropyForkError(f"{file} is no readable parquet file ({error}): {advice}") from error
+        raise EntropyForkError(f"{file} cannot be read as parquet ({error}): {advice}") from error
     return [_question(row, f"row {number} of {file}") for number, row in enumerate(rows)]
 
 

@@ -1,13 +1,14 @@
-"""What is said about a benchmark: accuracy with its uncertainty, pass@k, lengths. numpy only.
+"""The statistics of a benchmark: accuracy with its uncertainty, pass@k, lengths. numpy only.
 
-**The interval.** Answers to one question are alike, so the question is the unit: the variance of the accuracy is that
-of the per-question means, v = s²/n. The interval is Wilson's score interval with the effective number of answers
-p(1 − p)/v in place of their number (the design effect of survey statistics; Korn and Graubard 1998 use it in the same
-way). Unlike the t-interval of per-question means and the bootstrap over questions it stays within [0, 1], is never of
-width zero, and covers better near 0 and 1 (``tests/evaluation/test_statistics.py`` measures it).
+**The interval.** Answers to one question are alike, so the unit is the question: the variance of the accuracy is the
+variance of the mean over questions, v = s²/n, with s² the variance of the per-question means. The interval is Wilson's
+score interval, with the effective number of answers p(1 − p)/v in place of their number (the design effect of survey
+statistics; Korn and Graubard 1998 use it in the same way). Unlike the t-interval of per-question means and the
+bootstrap over questions it stays within [0, 1], never has width zero, and covers better near 0 and 1
+(``tests/evaluation/test_statistics.py`` measures it).
 
-It speaks of *other questions like these*. Two models on the *same* questions differ by less chance: the second standard
-error holds the questions fixed and is what another draw of answers would move.
+The interval is about *other questions like these*. To compare two models on the *same* questions, use the second
+standard error: it holds the questions fixed, and says how far another draw of answers would move the accuracy.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Summary:
+class BenchmarkSummary:
     """One benchmark, or the unweighted mean over several.
 
     Attributes:
-        questions, answers_per_question: how many; ``answers_per_question`` is k of Acc@k.
+        questions, answers_per_question: their numbers; ``answers_per_question`` is the k of Acc@k.
         accuracy: mean over questions of the share of right answers.
-        interval: 95% for the accuracy over questions like these, see above.
-        standard_error: of the accuracy, with the question as the unit; None with a single question.
-        standard_error_same_questions: with the questions held fixed; None for a single answer per question.
-        mean_tokens: length of an answer in tokens, its end token included.
-        truncated, boxed: shares of answers cut off at the limit, and with a ``\\boxed{}``.
-        pass_at: k' → unbiased estimate that at least one of k' answers is right.
+        interval: 95% interval for the accuracy on questions like these, see above.
+        standard_error: of the accuracy, with the question as the unit; None if there is a single question.
+        standard_error_same_questions: with the questions held fixed; None if each question has a single answer.
+        mean_tokens: mean length of an answer in tokens, its end token included.
+        truncated, boxed: share of answers that the length limit ended, and share with a ``\\boxed{}``.
+        pass_at: k' → unbiased estimate of the probability that at least one of k' answers is right.
         above: share of tokens drawn above the threshold, over all answers; None without two temperatures.
     """
 
@@ -62,7 +63,7 @@ def pass_at(num_answers: int, num_right: NDArray[np.int64], k: int) -> NDArray[n
     Args:
         num_answers: n, at least k.
         num_right: c of each question, shape (questions,).
-        k: how many answers one may hand in.
+        k: how many answers are handed in.
 
     Returns:
         float64 of shape (questions,).
@@ -72,14 +73,14 @@ def pass_at(num_answers: int, num_right: NDArray[np.int64], k: int) -> NDArray[n
     """
     if not 1 <= k <= num_answers:
         raise ValueError(f"pass@{k} cannot be estimated from {num_answers} answers")
-    # C(n−c, k)/C(n, k) as a product of k factors of at most 1; a factor that reaches 0 (n − c < k) settles it.
+    # C(n−c, k)/C(n, k) is a product of k factors of at most 1. If n − c < k, one of them is 0.
     draws = np.arange(k)
     factors = np.clip(num_answers - num_right[:, None] - draws, 0, None) / (num_answers - draws)
     return 1.0 - factors.prod(axis=1)
 
 
 def pass_ks(num_answers: int) -> list[int]:
-    """1, 2, 4, … and the number of answers itself."""
+    """The k for pass@k: 1, 2, 4, … and the number of answers itself."""
     powers = [2**i for i in range(num_answers.bit_length()) if 2**i <= num_answers]
     return powers if powers[-1] == num_answers else [*powers, num_answers]
 
@@ -92,8 +93,8 @@ def wilson_interval(
     Args:
         accuracy: in [0, 1].
         variance: of the accuracy, with the question as the unit.
-        questions: how many there are. Where all came out alike (variance 0), each counts as one answer.
-        answers: how many there are to all of them; the effective number never exceeds it.
+        questions: number of questions. If the variance is 0, each question counts as one answer.
+        answers: number of answers to all questions; the effective number is never larger.
         confidence: nominal coverage.
     """
     binomial = accuracy * (1 - accuracy)
@@ -105,24 +106,24 @@ def wilson_interval(
     return max(0.0, float(centre - half_width)), min(1.0, float(centre + half_width))
 
 
-def summarise(
+def summarise_benchmark(
     right: NDArray[np.bool_],
     tokens: NDArray[np.int64],
     truncated: NDArray[np.bool_],
     boxed: NDArray[np.bool_],
     above: NDArray[np.int64] | None = None,
-) -> Summary:
-    """One benchmark from its answers; every argument has the shape (questions, answers per question).
+) -> BenchmarkSummary:
+    """Summarise one benchmark from its answers. Every argument has the shape (questions, answers per question).
 
     ``above`` counts the tokens drawn above the threshold of two temperatures.
     """
     questions, k = right.shape
     shares = right.mean(axis=1)
     accuracy = float(shares.mean())
-    # One question tells nothing of the spread between questions; p(1 − p) is the largest that it can be.
+    # One question says nothing about the spread between questions; p(1 − p) is the largest possible variance.
     variance = float(shares.var(ddof=1)) / questions if questions > 1 else accuracy * (1 - accuracy)
     within = float((shares * (1 - shares)).sum()) / (k - 1) / questions**2 if k > 1 else None
-    return Summary(
+    return BenchmarkSummary(
         questions=questions,
         answers_per_question=k,
         accuracy=accuracy,
@@ -137,7 +138,7 @@ def summarise(
     )
 
 
-def average(summaries: Sequence[Summary]) -> Summary:
+def average(summaries: Sequence[BenchmarkSummary]) -> BenchmarkSummary:
     """The unweighted mean over benchmarks, as in the paper's table; benchmarks are independent."""
     count = len(summaries)
     questions = sum(summary.questions for summary in summaries)
@@ -155,7 +156,7 @@ def average(summaries: Sequence[Summary]) -> Summary:
         summary.accuracy * (1 - summary.accuracy) if summary.standard_error is None else summary.standard_error**2
         for summary in summaries
     ]
-    return Summary(
+    return BenchmarkSummary(
         questions=questions,
         answers_per_question=k,
         accuracy=accuracy,

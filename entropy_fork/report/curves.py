@@ -13,12 +13,12 @@ import numpy as np
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import figure_label, visible
-from entropy_fork.report.figures import Drawing, axes, file_name
+from entropy_fork.report.figures import PageFigure, axes, file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: what is drawn, in this order: the tag that verl or the plugin logs, and what it is
+#: what is drawn, in this order: the tag that verl or the plugin logs, and its title
 METRICS = {
     "entropy_fork/kept_ratio": "kept share of the tokens",
     "entropy_fork/threshold": "threshold τ (nats)",
@@ -45,17 +45,18 @@ Run = Mapping[str, Curve]
 
 
 def parse_run(text: str) -> tuple[str, Path]:
-    """``NAME=DIR``, or ``DIR``, which is then called as its folder."""
+    """Name and folder from ``NAME=DIR``, or from ``DIR``, whose last part is then the name."""
     name, equals, folder = text.partition("=")
     path = Path(folder if equals and "/" not in name else text)
     return (name if equals and "/" not in name else path.absolute().name), path
 
 
 def read_run(folder: Path) -> Run:
-    """All scalars of a run. Where a step was taken more than once (a resumed run) the last time counts.
+    """All scalars of a run. If a step was logged more than once (by a resumed run), the last value counts.
 
     Raises:
-        EntropyForkError: no folder, no event files in it, those of several runs, or none of the metrics drawn here.
+        EntropyForkError: there is no folder, it has no event files or those of several runs, or none of the metrics
+            that are drawn here.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -63,9 +64,9 @@ def read_run(folder: Path) -> Run:
         raise EntropyForkError(f"--run: there is no folder {folder}")
     homes = sorted({file.parent for file in folder.rglob("events.out.tfevents.*")})
     if len(homes) != 1:
-        found = f"those of {len(homes)} runs: " + ", ".join(map(str, homes[:5])) if homes else "none"
+        found = f"the files of {len(homes)} runs: " + ", ".join(map(str, homes[:5])) if homes else "no such files"
         raise EntropyForkError(
-            f"--run {folder}: one run's tensorboard files are expected there, and there are {found}. verl writes them "
+            f"--run {folder} must have the tensorboard files of one run, and has {found}. verl writes them "
             f"with trainer.logger=[console,tensorboard], into TENSORBOARD_DIR or tensorboard_log/PROJECT/EXPERIMENT"
         )
     events = EventAccumulator(str(homes[0]), size_guidance={"scalars": 0}, purge_orphaned_data=False)
@@ -77,29 +78,29 @@ def read_run(folder: Path) -> Run:
         run[tag] = Curve(steps, np.array([latest[step] for step in steps.tolist()], dtype=np.float64))
     if not any(title(tag) for tag in run):
         raise EntropyForkError(
-            f"--run {folder}: no metric of a verl training run in it, such as {', '.join(list(METRICS)[2:6])}; it has "
+            f"--run {folder} has no metric of a verl training run, such as {', '.join(list(METRICS)[2:6])}. It has "
             f"{', '.join(sorted(run)[:8]) or 'no scalars'}"
         )
     return run
 
 
 def title(tag: str) -> str | None:
-    """What a tag is, for people; None where it is not drawn."""
+    """The title of a tag, for people; None if the tag is not drawn."""
     if found := _ACCURACY.fullmatch(tag):
         return f"accuracy on {visible(found[1])} ({found[2]})"
     return METRICS.get(tag)
 
 
 def tags(runs: Mapping[str, Run]) -> list[str]:
-    """The tags of any run that are drawn: accuracies, then the others in their order."""
+    """The tags that are drawn because some run has them: first accuracies, then the others in their order."""
     found = {tag for run in runs.values() for tag in run}
     return [*sorted(tag for tag in found if _ACCURACY.fullmatch(tag)), *(tag for tag in METRICS if tag in found)]
 
 
-def drawings(runs: Mapping[str, Run]) -> list[Drawing]:
+def page_figures(runs: Mapping[str, Run]) -> list[PageFigure]:
     """A figure per metric, with a line per run."""
     return [
-        Drawing(file_name("curve", tag), f"{title(tag)}, by training step", partial(_draw, runs, tag))
+        PageFigure(file_name("curve", tag), f"{title(tag)}, by training step", partial(_draw, runs, tag))
         for tag in tags(runs)
     ]
 
@@ -109,7 +110,7 @@ def _draw(runs: Mapping[str, Run], tag: str) -> Figure:
 
     figure, plot = axes(figure_label(title(tag) or tag))
     for name, run in runs.items():
-        # An empty line where a run has no such metric keeps each run's colour the same in all figures.
+        # A run without this metric gets an empty line, so that each run has the same colour in all figures.
         curve = run.get(tag, Curve(np.array([]), np.array([])))
         marker = "o" if curve.steps.size < 40 else ""
         plot.plot(
@@ -124,7 +125,7 @@ def _draw(runs: Mapping[str, Run], tag: str) -> Figure:
 
 
 def last_values(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]]:
-    """A table: of each metric and run the first value, the last one, and its step."""
+    """A table: for each metric and run the first value, the last value, and its step."""
     rows = []
     for tag in tags(runs):
         cells = []

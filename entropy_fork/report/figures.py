@@ -16,7 +16,7 @@ from entropy_fork.common.errors import EntropyForkError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: after Okabe and Ito: told apart by those who see fewer colours as well
+#: after Okabe and Ito: people who see fewer colours can tell them apart as well
 _CYCLES = {
     "light": ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#000000"],
     "dark": ["#56b4e9", "#ff8c42", "#2fd6a3", "#f0a3cf", "#f0e442", "#8ab4ff", "#ffffff"],
@@ -26,14 +26,14 @@ _PAPER = {"light": "#ffffff", "dark": "#14171c"}
 
 
 @dataclass(frozen=True)
-class Drawing:
+class PageFigure:
     """A figure of the page.
 
     Attributes:
-        name: of its files, letters and hyphens.
-        caption: what one sees; also what is read out in its place.
-        draw: makes the figure; called once per style, since matplotlib takes colours when an artist is made.
-        both: its inks can be read on either ground, so it lies in the page once.
+        name: the name of its files: letters, digits and hyphens.
+        caption: what one sees; a screen reader reads it in place of the figure.
+        draw: makes the figure; called once per style, because matplotlib fixes colours when it makes a line or a text.
+        both: its colours can be read on a light and on a dark background, so the page has it once.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Drawing:
 
     @cached_property
     def light(self) -> bytes:
-        """SVG with dark ink on a transparent ground."""
+        """SVG with dark ink on a transparent background."""
         return _saved(self, "light", "svg", transparent=True)
 
     @cached_property
     def dark(self) -> bytes:
-        """SVG with light ink on a transparent ground."""
+        """SVG with light ink on a transparent background."""
         return _saved(self, "dark", "svg", transparent=True)
 
 
@@ -73,28 +73,28 @@ def style(name: str) -> dict[str, Any]:
         "axes.spines.right": False,
         "legend.frameon": False,
         "font.size": 11,
-        "svg.hashsalt": "entropy-fork",  # the same figure is the same file
+        "svg.hashsalt": "entropy-fork",  # the same figure gives the same file
     }
 
 
-def _saved(drawing: Drawing, name: str, kind: str, **options: Any) -> bytes:
+def _saved(figure: PageFigure, name: str, kind: str, **options: Any) -> bytes:
     import matplotlib
 
     settings: Any = style(name)
     with matplotlib.rc_context(settings):
         buffer = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else None
-        drawing.draw().savefig(buffer, format=kind, metadata=metadata, **options)
+        figure.draw().savefig(buffer, format=kind, metadata=metadata, **options)
     return buffer.getvalue()
 
 
 def data_uri(svg: bytes) -> str:
-    """An image that lies in the page itself."""
+    """The address of an image that is in the page itself."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
 
 
-def write_files(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
-    """Each figure as SVG, as in the page, and as PNG.
+def write_files(figures: Sequence[PageFigure], folder: Path) -> list[Path]:
+    """Write each figure as SVG, as in the page, and as PNG.
 
     Raises:
         EntropyForkError: ``folder`` cannot be written to.
@@ -102,9 +102,9 @@ def write_files(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for drawing in drawings:
-            for kind, image in (("svg", drawing.light), ("png", _saved(drawing, "light", "png", dpi=150))):
-                file = folder / f"{drawing.name}.{kind}"
+        for figure in figures:
+            for kind, image in (("svg", figure.light), ("png", _saved(figure, "light", "png", dpi=150))):
+                file = folder / f"{figure.name}.{kind}"
                 temporary = file.with_name(f".{file.name}")
                 temporary.write_bytes(image)
                 written.append(temporary.replace(file))
@@ -114,7 +114,7 @@ def write_files(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
 
 
 def file_name(*words: str) -> str:
-    """A name for a figure's files out of whatever runs and metrics are called."""
+    """A name for the files of a figure, made from names of runs and metrics."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
@@ -123,7 +123,7 @@ def axes(title: str, width: float = 5.2, height: float = 3.2) -> tuple[Figure, A
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(left=0.16, right=0.98, bottom=0.16, top=0.9)  # faster than a layout that is solved
+    figure.subplots_adjust(left=0.16, right=0.98, bottom=0.16, top=0.9)  # faster than a layout that matplotlib computes
     plot = figure.subplots()
     plot.set_title(title, loc="left", fontsize=12)
     return figure, plot

@@ -17,7 +17,7 @@
     return new Response(stream).arrayBuffer();
   }
 
-  // The columns of an answer; entropy_fork/report/answers.py: pack writes them.
+  // The columns of an answer; entropy_fork/report/packed_answers.py: pack writes them.
   async function unpack(answer) {
     const buffer = await inflated(answer.data);
     const n = answer.tokens;

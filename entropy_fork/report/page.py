@@ -1,8 +1,8 @@
-"""The HTML file: data, figures and tables into ``template.html``, with everything that it needs inside.
+"""Make the HTML file: data, figures and tables go into ``template.html``, and everything it needs is inside.
 
-The page runs one script, named by its hash in a Content-Security-Policy that allows nothing else and no connection.
-What a model wrote reaches it in two ways: through jinja2, which escapes it, and as JSON in a data block, in which
-``<``, ``>`` and ``&`` are written as escapes, so that no text can end the block. The script shows it as text nodes.
+The page runs one script. A Content-Security-Policy names it by its hash, and allows no other script and no connection.
+Text that a model wrote reaches the page in two ways: through jinja2, which escapes it, and as JSON in a data block, in
+which ``<``, ``>`` and ``&`` are escaped, so that no text can end the block. The script shows it as text nodes.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import TYPE_CHECKING, Any
 from entropy_fork import __version__
 from entropy_fork.analysis import plots
 from entropy_fork.analysis.compare import compare
-from entropy_fork.analysis.report_files import check_installed, comparison_tables, summary_tables
+from entropy_fork.analysis.results import check_installed, comparison_tables, summary_tables
 from entropy_fork.analysis.summary import MIN_COUNT, NUM_TOKENS, summarise
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.installing import why_missing
 from entropy_fork.common.output_folder import write_whole
-from entropy_fork.report import answers as packing
-from entropy_fork.report import curves, steps
-from entropy_fork.report.figures import Drawing, data_uri, file_name, write_files
+from entropy_fork.report import curves, packed_answers, steps
+from entropy_fork.report.figures import PageFigure, data_uri, file_name, write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of text under a header; ``long`` ones scroll in a box of their own."""
+class PageTable:
+    """Rows of text under a header. A long table scrolls in a box of its own."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -43,35 +43,35 @@ class Table:
 
     @property
     def long(self) -> bool:
-        """Whether the page lets it scroll in a box of its own."""
+        """Whether it scrolls in a box of its own."""
         return len(self.rows) > 12
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what belongs under it."""
+    """A heading with the text, figures and tables under it."""
 
     id: str
     title: str
     text: str = ""
-    drawings: list[Drawing] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    figures: list[PageFigure] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReportSettings:
     """What goes into a report.
 
     Attributes:
         output: the file to write.
-        tokens: folders of ``entropy_fork/tokens/store.py``.
-        runs: name and folder of tensorboard files of each training run.
-        compare: folders of the same tokens, measured with checkpoints in the order of training; none, or two and more.
+        tokens: folders of tokens, see ``entropy_fork/tokens/store.py``.
+        runs: name and folder of tensorboard files, for each training run.
+        compare: folders of the same tokens, measured with checkpoints in the order of training: none, or at least two.
         top_ratio: ρ of the comparison.
         min_count: how often a token must have been seen to be in the tables of highest and lowest mean entropy.
-        figures: a folder for the figures as SVG and PNG; None for none.
-        answers: at most so many of each folder can be looked at; all of them are in the figures.
-        title: of the page.
+        figures: a folder to which the figures are written as SVG and PNG as well; None for none.
+        answers: the page shows at most this many answers of each folder. The figures use all answers.
+        title: title of the page.
     """
 
     output: Path
@@ -85,28 +85,28 @@ class Settings:
     title: str = "Forking tokens"
 
 
-def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> Path:
+def write(settings: ReportSettings, note: Callable[[str], None] = lambda _: None) -> Path:
     """Make the report.
 
     Args:
-        settings: what goes into it, and where to.
-        note: is told what is being done.
+        settings: what goes into it, and where it is written.
+        note: called with what is being done.
 
     Returns:
         The file.
 
     Raises:
-        EntropyForkError: nothing to show, input that cannot be read, output that cannot be written; or a library is
-            missing.
+        EntropyForkError: there is nothing to show, an input cannot be read, the output cannot be written, or a library
+            is missing.
     """
     if not settings.tokens and not settings.runs and not settings.compare:
         raise EntropyForkError(
-            "nothing to report: give --tokens FOLDER (of 'entropy-fork analyze', or of a run with "
+            "there is nothing to report: write --tokens FOLDER (of 'entropy-fork analyze', or of a run with "
             "entropy_fork.dump_every), --run NAME=DIR (a folder of tensorboard files) or --compare FOLDER twice"
         )
     check_installed()
     if settings.runs and find_spec("tensorboard") is None:
-        raise EntropyForkError("tensorboard is not installed: pip install 'entropy-fork[analysis]'")
+        raise EntropyForkError(why_missing(["tensorboard"], "analysis"))
     runs = {}
     for name, (_, folder) in zip(_distinct([name for name, _ in settings.runs]), settings.runs, strict=True):
         note(f"reading the curves of {name}")
@@ -115,12 +115,12 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
     folders = []
     for name, folder in zip(names, settings.tokens, strict=True):
         note(f"reading the tokens of {name}")
-        folders.append((name, packing.chosen_answers(folder, settings.answers)))
-    data = packing.packed_folders(folders) if folders else None
+        folders.append((name, packed_answers.chosen_answers(folder, settings.answers)))
+    data = packed_answers.packed_folders(folders) if folders else None
     sections = []
-    slugs = _distinct([file_name(name) or "folder" for name in names])  # of files, and of places in the page
+    slugs = _distinct([file_name(name) or "folder" for name in names])  # for file names, and for links in the page
     for name, slug, folder in zip(names, map(file_name, slugs), settings.tokens, strict=True):
-        note(f"going over the tokens of {name}")
+        note(f"summarising the tokens of {name}")
         suffix = "" if len(folders) == 1 else f": {name}"
         sections += [_entropy_section(slug, folder, suffix, settings.min_count), *_steps_section(slug, folder, suffix)]
     if settings.compare:
@@ -131,7 +131,7 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
     note("drawing")
     page = render(settings.title, data, sections)
     if settings.figures is not None:
-        write_files([drawing for section in sections for drawing in section.drawings], settings.figures)
+        write_files([figure for section in sections for figure in section.figures], settings.figures)
     try:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(settings.output, page)
@@ -140,14 +140,14 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
     return settings.output
 
 
-#: what the figures of ``analysis/plots.py`` show
+#: captions of the figures of ``analysis/plots.py``
 CAPTIONS = {
     "entropy_histogram": "tokens by entropy, on a logarithmic scale",
     "entropy_by_position": "mean entropy and share of forks along the answer",
     "entropy_by_kind": "mean entropy by part of the answer, and by kind of text",
-    "words_highest": "tokens of highest mean entropy, the larger the higher",
-    "words_lowest": "tokens of lowest mean entropy, the larger the lower",
-    "overlap": "how many of a checkpoint's top positions are also the base's, and the final model's",
+    "words_highest": "tokens of highest mean entropy; the highest are the largest",
+    "words_lowest": "tokens of lowest mean entropy; the lowest are the largest",
+    "overlap": "how many of a checkpoint's top positions are also those of the base, and of the final model",
     "entropy_change": "mean change of the entropy against the base, per 5% of the base's tokens",
     "percentile_evolution": "percentiles of the entropy over the checkpoints",
 }
@@ -155,22 +155,24 @@ CAPTIONS = {
 
 def _entropy_section(slug: str, folder: Path, suffix: str, min_count: int) -> Section:
     summary = summarise(folder, min_count)
-    tables = [Table(table.header, table.rows, title) for title, table in summary_tables(summary, NUM_TOKENS)]
-    return Section(f"entropy-{slug}", f"Entropy{suffix}", "", _drawings(plots.of_summary(summary), slug), tables)
+    tables = [PageTable(table.header, table.rows, title) for title, table in summary_tables(summary, NUM_TOKENS)]
+    return Section(f"entropy-{slug}", f"Entropy{suffix}", "", _page_figures(plots.of_summary(summary), slug), tables)
 
 
 def _comparison_section(folders: Sequence[Path], top_ratio: float) -> Section:
     comparison = compare(folders, top_ratio)
-    tables = [Table(table.header, table.rows, title) for title, table in comparison_tables(comparison)]
-    return Section("checkpoints", "Checkpoints", "", _drawings(plots.of_comparison(comparison), "checkpoints"), tables)
+    tables = [PageTable(table.header, table.rows, title) for title, table in comparison_tables(comparison)]
+    return Section(
+        "checkpoints", "Checkpoints", "", _page_figures(plots.of_comparison(comparison), "checkpoints"), tables
+    )
 
 
-def _drawings(figures: dict[str, Figure], slug: str) -> list[Drawing]:
-    """Figures of the analyses, at the size of the page's own: a legend must be readable on a phone."""
+def _page_figures(figures: dict[str, Figure], slug: str) -> list[PageFigure]:
+    """Figures of the analyses, at the size of the page's other figures: a legend must be readable on a phone."""
     for figure in figures.values():
         figure.set_size_inches(5.2, 3.2)
     return [
-        Drawing(file_name(key, slug), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
+        PageFigure(file_name(key, slug), CAPTIONS[key], partial(_same, one), both=True) for key, one in figures.items()
     ]
 
 
@@ -190,24 +192,26 @@ def _steps_section(slug: str, folder: Path, suffix: str) -> list[Section]:
             for piece, early, late, before, after in found.moved
         ]
         tables.append(
-            Table(header, rows, "Tokens whose kept share changed most from the first half of the steps to the second")
+            PageTable(
+                header, rows, "Tokens whose kept share changed most from the first half of the steps to the second"
+            )
         )
     text = f"{len(found.steps)} dumped steps, {found.steps[0]} to {found.steps[-1]}."
-    return [Section(f"steps-{slug}", f"Forks over training{suffix}", text, steps.drawings(slug, found), tables)]
+    return [Section(f"steps-{slug}", f"Forks over training{suffix}", text, steps.page_figures(slug, found), tables)]
 
 
 def _curves_section(runs: dict[str, curves.Run]) -> Section:
     header, rows = curves.last_values(runs)
-    return Section("curves", "Training curves", "", curves.drawings(runs), [Table(header, rows)])
+    return Section("curves", "Training curves", "", curves.page_figures(runs), [PageTable(header, rows)])
 
 
 def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section]) -> str:
     """The page as text.
 
     Args:
-        title: of the page.
-        data: of :func:`entropy_fork.report.answers.packed_folders`; None where there are no tokens.
-        sections: below the token view.
+        title: title of the page.
+        data: what :func:`entropy_fork.report.packed_answers.packed_folders` returns; None without tokens.
+        sections: what is shown below the tokens.
 
     Raises:
         EntropyForkError: jinja2 is not installed.
@@ -215,7 +219,7 @@ def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section])
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise EntropyForkError(f"the report needs {error.name}: pip install 'entropy-fork[analysis]'") from error
+        raise EntropyForkError(why_missing([error.name or "jinja2"], "analysis")) from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script, sheet = _part("page.js"), _part("page.css")
     return environment.from_string(_part("template.html")).render(
@@ -241,13 +245,13 @@ def _hash(text: str) -> str:
 
 
 def _safe_json(data: dict[str, Any]) -> str:
-    """JSON that can stand in a ``<script>`` block: nothing in it can end the block or begin a comment."""
+    """JSON for a ``<script>`` block: nothing in it can end the block or begin a comment."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names, with a number behind those that were there before."""
+    """The names, with a number behind a name that came before."""
     found: list[str] = []
     for name in names:
         same = sum(each == name or each.startswith(f"{name} (") for each in found)

@@ -1,4 +1,4 @@
-"""How forks move over the steps of a training run, from what ``entropy_fork.dump_every`` wrote."""
+"""How the forks change over the steps of a training run, from the tokens that ``entropy_fork.dump_every`` wrote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entropy_fork.report.figures import Drawing, axes, file_name
+from entropy_fork.report.figures import PageFigure, axes, file_name
 from entropy_fork.tokens.store import parts, read_part
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 PERCENTILES = (50, 80, 90, 95, 99)
 
-#: a token must be seen so often in the early and in the late half of the steps to be in the table
+#: a token is in the table if it was seen this often in the early half of the steps, and in the late half
 SEEN_OFTEN = 10
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What the dumped steps say.
+    """Statistics of the dumped steps.
 
     Attributes:
         steps: int64, shape (steps,).
-        percentiles: float64, shape (steps, len(PERCENTILES)): of the entropies of a step, nats.
-        kept, dropped: float64, shape (steps,): mean entropy of either side in nats; NaN where that is not known.
+        percentiles: float64, shape (steps, len(PERCENTILES)): percentiles of the entropies of a step, nats.
+        kept, dropped: float64, shape (steps,): mean entropy of kept and of dropped tokens, nats; NaN if not known.
         moved: rows of (piece, times early, times late, kept share early, kept share late), the largest changes first.
     """
 
@@ -41,7 +41,7 @@ class Steps:
 
 
 def read_steps(folder: Path) -> Steps | None:
-    """Go over a folder's parts; None where fewer than two steps are in it. Holds five bytes per token of it."""
+    """Read the steps of a folder; None if it has fewer than two. Keeps five bytes per token in memory."""
     by_step: dict[int, list[tuple[np.ndarray, np.ndarray | None]]] = {}
     halves, pieces = (_Half(), _Half()), dict[int, str]()
     steps = _steps(folder)
@@ -54,7 +54,8 @@ def read_steps(folder: Path) -> Steps | None:
             by_step.setdefault(answer.step, []).append((np.array(answer.entropy), _copied(answer.selected)))
             pieces.update(zip(answer.token_ids.tolist(), answer.pieces, strict=True))
             place = steps.index(answer.step) * 2
-            if answer.selected is not None and place != len(steps) - 1:  # the middle one of an odd number is in neither
+            # with an odd number of steps, the middle one is in neither half
+            if answer.selected is not None and place != len(steps) - 1:
                 halves[place >= len(steps)].add(answer.token_ids, answer.selected)
     if len(by_step) < 2:
         return None
@@ -77,7 +78,7 @@ def _copied(values: np.ndarray | None) -> np.ndarray | None:
 
 
 class _Half:
-    """How often each token id was seen and kept in half of the steps, int64, shape (highest id + 1,)."""
+    """How often each token id was seen and kept in one half of the steps, int64, shape (highest id + 1,)."""
 
     def __init__(self) -> None:
         self.seen, self.kept = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
@@ -103,7 +104,7 @@ def _of_step(answers: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> tuple[n
 
 
 def _moved(early: _Half, late: _Half, pieces: dict[int, str]) -> list[tuple[str, int, int, float, float]]:
-    """Tokens by how much the share of them that was kept changed from the first half of the steps to the second."""
+    """The tokens whose kept share changed most from the first half of the steps to the second."""
     for half in (early, late):
         half.grow(max(early.seen.size, late.seen.size))
     often = np.flatnonzero((early.seen >= SEEN_OFTEN) & (late.seen >= SEEN_OFTEN))
@@ -116,10 +117,10 @@ def _moved(early: _Half, late: _Half, pieces: dict[int, str]) -> list[tuple[str,
     ]
 
 
-def drawings(name: str, found: Steps) -> list[Drawing]:
+def page_figures(name: str, found: Steps) -> list[PageFigure]:
     """The figures of a folder called ``name``."""
     made = [
-        Drawing(
+        PageFigure(
             file_name("steps-percentiles", name),
             "percentiles of the entropies of the dumped answers, by training step",
             partial(_percentiles, found),
@@ -127,7 +128,7 @@ def drawings(name: str, found: Steps) -> list[Drawing]:
     ]
     if not np.isnan(found.kept).all() and not np.isnan(found.dropped).all():
         made.append(
-            Drawing(
+            PageFigure(
                 file_name("steps-kept", name),
                 "mean entropy of the tokens that were trained on and of the others, by training step",
                 partial(_sides, found),

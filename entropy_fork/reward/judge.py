@@ -1,19 +1,19 @@
-"""math-verify in processes of its own, which can be stopped: what bounds the time and the memory of a comparison.
+"""Run math-verify in child processes that can be stopped, so that time and memory of a comparison are limited.
 
-A model under training writes ``9^{9^{9^9}}`` sooner or later. Comparing it takes longer than a run lasts, inside one C
-function that no exception and no thread can interrupt; math-verify's own time limits are signals, which work in a main
-thread only, and a reward worker calls from threads. So the comparison runs in a child, and the kernel keeps the limits:
+Sooner or later a model in training writes ``9^{9^{9^9}}``. To compare it would take longer than the run, inside one C
+function that no exception and no thread can interrupt. math-verify's own time limits are signals, which work only in a
+main thread, and a reward worker calls from threads. So the comparison runs in a child, and the kernel enforces limits:
 
-- time: a timer of the child's processor time, set anew for each comparison, whose default action ends the process. It
-  counts the child's own seconds, so a busy machine does not make a right answer wrong, and it works also when the
-  parent is gone. The parent waits :data:`WALL_FACTOR` times as long by the clock, and kills.
+- time: a timer of the child's processor time, set for each comparison, ends the process. It counts the child's own
+  seconds, so a busy machine does not make a right answer wrong, and it works also when the parent is gone. The parent
+  waits :data:`WALL_FACTOR` times as long by the clock, and then kills the child.
 - memory: ``RLIMIT_AS``.
 - code: once a child is ready, no text becomes code in it, see :func:`_refuse_code_from_text`.
 
-A child that ended is waited for and replaced by the next comparison. Children are plain subprocesses that talk JSON
-lines over pipes (multiprocessing refuses to start children in some actors, and would import the parent's main module,
-which is verl). They import math-verify and this file, nothing else of ours, no torch. They end when their input does,
-which happens at the latest when the parent dies, however it dies.
+The next comparison replaces a child that ended. Children are plain subprocesses that talk JSON lines over pipes.
+(multiprocessing cannot start children in some actors, and would import the parent's main module, which is verl.) They
+import math-verify and the room ``reward``, but no torch. They end when their input ends, which happens at the latest
+when the parent dies, in whatever way.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ START_SECONDS = 120.0
 
 
 class Verdict(NamedTuple):
-    """What a comparison found."""
+    """The result of a comparison."""
 
     equal: bool
-    #: math-verify made a mathematical object of the answer
+    #: whether math-verify made a mathematical object of the answer
     parseable: bool
-    #: stopped at a limit, or when it would have run the answer as code; then the other two are False
+    #: whether a limit stopped it, or the answer would have been run as code; then the other two are False
     stopped: bool = False
 
 
 class JudgeError(RuntimeError):
-    """Children cannot be started: the environment's fault, not an answer's."""
+    """A child cannot be started. The environment is at fault, not the answer."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the child
 
 
-# What a reader takes for the same and math-verify 0.9 does not read.
+# Forms that a reader understands and math-verify 0.9 does not read.
 _REWRITES = [
     (re.compile(r"(?<!\.)\.$"), ""),  # 25.
     (re.compile(r"(?<=\d)\\[,; ]\s*(?=\d{3}(?!\d))"), ""),  # 1\,000
@@ -70,8 +70,7 @@ _REWRITES = [
 def compare(answer: str, truth: str) -> Verdict:
     """Compare two expressions with math-verify, in this process and without any limit.
 
-    The contents of the box are taken as LaTeX as a whole: math-verify's defaults would go on to look for any number in
-    a box that is not LaTeX.
+    All of the box is read as LaTeX. By default math-verify would look for any number in a box that is not LaTeX.
     """
     from math_verify import parse, verify
 
@@ -92,36 +91,37 @@ def _whole_box() -> list[Any]:
     from latex2sympy2_extended.antlr_parser import PSParser
     from math_verify import LatexExtractionConfig
 
-    # Hydra pins antlr 4.9, and the grammar that latex2sympy2_extended 1.11 carries for it is older than the code that
-    # reads its trees: every percentage fails for want of this method.
+    # Hydra pins antlr 4.9. The grammar that latex2sympy2_extended 1.11 has for it is older than the code that reads its
+    # trees and calls this method: without it, every percentage fails.
     if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
         PSParser.AtomContext.FUNC_GAMMA = lambda self: None
     return [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 
 
-# Where sympy makes code of text that is its own: numbers of variables, and a table of formulas. Nothing of an answer
-# is in what is compiled below these functions.
+# Where sympy makes code of its own text: numbers of variables, and a table of formulas. What these functions compile
+# has nothing of an answer in it.
 _OWN_CODE = (("sympy/polys/monomials.py", "_build"), ("sympy/simplify/hyperexpand.py", "add_formulae"))
 
 _DIGITS = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+", re.ASCII)
 
-#: how often this process refused to make code of text
+#: how often this process refused to make code from text
 _refused = 0
 
 
 def _refuse_code_from_text() -> None:
-    """From here on no text becomes code in this process; it cannot be undone.
+    """From now on no text becomes code in this process. This cannot be undone.
 
     math-verify takes ``\\hat{anything}`` for the name of a variable, and sympy writes names into the source of
-    functions that it compiles: an answer could run as Python, and give itself a reward or worse. No list of such places
-    in sympy would be complete, so the interpreter itself is asked (PEP 578): it announces every compilation, and all
-    are refused but those of an import, of :data:`_OWN_CODE`, and of a plain number, which sympy reads with ``eval``.
+    functions that it compiles. So an answer could run as Python, and give itself a reward or worse. No list of such
+    places in sympy would be complete, so an audit hook is used (PEP 578): the interpreter announces every compilation,
+    and all are refused except those of an import, of :data:`_OWN_CODE`, and of a plain number, which sympy reads with
+    ``eval``.
     """
     from sympy import Poly
     from sympy.core import evalf
 
     def without_a_compiler(variable: Any, polynomial: Any) -> Any:
-        """What the value of an infinite sum is computed with: the quotient of its terms is one of polynomials."""
+        """sympy computes the value of an infinite sum with this: the quotient of two terms is one of polynomials."""
         made = Poly(polynomial, variable)
         return lambda value: int(made.eval(value))
 
@@ -170,8 +170,8 @@ def serve(memory_mib: int) -> None:
     compare(r"\frac{1}{2}+x", "1")  # imports, and builds the tables of the grammar
     _refuse_code_from_text()
 
-    # Caches grow, and a process near its limit would fail the next answer for what earlier ones left behind: it is
-    # replaced when half of the room that it had at the start is in use.
+    # Caches grow, and near its limit a process would fail the next answer because of earlier ones. So it is replaced
+    # when half of the memory that it had left at the start is in use.
     enough = (_address_space() + (memory_mib << 20)) // 2
     replies.write("ready\n")
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -195,7 +195,7 @@ def serve(memory_mib: int) -> None:
 
 
 def _address_space() -> int:
-    """Bytes that RLIMIT_AS counts. (The peak that getrusage tells is the parent's, until this process exceeds it.)"""
+    """Bytes that RLIMIT_AS counts. (getrusage gives the parent's peak until this process exceeds it.)"""
     if sys.platform != "linux":
         return 0
     with open("/proc/self/statm") as file:
@@ -204,7 +204,7 @@ def _address_space() -> int:
 
 # --------------------------------------------------------------------------------------------------------- the parent
 
-# The parent's path, so that the child finds what the parent found, also where Ray added to it after the start.
+# The child gets the parent's path, because Ray may have added to it after the start.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from entropy_fork.reward.judge import serve; serve({})"
 )
@@ -223,7 +223,7 @@ class _Child:
         )
 
     def wait_until_ready(self) -> None:
-        """Raises JudgeError with the child's own words where it does not come up."""
+        """Raise JudgeError with the child's own words if it does not start."""
         line = self._line(time.monotonic() + START_SECONDS)
         with self._pipe(self._process.stderr) as errors:
             if line == "ready":
@@ -238,7 +238,7 @@ class _Child:
             )
 
     def ask(self, answer: str, truth: str, seconds: float) -> tuple[Verdict | None, bool]:
-        """The verdict, None where the process ended for another reason than a limit; and whether it can be used on."""
+        """The verdict, None if the process ended for a reason other than a limit; and whether the child can go on."""
         try:
             pipe = self._pipe(self._process.stdin)
             pipe.write(json.dumps([answer, truth, seconds]).encode() + b"\n")
@@ -257,11 +257,11 @@ class _Child:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):  # of a request that was never read
+            with suppress(BrokenPipeError):  # a request was never read
                 self._pipe(pipe).close()
 
     def _line(self, deadline: float) -> str | None:
-        """The next line of the process, empty where it ended, None where the deadline passed."""
+        """The next line of the process: empty if it ended, None if the deadline passed."""
         file = self._pipe(self._process.stdout).fileno()
         poll = select.poll()  # not select(): a reward worker can have more than 1024 files open
         poll.register(file, select.POLLIN)
@@ -282,10 +282,10 @@ class _Child:
 
 
 class Judges:
-    """Up to ``processes`` children, started when they are needed, shared by any number of threads.
+    """Up to ``processes`` children, started when needed, shared by any number of threads.
 
     Args:
-        processes: comparisons at the same time; further ones wait for their turn.
+        processes: at most this many comparisons at the same time; others wait for their turn.
         memory_mib: address space of one child in MiB.
     """
 
@@ -304,7 +304,7 @@ class Judges:
             JudgeError: no child could be started.
         """
         with self._turns:
-            # A process can end by no fault of the answer (the kernel short of memory): the answer gets a second try.
+            # A process can end without fault of the answer (the kernel had no memory left): try a second time.
             for _ in range(2):
                 verdict = self._compare(answer, truth, seconds)
                 if verdict is not None:
@@ -316,7 +316,7 @@ class Judges:
         usable = False
         try:
             verdict, usable = child.ask(answer, truth, seconds)
-        finally:  # also when this thread is interrupted between question and answer
+        finally:  # also if this thread is interrupted between question and answer
             if usable:
                 self._idle.append(child)
             else:
@@ -356,7 +356,7 @@ _lock = threading.Lock()
 
 
 def judges(processes: int, memory_mib: int) -> Judges:
-    """This process's children of that number and size."""
+    """The children of this process, of this number and size."""
     with _lock:
         pool = _pools.get((processes, memory_mib))
         if pool is None:

@@ -6,9 +6,9 @@ Use it through verl's reward interface, with any reward manager::
     reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.timeout=10      # or memory_mib, processes, max_characters
 
-Two plain numbers are compared here, exactly. All else is compared by math-verify (``\\frac{\\sqrt{8}}{2}`` equals
-``\\sqrt2``) in processes with a limit on time and memory, see :mod:`entropy_fork.reward.judge`: no answer can hold up
-or end a reward worker, or be run as code. This module imports neither math-verify nor torch.
+Two plain numbers are compared here, exactly. math-verify compares everything else (``\\frac{\\sqrt{8}}{2}`` equals
+``\\sqrt2``), in processes with a limit on time and memory, see :mod:`entropy_fork.reward.judge`. So no answer can
+block or end a reward worker, or be run as code. This module imports neither math-verify nor torch.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from entropy_fork.reward.judge import Verdict, judges
 #: processor seconds for one comparison
 TIMEOUT = 5.0
 
-#: address space in MiB of a process that compares; it starts with 61
+#: address space in MiB of a process that compares; it needs 61 at its start
 MEMORY_MIB = 512
 
-#: processes that compare, of one reward worker
+#: processes of one reward worker that compare
 PROCESSES = min(4, available_cores())
 
-#: longer contents of a box are wrong without being parsed, unless they are the ground truth to the letter
+#: a longer box is wrong without being parsed, unless it has exactly the characters of the ground truth
 MAX_CHARACTERS = 1000
 
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\(?!\\boxed).|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    """The contents of the last complete ``\\boxed{…}`` after any ``</think>``, None where there is none.
+    """The contents of the last complete ``\\boxed{…}`` after any ``</think>``, or None if there is none.
 
-    Of nested boxes the inner one is the last. Escaped braces (``\\{``) are characters, as in LaTeX. Takes time linear
-    in the length of the text, also for 10,000 boxes that are never closed.
+    Of nested boxes the inner one is the last. Escaped braces (``\\{``) are characters, as in LaTeX. The time is linear
+    in the length of the text, even for 10,000 boxes that are never closed.
     """
     span = last_boxed_span(text)
     return None if span is None else text[slice(*span)]
 
 
 def last_boxed_span(text: str) -> tuple[int, int] | None:
-    """Where the contents of :func:`last_boxed` begin and end."""
+    """Where the contents of :func:`last_boxed` begin and end in the text."""
     begin = max(0, text.rfind("</think>"))
     last = text.rfind("\\boxed", begin)
     if last < 0:
         return None
-    # Nearly always the box that begins last is complete, and nothing before it need be read.
+    # Nearly always the box that begins last is complete, and the text before it need not be read.
     return _last_boxed(text, last) or _last_boxed(text, begin)
 
 
@@ -80,7 +80,7 @@ _PLAIN_NUMBER = re.compile(
 )
 
 
-#: no plain number is longer, and a cache of longer texts would grow with whatever a model writes
+#: no plain number is longer; longer texts stay out of the cache, or it would grow with what a model writes
 _LONGEST_NUMBER = 100
 
 
@@ -99,10 +99,10 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _compare_plain(answer: str, truth: str) -> Verdict | None:
-    """The verdict on two plain numbers; None where it is math-verify's to give.
+    """The verdict on two plain numbers; None if math-verify must decide.
 
-    math-verify compares integers and fractions exactly, and rounds to six decimals where one side is a decimal. What
-    that rounding could decide is left to it, so that the verdict never depends on which of the two was asked.
+    math-verify compares integers and fractions exactly, and rounds to six decimals if one side is a decimal. Where this
+    rounding could matter, math-verify decides, so that both ways always give the same verdict.
     """
     if max(len(answer), len(truth)) > _LONGEST_NUMBER:
         return None
@@ -143,8 +143,8 @@ def _judged(answer: str, truth: str, timeout: float, memory_mib: int, processes:
 
 
 def _truths(ground_truth: Any) -> list[str]:
-    """The accepted answers of a data row as strings."""
-    # numpy's arrays and numbers are what parquet's become
+    """The right answers of a data row as strings."""
+    # values from parquet arrive as arrays and numbers of numpy
     given: Any = ground_truth.tolist() if hasattr(ground_truth, "tolist") else ground_truth
     if isinstance(given, (str, int, float)) and not isinstance(given, bool):
         given = [given]
@@ -174,22 +174,25 @@ def compute_score(
     """verl's reward function. May be called by any number of threads.
 
     Args:
-        data_source: of the data row; not looked at.
+        data_source: of the data row; not used.
         solution_str: the decoded answer.
         ground_truth: ``reward_model.ground_truth`` of the data row: an expression, or a list of which any is right.
-        extra_info: of the data row; not looked at.
-        timeout: processor seconds for one comparison by math-verify (by the clock at most four times as much).
+        extra_info: of the data row; not used.
+        timeout: processor seconds for one comparison by math-verify (at most four times as long by the clock).
         memory_mib: address space in MiB of a process that compares.
         processes: how many such processes this reward worker may have.
         max_characters: longer answers are wrong without being parsed.
-        reward_router_address: given by verl where a reward model runs too; not looked at.
+        reward_router_address: verl gives it if a reward model runs too; not used.
         reward_model_tokenizer: the same.
 
     Returns:
-        The same keys for every answer, as verl requires, 0.0 or 1.0 each: ``score`` and ``acc``, whether it is right;
-        ``format``, whether it has a complete box that is parseable: not empty, and a mathematical object to math-verify
-        within the limits (or the ground truth to the letter); ``stopped``, whether a limit ended the comparison,
-        or the answer would have been run as code: then it counts as wrong and not parseable.
+        The same keys for every answer, as verl requires, each 0.0 or 1.0:
+
+        - ``score`` and ``acc``: whether the answer is right.
+        - ``format``: whether it has a complete box that can be parsed. Its contents are not empty, and math-verify
+          makes a mathematical object of them within the limits, or they are exactly the characters of the ground truth.
+        - ``stopped``: whether a limit ended the comparison, or the answer would have been run as code. Such an answer
+          counts as wrong and as not parseable.
 
     Raises:
         ValueError: the ground truth is not something to compare with, or a limit is not a positive number.

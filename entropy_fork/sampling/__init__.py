@@ -1,1 +1,1 @@
-"""How answers are drawn: seeded draws, two temperatures, the loop on transformers, and vLLM's processor."""
+"""How answers are drawn: seeded draws, two temperatures, the generation loop on transformers, vLLM's processor."""

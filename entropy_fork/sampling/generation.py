@@ -1,8 +1,8 @@
-"""Batched sampling with transformers, in which an answer depends on its own seed and on nothing beside it.
+"""Batched sampling with transformers, in which an answer depends on its own seed and not on the other answers.
 
-Written for small models on a CPU, where verl's rollout engines do not run or are too heavy. Tokens are drawn without a
-generator (``sampler.py``), so it does not matter which answers share a batch, in which order they came, or whether
-an answer was interrupted and taken up again.
+This is for small models on a CPU, where verl's rollout engines do not run or are too heavy. Tokens are drawn without a
+random generator (``sampler.py``), so it does not matter which answers share a batch, in which order they came, or
+whether an answer was interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from entropy_fork.sampling.sampler import Decoding, Sampler
-from entropy_fork.sampling.temperature import TwoTemperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Request:
     """One answer that is wanted.
 
     Attributes:
-        prompt_ids: token ids of the prompt (with what was already generated, when an answer is taken up again).
-        seed: non-negative; the randomness of this answer.
-        max_tokens: tokens at most, the end-of-text token included.
+        prompt_ids: token ids of the prompt, and of what was already generated if the answer is resumed.
+        seed: non-negative; decides all random draws of this answer.
+        max_tokens: at most this many tokens, the end token included.
         temperature: T; 0 takes the likeliest token.
         top_p, top_k: nucleus and top-k truncation; 1.0 and -1 leave the distribution as it is.
-        two_temperatures: instead of T, which then is what entropies are measured at, and above 0.
+        two_temperatures: draws with these instead of T. Entropies are then measured at T, which must be above 0.
     """
 
     prompt_ids: Sequence[int]
@@ -48,9 +48,9 @@ class Request:
 
 @dataclass
 class Answer:
-    """What came of a request: ids, log-probs (nats, of the distribution drawn from), and why it ended.
+    """The answer to a request: ids, log-probs (nats, of the distribution drawn from), and why it ended.
 
-    Where the request has two temperatures, also the entropies (nats, at its temperature T) that chose between them.
+    If the request has two temperatures, also the entropies (nats, at its temperature T) that chose between them.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -72,10 +72,10 @@ def generate(
     Args:
         model: a causal language model on the CPU, in eval mode.
         requests: at least one.
-        end_ids: the token ids that end an answer; the one that did is part of it.
-        prompt_length: prompts are padded on the left to at least this many tokens. With a fixed number each row is
-            laid out, and so summed up, in the same way whatever else is in the batch.
-        interrupted: asked before each token; True ends all unfinished answers as "aborted".
+        end_ids: the token ids that end an answer; the end token is part of the answer.
+        prompt_length: prompts are padded on the left to at least this many tokens. With a fixed number each row has the
+            same layout, and so the same order of its sums, whatever else is in the batch.
+        interrupted: called before each token; True ends all unfinished answers as "aborted".
 
     Returns:
         The answers in the order of the requests.
@@ -93,7 +93,7 @@ def generate(
     cache = StaticCache(config=model.config, max_cache_len=width + num_steps)
     causal = torch.ones(width, width + num_steps, dtype=torch.bool, device=device).tril()
     mask = visible[:, None, None, :] & causal
-    # A padding position that sees nothing would be a softmax over nothing; its result is never looked at.
+    # A padding position must see something, because a softmax over nothing fails. Nobody uses its result.
     mask |= torch.eye(width, width + num_steps, dtype=torch.bool, device=device)
     position = (torch.arange(width, device=device) - start[:, None]).clamp(min=0)
     for step in range(num_steps):
@@ -116,7 +116,7 @@ def generate(
 def _left_padded(
     requests: Sequence[Request], width: int, num_steps: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, width), and which positions of the cache may be attended to (rows, width + num_steps)."""
+    """Token ids (rows, width), and which positions of the cache attention may see (rows, width + num_steps)."""
     input_ids = torch.zeros(len(requests), width, dtype=torch.long)
     visible = torch.zeros(len(requests), width + num_steps, dtype=torch.bool)
     for row, request in enumerate(requests):

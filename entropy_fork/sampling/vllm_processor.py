@@ -1,24 +1,24 @@
-"""Two temperatures in vLLM (2506.01939, Eq. 5), and with a seed the very draws of the light sampler.
+"""Two temperatures in vLLM (2506.01939, Eq. 5), and for requests with a seed the same draws as the light sampler's.
 
 Hook: vLLM's custom logits processors (``vllm.v1.sample.logits_processor.LogitsProcessor``; V1 engine, "V1" model
-runner, which vLLM chooses by itself where there are such processors; no speculative decoding). Run with 0.30.0.
+runner, which vLLM chooses by itself if there are such processors; no speculative decoding). Run with 0.30.0.
 
     LLM(…, logits_processors=[vllm_temperatures.NAME])
     SamplingParams(temperature=1.0, seed=7, extra_args=vllm_temperatures.extra_args(TwoTemperatures(1.0, 0.6, 0.672)))
 
-Entropies are measured at the request's ``temperature`` T. vLLM calls these processors on float32 logits and divides by
-T afterwards, so
+Entropies are measured at the request's ``temperature`` T. vLLM gives its processors float32 logits, and divides by T
+afterwards. Therefore:
 
-- without a seed, logits leave here as z_t · T / T'_t, and vLLM draws (with its own top-p and top-k) from
-  softmax(z_t / T'_t);
-- with a seed, the token is drawn here (``sampler.py``, top-p and top-k included) and all others become
-  impossible. vLLM's own seeded draws depend on its version and its device, and begin anew when an interrupted answer is
-  resumed; these depend on the logits, the seed and the position. What remains of the row is one number, the drawn
-  token's: H_t (times T, which vLLM divides by). ``LLM(logprobs_mode="processed_logits")`` with
-  ``SamplingParams(logprobs=0)`` returns it in the place of the log-prob, which is how an evaluation knows the share of
-  tokens above the threshold.
+- Without a seed, the processor returns z_t · T / T'_t, and vLLM draws (with its own top-p and top-k) from
+  softmax(z_t / T'_t).
+- With a seed, the processor draws the token itself (``sampler.py``, top-p and top-k included) and makes all others
+  impossible. vLLM's own seeded draws depend on its version and its device, and start again when an interrupted answer
+  is resumed. Ours depend only on the logits, the seed and the position. The logit of the drawn token is replaced by its
+  entropy H_t, times T because vLLM divides by it. ``LLM(logprobs_mode="processed_logits")`` with
+  ``SamplingParams(logprobs=0)`` returns H_t in the place of the log-prob: so an evaluation knows the share of tokens
+  above the threshold.
 
-Requests without these arguments are left alone.
+Requests without these arguments stay as they are.
 """
 
 from __future__ import annotations
@@ -30,42 +30,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_fork.core.entropy import entropies
 from entropy_fork.sampling.sampler import Decoding, Sampler
-from entropy_fork.sampling.temperature import TwoTemperatures, entropies, scaled, two_temperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures, scaled, two_temperatures
 
 try:
     from vllm.v1.sample.logits_processor import LogitsProcessor
-except ImportError:  # nothing below needs it; the tests run without vLLM
+except ImportError:  # the tests run without vLLM, and nothing below needs it
     LogitsProcessor = object
 
-#: what vLLM imports in its own processes
+#: the path by which vLLM imports the processor in its own processes
 NAME = "entropy_fork.vllm_temperatures:TwoTemperaturesProcessor"
 
 KEYS = {"high": "temperature_high", "low": "temperature_low", "threshold": "entropy_threshold"}
 
-#: rows at once: a few tensors of 64 × 151,936 × 8 bytes (78 MB), which vLLM has not set memory aside for
+#: rows at once: they need a few tensors of 64 × 151,936 × 8 bytes (78 MB), for which vLLM reserves no memory
 CHUNK = 64
 
 
 def extra_args(pair: TwoTemperatures) -> dict[str, float]:
-    """What goes into ``SamplingParams.extra_args``."""
+    """The two temperatures as ``SamplingParams.extra_args``."""
     return {key: float(getattr(pair, name)) for name, key in KEYS.items()}
 
 
 def parse(params: Any) -> TwoTemperatures | None:
-    """Eq. 5's parameters of a request, None where it has none.
+    """The two temperatures of a request, or None if it has none.
 
     Args:
         params: vLLM's ``SamplingParams``.
 
     Raises:
-        ValueError: some of the arguments are missing or have no meaning, or are joined by what would undo them.
+        ValueError: an argument is missing or has no meaning, or another setting would undo the two temperatures.
     """
     given = {key: value for key, value in (params.extra_args or {}).items() if key in KEYS.values()}
     if not given:
         return None
     if missing := [key for key in KEYS.values() if key not in given]:
-        raise ValueError(f"two temperatures need {', '.join(missing)} in extra_args beside {', '.join(given)}")
+        raise ValueError(f"two temperatures need {', '.join(missing)} in extra_args as well as {', '.join(given)}")
     for key, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"extra_args[{key!r}] is {value!r}, and must be a number")
@@ -82,7 +83,7 @@ def parse(params: Any) -> TwoTemperatures | None:
 
 @dataclass(frozen=True)
 class _Row:
-    """A request: how it is drawn, whether here, and its tokens so far (vLLM appends to ``output``)."""
+    """A request: its decoding, whether it has a seed, and its tokens so far (vLLM appends to ``output``)."""
 
     decoding: Decoding
     has_seed: bool
@@ -91,7 +92,7 @@ class _Row:
 
 
 class TwoTemperaturesProcessor(LogitsProcessor):
-    """vLLM's interface; it keeps one of these per worker."""
+    """vLLM's interface for a logits processor. vLLM keeps one per worker."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self.device = device
@@ -100,15 +101,15 @@ class TwoTemperaturesProcessor(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Called in the front end for each request, whose error it becomes."""
+        """Check the arguments of a request, in vLLM's front end. An error becomes that of the request."""
         parse(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
-        """No: where T' is 0 the likeliest token is taken, whatever else was to be drawn."""
+        """False: the processor can change which token is the likeliest, since it draws a token itself."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow the requests to their rows; None where the rows are those of the last step."""
+        """Follow the requests to their rows. None means that the rows are those of the last step."""
         if batch_update is None:
             return
         for index in batch_update.removed:
@@ -139,7 +140,7 @@ class TwoTemperaturesProcessor(LogitsProcessor):
         return [(part, [self.rows[index] for index in part]) for part in parts]
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Logits of one step, shape (rows, vocabulary), changed in place."""
+        """Change the logits of one step, shape (rows, vocabulary), in place."""
         for indices, rows, sampler in self.chunks:
             change = _drawn if rows[0].has_seed else _scaled
             logits[indices] = change(logits[indices], rows, sampler).to(logits.dtype)

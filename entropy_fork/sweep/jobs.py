@@ -1,15 +1,17 @@
-"""The jobs of a Hydra sweep (``-m``): each in a process, a Ray session and a place of its own, and a table of them all.
+"""The jobs of a Hydra sweep (``-m``): each in its own process, Ray session and folders, and a table of all of them.
 
 Hook: the Hydra launcher in ``hydra_plugins/entropy_fork/launcher.py``, which hands over the composed jobs. A job is the
-command that one would type for it alone, ``python -m verl.trainer.main_ppo OVERRIDES``, so it is run exactly as any
-single run is. Stock verl runs all jobs in one process: the Ray session and the actors of the first one are still there
-in the second, which finds no free GPU, as are the environment variables that ``run_ppo`` sets for Ray's workers; and a
-crash or a ``SystemExit`` of one job ends them all. ``ray.shutdown()`` between the jobs would help against the first of
-these only. The price is the start of Python and verl once more per job.
+command that one would type for it alone, ``python -m verl.trainer.main_ppo OVERRIDES``, so it runs exactly like a
+single run. The price is that Python and verl start again for each job.
 
-The second trap of stock verl is where the jobs write. They share ``trainer.experiment_name``, so also the folder of the
-checkpoints, and with ``trainer.resume_mode=auto`` the second job would take up the *first one's* last checkpoint, find
-its training done, and end well. :class:`Places` gives each job its own names.
+Two things go wrong in stock verl:
+
+- It runs all jobs in one process. The second job still has the Ray session and the actors of the first one, so it finds
+  no free GPU. It also has the environment variables that ``run_ppo`` set for Ray's workers. And a crash or a
+  ``SystemExit`` of one job ends all of them. ``ray.shutdown()`` between the jobs would help only against the first.
+- The jobs share ``trainer.experiment_name``, and with it the folder of checkpoints. With ``trainer.resume_mode=auto``
+  the second job would resume from the *first one's* last checkpoint, find its training done, and end without an error.
+  :class:`Places` gives each job its own names.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from entropy_fork.common.output_folder import write_whole
 
 NAME = "trainer.experiment_name"
 
-#: folders that verl and the plugin write to under names that do not tell one job from another
+#: folders that verl and the plugin write to, under names that are the same for all jobs
 FOLDERS = (
     "trainer.default_local_dir",
     "trainer.default_hdfs_dir",
@@ -65,11 +67,11 @@ class Job:
 
     Attributes:
         number: Hydra's ``job.num``.
-        swept: the overrides that make it differ from the others.
-        command: what is executed.
+        swept: the overrides in which it differs from the others.
+        command: the command that is executed.
         directory: Hydra's output directory of the job.
         name: its ``trainer.experiment_name``; None in an application without one.
-        environment: what is set besides the environment of the sweep.
+        environment: variables that are added to the environment of the sweep.
     """
 
     number: int
@@ -81,7 +83,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """All that the job and verl's processes printed."""
+        """The file with everything that the job and verl's processes printed."""
         return self.directory / "output.log"
 
 
@@ -90,8 +92,8 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        metrics: the last value of each metric that verl's console logger printed, with the step it is of.
-        error: one line, for a job that did not finish.
+        metrics: the last value of each metric that verl's console logger printed, and its step.
+        error: why the job did not finish, in one line; None if it did.
     """
 
     job: Job
@@ -120,11 +122,11 @@ class Outcome:
 
 
 def swept_overrides(job: Sequence[str], typed: Sequence[str]) -> list[str]:
-    """Those overrides of a job that the sweep put there: the ones that were not typed with a single value.
+    """The overrides of a job that the sweep made: all that were not typed with a single value.
 
     Args:
         job: the overrides of the job, as the sweeper made them.
-        typed: the command line's; those of ``hydra.sweeper.params`` are not among them, and so count as swept.
+        typed: the overrides on the command line; those of ``hydra.sweeper.params`` are not there, and count as swept.
     """
     parsed = OverridesParser.create().parse_overrides(list(typed))
     fixed = {
@@ -136,9 +138,9 @@ def swept_overrides(job: Sequence[str], typed: Sequence[str]) -> list[str]:
 
 
 def short_form(swept: Sequence[str]) -> str:
-    """``entropy_fork.top_ratio=0.1`` as ``top_ratio=0.1``: one job among the others, as a name that files can have.
+    """A short name for a job, from its overrides, for files: ``entropy_fork.top_ratio=0.1`` becomes ``top_ratio=0.1``.
 
-    The same overrides give the same name in every sweep, which is what lets a sweep that is started once more go on.
+    The same overrides give the same name in every sweep, so that a sweep that is started again can continue.
     """
     pairs = [override.lstrip("+~").partition("=")[::2] for override in swept]
     last_parts = [re.split(r"[./]", key)[-1] for key, _ in pairs]
@@ -151,20 +153,20 @@ def short_form(swept: Sequence[str]) -> str:
 
 
 class Places:
-    """Which names and folders the jobs of one sweep have, over all batches that its sweeper launches."""
+    """The names and folders of the jobs of one sweep, over all batches that its sweeper launches."""
 
     def __init__(self) -> None:
         self._taken: dict[str, set[str]] = {}
 
     def own(self, configs: Sequence[DictConfig], short_forms: Sequence[str]) -> list[dict[str, str]]:
-        """What to change in each job so that no two of them share a name or a folder of checkpoints.
+        """Change the jobs so that no two of them share a name or a folder.
 
-        What is already different for every job (``trainer.experiment_name='run-${hydra:job.num}'``) stays as it is. A
-        single job in a batch could be one of many, and gets its own name.
+        A value that is already different for every job (``trainer.experiment_name='run-${hydra:job.num}'``) stays as it
+        is. A single job in a batch gets its own name, because other batches may follow.
 
         Args:
-            configs: the jobs of a batch, each with its ``hydra`` node; they are changed.
-            short_forms: what tells one from the others; a job with an empty one stays as it is.
+            configs: the configs of a batch of jobs, each with its ``hydra`` node; they are changed.
+            short_forms: the short name of each job; a job with an empty one stays as it is.
 
         Returns:
             For each job the values that were changed, by key.
@@ -191,7 +193,7 @@ class Places:
 
 @contextmanager
 def hydra_config(config: DictConfig) -> Iterator[None]:
-    """Let ``${hydra:…}`` be resolved in this job's config, as it is while Hydra runs a job."""
+    """Resolve ``${hydra:…}`` in this block with this job's config, as Hydra does while it runs a job."""
     instance = HydraConfig.instance()
     before = instance.cfg
     try:
@@ -202,7 +204,7 @@ def hydra_config(config: DictConfig) -> Iterator[None]:
 
 
 def value_of(config: DictConfig, key: str) -> str | None:
-    """A resolved value, or None where it is null, absent, or cannot be resolved (which the job will say itself)."""
+    """A resolved value; None if it is null, absent, or cannot be resolved (the job itself will then say why)."""
     try:
         with hydra_config(config):
             value = OmegaConf.select(config, key)
@@ -212,7 +214,7 @@ def value_of(config: DictConfig, key: str) -> str | None:
 
 
 def continues_from(config: DictConfig) -> str | None:
-    """The checkpoint that verl will take up by itself: that of this very job in an earlier run of the same sweep."""
+    """The checkpoint from which verl will resume by itself: that of the same job in an earlier run of this sweep."""
     folder = value_of(config, "trainer.default_local_dir")
     if folder is None or value_of(config, "trainer.resume_mode") != "auto":
         return None
@@ -221,7 +223,7 @@ def continues_from(config: DictConfig) -> str | None:
 
 
 def own_environment(form: str) -> dict[str, str]:
-    """The two variables that verl's loggers take their place from, where the user has set them, for one job."""
+    """For one job, the two variables that say where verl's loggers write, if the user has set them."""
     own = {}
     if folder := os.environ.get("TENSORBOARD_DIR"):
         own["TENSORBOARD_DIR"] = os.path.join(folder, form)
@@ -238,9 +240,9 @@ def command(
 
     Args:
         program: interpreter, program and Hydra's flags (``--config-name=…``).
-        hydra_overrides: those of the sweep's command line that start with ``hydra``.
-        job: the job's other overrides.
-        changes: values that replace the sweep's, by key.
+        hydra_overrides: the overrides on the sweep's command line that start with ``hydra``.
+        job: the other overrides of the job.
+        changes: values that replace those of the sweep, by key.
     """
     of_the_sweep = re.compile(r"\+*hydra[./](mode|launcher|sweeper|sweep)\b")
     kept = [
@@ -253,17 +255,17 @@ def command(
 
 
 def run(job: Job, grace_s: float) -> Outcome:
-    """Run a job to its end; whatever it has started on this machine has ended when this returns.
+    """Run a job to its end. When this returns, every process that it started on this machine has ended.
 
-    Ctrl-C (or SIGTERM) is handed on to the job once; at a second one the job is killed.
+    Ctrl-C (or SIGTERM) is passed on to the job once. A second one kills the job.
 
     Args:
         job: its command, environment and folder.
-        grace_s: for how long, in seconds, a job may go on after Ctrl-C, and its other processes after its own end.
+        grace_s: seconds that a job may go on after Ctrl-C, and that its other processes may go on after its end.
     """
     job.directory.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
-    # Unbuffered, since a pipe would show what verl prints in blocks of 8 KB, long after its tracebacks.
+    # Unbuffered: else what verl prints would come in blocks of 8 KB, long after its tracebacks.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **job.environment, MARK: mark}
     started = time.monotonic()
     is_interrupted = False
@@ -274,7 +276,7 @@ def run(job: Job, grace_s: float) -> Outcome:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # the terminal's Ctrl-C reaches the sweep alone, and the job through it, once
+            start_new_session=True,  # Ctrl-C of the terminal reaches only the sweep, which passes it on once
             preexec_fn=_in_the_job,
         )
         assert process.stdout is not None
@@ -299,9 +301,9 @@ def run(job: Job, grace_s: float) -> Outcome:
 
 
 def _end(mark: str, grace_s: float, reader: threading.Thread) -> None:
-    """End the job's processes, until none is left that could print.
+    """End the processes of the job, until none is left that could print.
 
-    One that is just being started has no environment yet by which it could be found, but it holds the job's output.
+    A process that is just starting has no environment yet by which it could be found, but it holds the job's output.
     """
     end_processes(mark, grace_s)
     reader.join(1)
@@ -321,7 +323,7 @@ def _stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
 
 @contextmanager
 def _sigterm_is_ctrl_c() -> Iterator[None]:
-    """What Slurm or a supervisor sends ends a sweep as Ctrl-C does. Signals can be set in the main thread only."""
+    """Let SIGTERM, which Slurm or a supervisor sends, end a sweep as Ctrl-C does. Works only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -333,20 +335,20 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
 
 
 def _in_the_job() -> None:
-    """In the new process, before the program: how it can be told to end."""
-    # a shell script starts what it puts in the background deaf to Ctrl-C, which is inherited
+    """Runs in the new process before the program: make sure that signals end it."""
+    # a shell script makes its background processes ignore Ctrl-C, and children inherit that
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
-        # be sent SIGTERM when the sweep dies without a word (SIGKILL), so that no job is left over
+        # get SIGTERM when the sweep is killed (SIGKILL), so that no job is left over
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def end_processes(mark: str, grace_s: float) -> None:
-    """Wait for the processes with this mark to end, and kill those that do not.
+    """Wait until the processes with this mark have ended, and kill those that do not end in time.
 
-    Ray's daemons and workers outlive the process that started them for a moment, or longer when it crashed, and a
-    worker holds on to its GPU's memory until it ends.
+    Ray's daemons and workers live a moment longer than the process that started them, or much longer if it crashed. A
+    worker keeps its GPU's memory until it ends.
     """
     deadline = time.monotonic() + grace_s
     while left := _marked(mark):
@@ -366,15 +368,15 @@ def _marked(mark: str) -> list[int]:
         try:
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
                 pids.append(int(folder.name))
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # it has ended meanwhile, or is another user's
             continue
     return pids
 
 
 class _Reader(threading.Thread):
-    """Passes on what a job prints, to the terminal and to its log, and notes its metrics and its last error."""
+    """Copies what a job prints to the terminal and to its log, and remembers its metrics and its last error."""
 
-    #: what Ray puts before the lines of other processes, and colours
+    #: what Ray puts, in colour, before the lines of other processes
     _PREFIX = re.compile(r"^\(([^)]*\bpid=[^)]*)\)\s?")
     _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
     _EXCEPTION = re.compile(r"^(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Fault)\b(?:\(\w+\))?(?::|$)")
@@ -397,7 +399,7 @@ class _Reader(threading.Thread):
                 try:
                     sink.write(chunk)
                     sink.flush()
-                except OSError:  # a closed terminal or a full disk; a job whose output nobody reads would stand still
+                except OSError:  # a closed terminal, a full disk: go on reading, or the job would wait for ever
                     self._sinks.remove(sink)
             *lines, rest = re.split(rb"[\r\n]", rest + chunk)
             for line in lines:
@@ -412,7 +414,7 @@ class _Reader(threading.Thread):
             for part in metrics[2].split(" - "):
                 if metric := self._METRIC.match(part):
                     self.metrics[metric[1]] = (float(metric[2]), step)
-        elif text == line and text and not text.startswith(self._HINT):  # the job's own process, not a worker's
+        elif text == line and text and not text.startswith(self._HINT):  # by the job's own process, not by a worker
             self.last_line = text
             if self._EXCEPTION.match(text):
                 self.exception = text
@@ -427,7 +429,7 @@ def _reason(code: int, reader: _Reader) -> str:
 
 
 def as_table(outcomes: Sequence[Outcome]) -> Any:
-    """The jobs as a table of rich's."""
+    """The jobs as a table of rich."""
     from rich.table import Table
     from rich.text import Text
 
@@ -455,8 +457,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def report(outcomes: Sequence[Outcome], results: Path) -> None:
-    """Print the table of a sweep, and what to look at for each job that did not finish."""
+def print_results(outcomes: Sequence[Outcome], results: Path) -> None:
+    """Print the table of a sweep, and for each job that did not finish its error and its log."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -474,7 +476,7 @@ def report(outcomes: Sequence[Outcome], results: Path) -> None:
 
 
 def write_results(outcomes: Sequence[Outcome], file: Path) -> None:
-    """Write the table as CSV: a row per job, a column per validation metric. Never half-written."""
+    """Write the table as CSV, never half-written: a row per job, a column per validation metric."""
     metrics = sorted({key for outcome in outcomes for key in outcome.validation})
     head = ["job", "overrides", "status", "seconds", "step", "accuracy", "accuracy_step", "kept_ratio", *metrics]
     text = io.StringIO()

@@ -1,11 +1,11 @@
-"""An existing Ray cluster between two jobs of a sweep: is what the job before held free again?
+"""Wait, between two jobs of a sweep, until an existing Ray cluster has freed what the last job held.
 
-When a driver has ended, Ray ends its actors and removes its placement groups, but not at once. A job that starts before
-that finds fewer GPUs than there are, or attaches to the dying TransferQueue controller, which is found by its name.
+When a driver has ended, Ray ends its actors and removes its placement groups, but not at once. A job that starts too
+early finds fewer GPUs than there are, or attaches to the dying TransferQueue controller, which it finds by its name.
 
-The cluster is asked by a short-lived process of its own (``python -m entropy_fork.sweep.ray_cluster``): a connection in
-the process that starts the jobs would leave threads in it, which do not go with ``fork``. Only Ray's public interface
-is used, but for the question which cluster ``ray.init`` would connect to.
+A short-lived process asks the cluster (``python -m entropy_fork.sweep.ray_cluster``): a connection in the process that
+starts the jobs would leave threads there, and those do not go together with ``fork``. Only Ray's public interface is
+used, except to find out which cluster ``ray.init`` would connect to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from entropy_fork.common.errors import EntropyForkError
 #: the resources that verl reserves
 RESOURCES = ("CPU", "GPU", "NPU")
 
-#: to start Python, connect and be answered
+#: seconds to start Python, connect and get an answer
 CONNECT_SECONDS = 120.0
 
 
@@ -34,7 +34,7 @@ class Usage:
     """A cluster at one moment.
 
     Attributes:
-        free: what is not reserved, by resource.
+        free: how much of each resource is not reserved.
         actors: the named actors that are alive, as ``namespace/name``.
     """
 
@@ -42,7 +42,7 @@ class Usage:
     actors: list[str]
 
     def difference(self, before: Usage) -> str:
-        """What is not as it was before: resources that are held, named actors that are alive. Empty if nothing."""
+        """What differs from before: resources that are held, and named actors that are alive. Empty if nothing does."""
         held = [
             f"{self.free.get(name, 0):g} of {amount:g} {name} free"
             for name, amount in before.free.items()
@@ -53,10 +53,10 @@ class Usage:
 
 
 def find_cluster(ray_init: Mapping[str, Any]) -> str | None:
-    """The address of the cluster that ``ray.init(**ray_init)`` connects to, or None where it starts one itself."""
+    """The address of the cluster that ``ray.init(**ray_init)`` connects to; None if it starts one itself."""
     address = ray_init.get("address") or None
     chosen = os.environ.get("RAY_ADDRESS") or address if address in (None, "auto") else address
-    if chosen is not None and "://" in chosen:  # Ray's client, or a provider's
+    if chosen is not None and "://" in chosen:  # an address of Ray's client, or of a provider
         return chosen
     from ray._private.services import canonicalize_bootstrap_address
 
@@ -65,28 +65,29 @@ def find_cluster(ray_init: Mapping[str, Any]) -> str | None:
 
 
 def usage(address: str) -> Usage:
-    """What is free on the cluster, and who is there.
+    """What is free on the cluster, and which named actors live there.
 
     Raises:
-        EntropyForkError: it cannot be reached.
+        EntropyForkError: the cluster cannot be reached.
     """
     return Usage(**_ask(address, timeout_s=CONNECT_SECONDS))
 
 
 def wait_until_free(address: str, before: Usage, accelerators: float, patience_s: float) -> str | None:
-    """Wait until what a job held is free again, and its named actors are gone.
+    """Wait until the resources of a job are free again and its named actors are gone.
 
     Args:
-        address: the cluster's.
-        before: the cluster before that job.
+        address: address of the cluster.
+        before: the cluster as it was before that job.
         accelerators: how many the next job needs.
-        patience_s: for how long, in seconds.
+        patience_s: how long to wait, in seconds.
 
     Returns:
-        None; or, where others may have taken something meanwhile but enough accelerators are free, what is missing.
+        None if all is as before. Else what is missing, if enough accelerators are free for the next job all the same:
+        others may have taken something meanwhile.
 
     Raises:
-        EntropyForkError: the next job cannot start, with what is in its way.
+        EntropyForkError: the next job cannot start; the message says what is in its way.
     """
     now = Usage(**_ask(address, json.dumps([asdict(before), patience_s]), timeout_s=CONNECT_SECONDS + patience_s))
     if not (missing := now.difference(before)):
@@ -116,7 +117,7 @@ def _ask(address: str, *arguments: str, timeout_s: float) -> dict[str, Any]:
 
 
 def _answer(address: str, before: Usage | None = None, patience_s: float = 0.0) -> Usage:
-    """In the process that asks: connect, and look until nothing is missing."""
+    """Runs in the process that asks: connect, and look until nothing is missing."""
     import ray
     from ray.util import list_named_actors
 
@@ -139,7 +140,7 @@ if __name__ == "__main__":
         print(json.dumps(asdict(_answer(sys.argv[1], Usage(**before) if before else None, patience_s))))
     except Exception as error:
         root: BaseException = error
-        while root.__cause__ is not None:  # Ray wraps what it is: a wrong address, no authentication, another version
+        while root.__cause__ is not None:  # Ray wraps the reason: a wrong address, no authentication, another version
             root = root.__cause__
-        # the last line of it, since Ray puts whole tracebacks into its messages
+        # only its last line: Ray puts whole tracebacks into its messages
         sys.exit(f"{type(error).__name__}: {error}: {str(root).strip().splitlines()[-1]}".replace("\n", " "))

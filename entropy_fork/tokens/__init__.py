@@ -1,1 +1,1 @@
-"""Response tokens on disk with their entropies: training writes them, analysis and report read them."""
+"""Response tokens on disk with their entropies. Training and analysis write them, analysis and report read them."""

@@ -1,4 +1,4 @@
-"""A folder of response tokens with their entropies: what the analyses write, and what the report reads.
+"""A folder of response tokens with their entropies. Training and the analyses write it, analyses and report read it.
 
 ::
 
@@ -6,8 +6,8 @@
     FOLDER/answers/part-00000.parquet  one row per answer: prompt, text, score, …
     FOLDER/tokens/part-00000.parquet   one row per response token, sorted by (answer, position)
 
-Both tables' part n hold the same answers. A part is there when both of its files are, under their final names; a
-process that is killed leaves whole parts and nothing else that is read. One part is in memory at a time.
+Part n of both tables has the same answers. A part counts when both of its files exist under their final names, so a
+process that is killed leaves only whole parts behind. One part is in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ _PART = re.compile(r"part-(\d{5,})\.parquet")
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """One answer and what is known of each of its response tokens; all arrays have the shape (tokens,).
+    """One answer, and what is known about each of its response tokens. All arrays have the shape (tokens,).
 
     Attributes:
         prompt, text: what the model read and wrote.
-        token_ids: int32, of the response, the end token included.
-        pieces: each token's own text for display, see :func:`token_pieces`.
+        token_ids: int32, ids of the response, the end token included.
+        pieces: the text of each token for display, see :func:`token_pieces`.
         entropy: float32, nats: H_t of the distribution that the token was drawn from (arXiv 2506.01939, Eq. 1).
-        log_prob: float32, nats: of the token itself.
-        rank: int32, how many tokens were likelier, 0 for the likeliest; None where it was not computed.
-        selected: bool, whether the token is among the kept; None before a selection was made.
-        answer: unique in its folder.
-        step: of a training run; None elsewhere.
-        data_source, ground_truth, score, truncated: as in verl's data and rewards, None where unknown.
-        prompt_ids: int32, shape (prompt tokens,): the prompt as the model read it; None where only its text is known.
+        log_prob: float32, nats: log-probability of the token itself.
+        rank: int32, how many tokens were likelier, 0 for the likeliest; None if it was not computed.
+        selected: bool, whether the token was selected; None before a selection was made.
+        answer: number of the answer, unique in its folder.
+        step: step of a training run; None for other tokens.
+        data_source, ground_truth, score, truncated: as in verl's data and rewards; None if unknown.
+        prompt_ids: int32, shape (prompt tokens,): the prompt as the model read it; None if only its text is known.
 
     Raises:
-        ValueError: columns of different length.
+        ValueError: columns have different lengths.
     """
 
     prompt: str
@@ -73,7 +73,7 @@ class AnswerTokens:
     def __post_init__(self) -> None:
         lengths = {name: len(column) for name, column in self._columns().items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"answer {self.answer}: columns of different length: {lengths}")
+            raise ValueError(f"answer {self.answer}: columns have different lengths: {lengths}")
 
     def _columns(self) -> dict[str, Any]:
         names = ("token_ids", "pieces", "entropy", "log_prob", "rank", "selected")
@@ -81,7 +81,7 @@ class AnswerTokens:
 
 
 def write_part(folder: Path, number: int, answers: Sequence[AnswerTokens]) -> None:
-    """Write some answers as one part, whole or not at all; a part that is there is replaced.
+    """Write some answers as one part, whole or not at all. An older part of this number is replaced.
 
     Raises:
         ValueError: two answers have the same id.
@@ -91,7 +91,7 @@ def write_part(folder: Path, number: int, answers: Sequence[AnswerTokens]) -> No
     answers = sorted(answers, key=lambda answer: answer.answer)
     ids = [answer.answer for answer in answers]
     if len(set(ids)) < len(ids):
-        raise ValueError(f"part {number} of {folder} has two answers of one id")
+        raise ValueError(f"part {number} of {folder} has two answers with the same id")
     lengths = np.array([len(answer.token_ids) for answer in answers], dtype=np.int64)
     answer_schema, token_schema = _schemas()
 
@@ -128,7 +128,7 @@ def read_answers(folder: Path) -> Iterator[AnswerTokens]:
     """All answers of all complete parts, in order.
 
     Raises:
-        EntropyForkError: ``folder`` holds no tokens, or a part of it cannot be read.
+        EntropyForkError: ``folder`` has no tokens, or a part of it cannot be read.
     """
     read_manifest(folder)
     for number in parts(folder):
@@ -162,9 +162,9 @@ def read_part(folder: Path, number: int) -> list[AnswerTokens]:
 
 
 def read_columns(folder: Path, number: int, *names: str) -> list[np.ndarray]:
-    """Columns of one part's token table, each of shape (tokens of the part,).
+    """Some columns of the token table of one part, each of shape (tokens of the part,).
 
-    Without the others: a pass over millions of tokens costs what it reads.
+    Only these columns are read, so that a pass over millions of tokens is quick.
     """
     table = _read(_file(folder, TOKENS, number), list(names))
     return [table.column(name).to_numpy() for name in names]
@@ -180,7 +180,7 @@ def parts(folder: Path) -> list[int]:
 
 
 def num_answers(folder: Path, number: int) -> int:
-    """Answers of one part, without reading them."""
+    """The number of answers in one part, without reading them."""
     import pyarrow.parquet as pq
 
     return pq.read_metadata(_file(folder, ANSWERS, number)).num_rows
@@ -197,30 +197,30 @@ def write_selected(folder: Path, number: int, selected: np.ndarray) -> None:
 
 
 def delete_part(folder: Path, number: int) -> None:
-    """Delete one part. Its answers first: from then on it is not there, whatever comes between."""
+    """Delete one part. Its answers go first: without them the part does not count, even if the rest stays."""
     for kind in (ANSWERS, TOKENS):
         _file(folder, kind, number).unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write ``manifest.json``, whole or not at all; ``format`` is added. Floats that JSON cannot say become null."""
+    """Write ``manifest.json``, whole or not at all; ``format`` is added. Floats that JSON does not have become null."""
     folder.mkdir(parents=True, exist_ok=True)
     values = json.loads(json.dumps({"format": FORMAT, **manifest}), parse_constant=lambda _: None)
     write_whole(folder / MANIFEST, json.dumps(values, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the folder holds.
+    """The manifest of a folder of tokens: where they come from, T, ρ, the threshold.
 
     Raises:
-        EntropyForkError: no folder, no tokens in it, or tokens in another format.
+        EntropyForkError: there is no folder, it has no tokens, or they are in another format.
     """
     file = folder / MANIFEST
     advice = "name a folder that 'entropy-fork analyze' or a training run with entropy_fork.dump_every has written"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        what = f"{folder} holds no tokens (no {MANIFEST})" if folder.is_dir() else f"no folder {folder}"
+        what = f"{folder} has no tokens (no {MANIFEST})" if folder.is_dir() else f"there is no folder {folder}"
         raise EntropyForkError(f"{what}: {advice}") from error
     except (OSError, ValueError) as error:
         raise EntropyForkError(f"{file} cannot be read ({error}): {advice}") from error
@@ -229,7 +229,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise EntropyForkError(f"{file} is a manifest of something else: {advice}")
     if found != FORMAT:
         raise EntropyForkError(
-            f"{folder} holds tokens in format {found}, and this version of Entropy Fork reads format {FORMAT}: write "
+            f"{folder} has tokens in format {found}, and this version of Entropy Fork reads format {FORMAT}: write "
             f"the folder again, or install the version that wrote it"
         )
     return manifest
@@ -238,13 +238,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def token_pieces(tokenizer: Any, token_ids: Sequence[int] | np.ndarray) -> list[str]:
     """What each token adds to the text, for display.
 
-    Joined they are the answer's text with its special tokens, but where a character is spread over several tokens: each
-    of its bytes is shown as ``<0xE2>``. An id that the tokenizer does not know (models have more rows than tokenizers
-    have tokens) is ``<id 151700>``.
+    Joined, the pieces are the answer's text with its special tokens. There are two exceptions. If a character is spread
+    over several tokens, each of its bytes is shown as ``<0xE2>``. An id that the tokenizer does not know is shown as
+    ``<id 151700>``: a model can have more rows than its tokenizer has tokens.
 
     Args:
-        tokenizer: of transformers, of any kind (byte-level, SentencePiece with byte fallback, WordPiece, …).
-        token_ids: int, shape (tokens,): of one answer.
+        tokenizer: a tokenizer of transformers of any kind (byte-level, SentencePiece with byte fallback, WordPiece, …).
+        token_ids: int, shape (tokens,): the ids of one answer.
     """
     ids, place = np.unique(np.asarray(token_ids, dtype=np.int64), return_inverse=True)
     if not len(ids):
@@ -262,7 +262,7 @@ def token_pieces(tokenizer: Any, token_ids: Sequence[int] | np.ndarray) -> list[
             return bytes(_byte_of()[character] for character in name).decode("utf-8", _SHOWN)
         if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):
             return bytes.fromhex(found[1]).decode("utf-8", _SHOWN)
-        # The same token a second time: many decoders treat the first one of a text differently (its space, its ##).
+        # Decode the token twice in a row: many decoders treat the first token of a text differently (space, ##).
         once, twice = (tokenizer.decode([number] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
         return twice[len(once) :]
 
@@ -338,12 +338,12 @@ def _column(answer: AnswerTokens, name: str) -> Any:
 
 
 def _storable(text: str | None) -> str | None:
-    """Half of a surrogate pair, which JSON can carry and UTF-8 cannot, becomes a question mark."""
+    """Text that UTF-8 can express: half of a surrogate pair, which JSON can have, becomes a question mark."""
     return None if text is None else text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _values(column: Any) -> Any:
-    """One answer's part of a column: a numpy array, strings as a list; None where it was not filled in."""
+    """One answer's part of a column: a numpy array, or a list of strings; None if it has no values."""
     import pyarrow as pa
 
     if pa.types.is_string(column.type):

@@ -39,6 +39,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
 from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.core.entropy import entropies
 from entropy_fork.core.lm_head import (
     CHUNK,
     FEWEST_ROWS,
@@ -48,7 +49,6 @@ from entropy_fork.core.lm_head import (
     padded_positions,
     response_positions,
 )
-from entropy_fork.sampling.temperature import entropies
 from entropy_fork.verl import policy_loss
 from entropy_fork.verl.config import NODE
 

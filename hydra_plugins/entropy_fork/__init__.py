@@ -1,11 +1,11 @@
-"""Puts the recipes on Hydra's search path, and refuses a run that asks for a mask it would not get.
+"""Put the recipes on Hydra's search path, and refuse a run that asks for a mask and would not get it.
 
-And lets a sweep (``-m``) of main_ppo start each job in a process of its own (``launcher.py``).
+It also lets a sweep (``-m``) of main_ppo start each job in a process of its own (``launcher.py``).
 
-Hook: Hydra imports whatever lies in the namespace package ``hydra_plugins`` (which therefore must not have an
-``__init__`` of its own) at the start of every Hydra application of the environment, whether verl's plugins were loaded
-or not. That makes this the one place that notices when they were not: verl swallows an error of ours, and without our
-groups on the search path Hydra takes ``+recipe=x`` for a plain new key and trains verl's defaults.
+Hook: Hydra imports everything in the namespace package ``hydra_plugins`` (which therefore must not have an ``__init__``
+of its own) at the start of every Hydra application of the environment, whether verl's plugins were loaded or not. So
+this is the one place that can notice that they were not. verl would not: it swallows an error of ours. And without our
+groups on the search path, Hydra would take ``+recipe=x`` for a plain new key, and train with verl's defaults.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class EntropyForkSearchPath(SearchPathPlugin):
     """Adds ``recipes/`` (groups recipe, cluster, template, and the presets of our nodes) in applications of verl."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Hydra's hook: append the recipes, in a process of verl's.
+        """Hydra's hook: append the recipes, in a process that has imported verl.
 
         Raises:
-            SystemExit: one of them is asked for, and the plugin is not active; or a key has another place now.
+            SystemExit: a recipe or a node of ours is asked for and the plugin is not active; or a key was renamed.
         """
         if "verl" not in sys.modules:
-            _refuse_a_node_in_a_file()  # another Hydra application of this environment, or one that imports verl later
+            _refuse_a_node_in_a_file()  # not verl's application, or one that imports verl later
             return
         if _is_active():
             from entropy_fork.verl.config import MOVED, moved
@@ -43,7 +43,7 @@ class EntropyForkSearchPath(SearchPathPlugin):
             for argument in sys.argv[1:]:
                 if (key := argument.lstrip("+").split("=")[0]) in MOVED:
                     raise SystemExit(moved(key))
-            if folder := _users_folder():  # Hydra appends it later, and what lies there comes before ours
+            if folder := _users_folder():  # Hydra appends it later, but its files must come before ours
                 search_path.append(provider="command-line", path=f"file://{folder}")
             search_path.append(provider="entropy-fork", path=f"file://{recipes_dir()}")
             if _is_main_ppo():
@@ -65,7 +65,7 @@ def _is_active() -> bool:
 
 
 def _users_folder() -> Path | None:
-    """The folder of ``--config-dir``; None where the arguments are not Hydra's: a program may only compose a config."""
+    """The folder of ``--config-dir``; None if the arguments are not Hydra's, as in a program that composes a config."""
     from hydra._internal.utils import get_args_parser
 
     said = io.StringIO()
@@ -78,17 +78,17 @@ def _users_folder() -> Path | None:
 
 
 def _refuse() -> NoReturn:
-    # SystemExit: the message alone, without a traceback through Hydra.
+    # SystemExit prints only the message, without a traceback through Hydra.
     reason = _why_inactive()
     raise SystemExit(f"entropy_fork was asked for, but is not active, so nothing would be masked: {reason}")
 
 
 def _refuse_a_node_in_a_file() -> None:
-    """The command line says nothing of ours, but a config file of the user's may, and Hydra reads it after this.
+    """Check the config itself, later: the command line has nothing of ours, but a config file of the user may.
 
-    ``run_ppo`` is the last that main_ppo, and a program with a task runner of its own, does before Ray starts (verl 0.8
-    to 0.9.1). Whatever the program does then, it pickles the config for another process. Each is wrapped once, however
-    often a program composes a config.
+    Hydra reads config files after this. Two functions are wrapped, once each, even if a program composes many configs:
+    ``run_ppo``, the last call of main_ppo or of a program with its own task runner before Ray starts (verl 0.8 to
+    0.9.1); and the pickling of a config, which every program does when it hands the config to another process.
     """
     main = sys.modules["__main__"]
     if (run_ppo := getattr(main, "run_ppo", None)) and not hasattr(run_ppo, CHECKS):
@@ -126,7 +126,7 @@ def _why_inactive() -> str:
             f"asynchronous training with trainer.v1.trainer_mode=colocate_async or separate_async."
         )
     try:
-        # Not loaded, or it raised and verl swallowed that: import it to learn the reason.
+        # It was not loaded, or it raised and verl swallowed the error: import it to learn the reason.
         import entropy_fork.verl.plugin  # noqa: F401
     except Exception as error:
         return f"its import fails with {type(error).__name__}: {error}"
@@ -137,10 +137,10 @@ def _why_inactive() -> str:
 
 
 def _unmasked_application() -> str | None:
-    """The file of verl that is run, where it is another program than main_ppo (experimental trainers, SFT, …)."""
+    """The file of verl that is run, if it is a program other than main_ppo (experimental trainers, SFT, …), or None."""
     verl, main = _files()
     if verl not in main.parents or _is_main_ppo():
-        return None  # main_ppo, or a program of the user's own
+        return None  # main_ppo, or the user's own program
     return str(main.relative_to(verl.parent))
 
 
@@ -150,6 +150,6 @@ def _is_main_ppo() -> bool:
 
 
 def _files() -> tuple[Path, Path]:
-    """verl's folder, and the program that is run."""
+    """The folder of verl, and the program that is run."""
     main = getattr(sys.modules["__main__"], "__file__", None)
     return Path(sys.modules["verl"].__file__ or "").resolve().parent, Path(main or "").resolve()

@@ -1,9 +1,9 @@
 """Hydra's launcher for sweeps of verl: every job in a process and a Ray session of its own. See docs/sweeps.md.
 
-Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. For main_ppo under
-``-m`` with anything of ours in the line it is the default (see :func:`make_default`), in place of Hydra's ``basic``,
-with which no second job of verl's can run. All of the work is in ``entropy_fork.sweep.jobs``, imported when a sweep
-starts: Hydra imports this module in every application of the environment.
+Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. It is the default
+for main_ppo with ``-m``, if the command line asks for anything of ours (see :func:`make_default`). Hydra's own default,
+``basic``, cannot run a second job of verl. All of the work is in ``entropy_fork.sweep.jobs``, which is imported when a
+sweep starts, because Hydra imports this module in every application of the environment.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ log = logging.getLogger(__name__)
 NAME = "entropy_fork"
 
 
-#: ``hydra.launcher`` of a sweep. A dict, since Hydra runs this file before it is a module, which a dataclass needs.
+#: ``hydra.launcher`` of a sweep. A dict, because a dataclass needs its module, and Hydra runs this file before that.
 DEFAULTS = {
     "_target_": "hydra_plugins.entropy_fork.launcher.FreshProcessLauncher",
-    # for how long, in seconds, a job waits on an existing Ray cluster for what the one before it held
+    # seconds that a job waits, on an existing Ray cluster, for the resources of the job before it
     "patience_s": 180.0,
-    # for how long, in seconds, a job may go on after Ctrl-C, and its other processes after its own end
+    # seconds that a job may go on after Ctrl-C, and that its other processes may go on after its end
     "grace_s": 30.0,
 }
 ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=DEFAULTS, provider="entropy-fork")
 
 
 def make_default() -> None:
-    """Let a sweep of a line that names anything of ours use this launcher where it names no other.
+    """Make this launcher the default of a sweep whose command line asks for anything of ours.
 
-    ``hydra/launcher=basic`` still is Hydra's own, and so is the launcher of a line that names nothing of ours.
+    ``hydra/launcher=basic`` still gives Hydra's own launcher, and so does a command line without anything of ours.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -62,11 +62,11 @@ def make_default() -> None:
 
 
 class JobsFailed(CompactHydraException):
-    """Some jobs of a sweep failed. Hydra prints the message alone, and exits with 1."""
+    """Some jobs of a sweep failed. Hydra prints only the message, and exits with status 1."""
 
 
 class FreshProcessLauncher(Launcher):
-    """Runs the jobs one after the other, goes on when one fails, and ends with a table of them all."""
+    """Runs the jobs one after the other, goes on when one fails, and ends with a table of all of them."""
 
     def __init__(self, patience_s: float, grace_s: float) -> None:
         self.patience_s, self.grace_s = patience_s, grace_s
@@ -103,7 +103,7 @@ class FreshProcessLauncher(Launcher):
             log.info(f"#{job.number} {outcome.status} after {outcome.seconds:.0f} s")
             if outcome.status == sweep.INTERRUPTED:
                 break
-        sweep.report(self.outcomes, results)
+        sweep.print_results(self.outcomes, results)
         batch = self.outcomes[first:]
         if batch[-1].status in (sweep.INTERRUPTED, sweep.NOT_RUN):
             raise SystemExit(130)  # as a shell reports Ctrl-C
@@ -166,7 +166,7 @@ class FreshProcessLauncher(Launcher):
 
 
 def _program() -> list[str]:
-    """What was typed up to the overrides: the interpreter, ``-m verl.trainer.main_ppo``, and the config's flags."""
+    """The command up to the overrides: interpreter, ``-m verl.trainer.main_ppo``, and the flags for the config."""
     from hydra._internal.utils import get_args_parser
 
     started = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
@@ -177,7 +177,7 @@ def _program() -> list[str]:
 
 
 def _returned(outcome: Outcome, config: DictConfig, message: str) -> JobReturn:
-    """A job's end, as Hydra's sweepers want it. main_ppo returns nothing."""
+    """The end of a job in the form that Hydra's sweepers want. main_ppo returns nothing."""
     from entropy_fork.sweep import jobs as sweep
 
     task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])

@@ -22,15 +22,16 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from entropy_fork.analysis import report_files, run
+from entropy_fork.analysis import analyze, results
 from entropy_fork.analysis.compare import compare
 from entropy_fork.analysis.measure import Measurer, TokenIds
-from entropy_fork.analysis.sources import Rollouts
 from entropy_fork.analysis.summary import summarise
+from entropy_fork.analysis.texts import Rollouts
 from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.evaluation.engines import Sampling
-from entropy_fork.evaluation.run import Settings as Drawing
+from entropy_fork.common.installing import install_command
+from entropy_fork.evaluation.engines import SamplingSettings
+from entropy_fork.evaluation.evaluate import EvaluationSettings
 from entropy_fork.tokens import store
 from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
@@ -81,16 +82,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(base: Path, data: Path, tmp_path: Path) -> Callable[..., run.Settings]:
+def settings(base: Path, data: Path, tmp_path: Path) -> Callable[..., analyze.AnalysisSettings]:
     """3 answers each to 22 questions, up to 40 tokens, in parts of 8 answers."""
 
-    def make(**changes: Any) -> run.Settings:
-        sampling = changes.pop("sampling", Sampling(max_tokens=40, seed=3))
+    def make(**changes: Any) -> analyze.AnalysisSettings:
+        sampling = changes.pop("sampling", SamplingSettings(max_tokens=40, seed=3))
         model = changes.get("model", base)
-        drawing = Drawing(model, [data], tmp_path, 3, sampling, "transformers", batch_size=16)
+        drawing = EvaluationSettings(model, [data], tmp_path, 3, sampling, "transformers", batch_size=16)
         if "rollouts" in changes or "like" in changes:
             drawing = None
-        return run.Settings(**{"model": base, "output": tmp_path / "out", "prompts": drawing, **changes})
+        return analyze.AnalysisSettings(**{"model": base, "output": tmp_path / "out", "prompts": drawing, **changes})
 
     return make
 
@@ -106,7 +107,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "PART_ANSWERS", 8)
+    monkeypatch.setattr(analyze, "PART_ANSWERS", 8)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -176,11 +177,15 @@ def test_the_forks_of_a_model_by_construction_are_found(
 
 
 def test_checkpoints_on_the_same_tokens(
-    base: Path, final: Path, settings: Callable[..., run.Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    final: Path,
+    settings: Callable[..., analyze.AnalysisSettings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the final model eight successors of g are four; the answers are the final model's, as in the paper."""
-    run.analyze(settings(model=final, output=tmp_path / "late"), QUIET)
-    run.analyze(settings(like=tmp_path / "late", output=tmp_path / "early"), QUIET)
+    analyze.analyze(settings(model=final, output=tmp_path / "late"), QUIET)
+    analyze.analyze(settings(like=tmp_path / "late", output=tmp_path / "early"), QUIET)
     late, early = (list(store.read_answers(tmp_path / name)) for name in ("late", "early"))
     for one, other in zip(late, early, strict=True):
         assert (one.pieces, one.answer, one.score) == (other.pieces, other.answer, other.score)
@@ -310,10 +315,10 @@ def test_what_a_model_cannot_read_or_say_is_one_clear_error(tmp_path: Path) -> N
 
 
 def test_a_stopped_analysis_goes_on_and_gives_the_same_files(
-    settings: Callable[..., run.Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., analyze.AnalysisSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = settings()
-    run.analyze(asked, QUIET)
+    analyze.analyze(asked, QUIET)
     expected = contents(tmp_path / "out")
     assert len(store.parts(tmp_path / "out")) == 9
 
@@ -327,25 +332,25 @@ def test_a_stopped_analysis_goes_on_and_gives_the_same_files(
 
         return stopping
 
-    from entropy_fork.analysis import sampling, select
-    from entropy_fork.evaluation.answers import AnswerStore
+    from entropy_fork.analysis import draw_answers, mark_top
+    from entropy_fork.evaluation.answer_store import AnswerStore
 
     again = replace(asked, output=tmp_path / "again")
     for module, name, after in (
         (AnswerStore, "append", 3),  # while answers are drawn
-        (sampling, "compute_score", 20),  # while a part is made
-        (run.table, "write_part", 2),
-        (run.table, "write_part", 1),
-        (select, "write_selected", 4),
+        (draw_answers, "compute_score", 20),  # while a part is made
+        (analyze.store, "write_part", 2),
+        (analyze.store, "write_part", 1),
+        (mark_top, "write_selected", 4),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stops(after, getattr(module, name)))
             with pytest.raises(KeyboardInterrupt):
-                run.analyze(again, QUIET)
+                analyze.analyze(again, QUIET)
         with pytest.raises(EntropyForkError, match="is not finished: repeat"):
             summarise(again.output)
     (again.output / "tokens" / ".part-00003.parquet.1234").write_text("a process that was killed")
-    run.analyze(again, QUIET)
+    analyze.analyze(again, QUIET)
     (again.output / "tokens" / ".part-00003.parquet.1234").unlink()
     assert contents(again.output) == expected
 
@@ -355,15 +360,15 @@ def test_a_stopped_analysis_goes_on_and_gives_the_same_files(
         Measurer, "measure", lambda self, texts, real=Measurer.measure: measured.append(len(texts)) or real(self, texts)
     )
     (again.output / "answers" / "part-00008.parquet").unlink()
-    run.analyze(again, QUIET)
+    analyze.analyze(again, QUIET)
     assert measured == [2]
     assert contents(again.output) == expected
-    run.analyze(again, QUIET)
+    analyze.analyze(again, QUIET)
     assert measured == [2], "what is finished is not measured again"
 
 
 def test_texts_are_read_as_they_are_measured(
-    settings: Callable[..., run.Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., analyze.AnalysisSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One part in memory: no text of the next one is made before a part is written."""
     made: list[int] = []
@@ -382,62 +387,64 @@ def test_texts_are_read_as_they_are_measured(
         real_write(folder, number, answers)
 
     monkeypatch.setattr(Rollouts, "texts", counted)
-    monkeypatch.setattr(run.table, "write_part", write)
+    monkeypatch.setattr(analyze.store, "write_part", write)
     dump = dumped(tmp_path / "dump", {1: [("1=", "ac")] * 20})
-    run.analyze(settings(rollouts=dump), QUIET)
+    analyze.analyze(settings(rollouts=dump), QUIET)
     assert written == [(8, 8), (8, 16), (4, 20)]
 
 
 @pytest.mark.process
 def test_what_vllms_process_refuses_is_said_here(
-    settings: Callable[..., run.Settings], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., analyze.AnalysisSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without vLLM: the model is looked at before it, and importing it fails."""
-    from entropy_fork.analysis import sampling
+    from entropy_fork.analysis import draw_answers
 
-    monkeypatch.setattr(sampling, "choose_engine", lambda _: "vllm")
+    monkeypatch.setattr(draw_answers, "choose_engine", lambda _: "vllm")
     monkeypatch.setitem(os.environ, "PYTHONWARNINGS", "ignore")
     with pytest.raises(EntropyForkError, match=r"^the longest prompt has 23 tokens .* write --max-tokens 105 or less$"):
-        run.analyze(settings(sampling=Sampling(max_tokens=400)), QUIET)
+        analyze.analyze(settings(sampling=SamplingSettings(max_tokens=400)), QUIET)
     if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(EntropyForkError, match="vLLM's process ended with 1: what it said is above"):
-            run.analyze(settings(), QUIET)
+        with pytest.raises(EntropyForkError, match=r"vLLM's process ended with exit status 1\. Its output is above"):
+            analyze.analyze(settings(), QUIET)
 
 
-def test_nothing_is_mixed(settings: Callable[..., run.Settings], final: Path, tmp_path: Path) -> None:
+def test_nothing_is_mixed(settings: Callable[..., analyze.AnalysisSettings], final: Path, tmp_path: Path) -> None:
     with pytest.raises(EntropyForkError, match="the model has 128 positions: write --max-tokens"):
-        run.analyze(settings(sampling=Sampling(max_tokens=400)), QUIET)
+        analyze.analyze(settings(sampling=SamplingSettings(max_tokens=400)), QUIET)
     asked = settings()
-    run.analyze(asked, QUIET)  # a mistake before the first answer can be corrected
+    analyze.analyze(asked, QUIET)  # a mistake before the first answer can be corrected
     before = contents(tmp_path / "out")
     for changes, message in (
         ({"model": final}, r"\n  texts.model: '.*' there, '.*' now"),
-        ({"sampling": Sampling(max_tokens=41, seed=3)}, r"texts.sampling.max_tokens: 40 there, 41 now\nRepeat"),
+        ({"sampling": SamplingSettings(max_tokens=41, seed=3)}, r"texts.sampling.max_tokens: 40 there, 41 now\nRepeat"),
         ({"batch_tokens": 100}, "measured.batch_tokens: 32768 there, 100 now"),
         ({"rollouts": dumped(tmp_path / "dump", {1: [("1=", "a")]})}, "texts.rollouts: None there"),
     ):
         with pytest.raises(EntropyForkError, match=message):
-            run.analyze(settings(**changes), QUIET)
+            analyze.analyze(settings(**changes), QUIET)
     with pytest.raises(EntropyForkError, match="are the same folder"):
-        run.analyze(settings(like=tmp_path / "out"), QUIET)
+        analyze.analyze(settings(like=tmp_path / "out"), QUIET)
     assert contents(tmp_path / "out") == before
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(EntropyForkError, match="holds no tokens but other files"):
-        run.analyze(replace(asked, output=tmp_path / "other"), QUIET)
+    with pytest.raises(EntropyForkError, match="has files of something else"):
+        analyze.analyze(replace(asked, output=tmp_path / "other"), QUIET)
     with pytest.raises(EntropyForkError, match="is a file"):
-        run.analyze(replace(asked, output=tmp_path / "other" / "thesis.txt"), QUIET)
+        analyze.analyze(replace(asked, output=tmp_path / "other" / "thesis.txt"), QUIET)
     store.write_manifest(tmp_path / "run", {"source": "training"})
     with pytest.raises(EntropyForkError, match="holds the tokens of a training run"):
-        run.analyze(replace(asked, output=tmp_path / "run"), QUIET)
+        analyze.analyze(replace(asked, output=tmp_path / "run"), QUIET)
 
 
-def test_bad_settings_are_one_clear_error(settings: Callable[..., run.Settings], base: Path, tmp_path: Path) -> None:
+def test_bad_settings_are_one_clear_error(
+    settings: Callable[..., analyze.AnalysisSettings], base: Path, tmp_path: Path
+) -> None:
     for changes, message in (
         ({"prompts": None}, "with one of --prompts, --rollouts and --like, not with none of them"),
         ({"prompts": settings().prompts, "like": base}, "not with --prompts and --like"),
-        ({"steps": (1,)}, "--steps chooses among the steps of --rollouts"),
+        ({"steps": (1,)}, "--steps chooses steps of --rollouts"),
         ({"like": base, "temperature": 0.0}, "temperature is 0.0, and must be above 0"),
         ({"top_ratio": 0.0}, r"top_ratio must be in \(0, 1\]"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
@@ -447,7 +454,7 @@ def test_bad_settings_are_one_clear_error(settings: Callable[..., run.Settings],
             settings(**changes)
     result = CliRunner().invoke(app, ["analyze", str(base), "--output", str(tmp_path / "o"), "--like", str(base)])
     assert result.exit_code == 1
-    assert "holds no tokens (no manifest.json)" in result.output
+    assert "has no tokens (no manifest.json)" in result.output
     assert not (tmp_path / "o").exists()
 
 
@@ -466,10 +473,12 @@ def dumped(folder: Path, steps: dict[int, list[tuple[str, str]]]) -> Path:
     return folder
 
 
-def test_the_dumps_of_a_run_are_measured_by_step(settings: Callable[..., run.Settings], tmp_path: Path) -> None:
+def test_the_dumps_of_a_run_are_measured_by_step(
+    settings: Callable[..., analyze.AnalysisSettings], tmp_path: Path
+) -> None:
     rows = {2: [("1=", "acac\u2028" + "<"), ("=", ""), ("2=", "bce")], 10: [("1=", "ac"), ("3=", "bcf")]}
     dump = dumped(tmp_path / "dump", rows)
-    run.analyze(settings(rollouts=dump), QUIET)
+    analyze.analyze(settings(rollouts=dump), QUIET)
     found = list(store.read_answers(tmp_path / "out"))
     assert [(one.step, one.prompt, one.text) for one in found] == [(s, *row) for s in (2, 10) for row in rows[s]]
     assert [one.score for one in found] == [0, 1, 2, 0, 1]
@@ -479,33 +488,33 @@ def test_the_dumps_of_a_run_are_measured_by_step(settings: Callable[..., run.Set
     summary = summarise(tmp_path / "out")
     assert [(row["step"], row["tokens"]) for row in summary["steps"]] == [(2, 9), (10, 5)]
 
-    run.analyze(settings(rollouts=dump, steps=(10,), limit=1, output=tmp_path / "one"), QUIET)
+    analyze.analyze(settings(rollouts=dump, steps=(10,), limit=1, output=tmp_path / "one"), QUIET)
     assert [one.text for one in store.read_answers(tmp_path / "one")] == ["ac"]
-    run.analyze(settings(like=tmp_path / "out", limit=3, output=tmp_path / "three"), QUIET)
+    analyze.analyze(settings(like=tmp_path / "out", limit=3, output=tmp_path / "three"), QUIET)
     assert [one.step for one in store.read_answers(tmp_path / "three")] == [2, 2, 2]
 
 
-def test_files_that_are_no_dumps_are_named(settings: Callable[..., run.Settings], tmp_path: Path) -> None:
+def test_files_that_are_no_dumps_are_named(settings: Callable[..., analyze.AnalysisSettings], tmp_path: Path) -> None:
     dump = dumped(tmp_path / "dump", {1: [("1=", "a")]})
-    with pytest.raises(EntropyForkError, match=r"has no answers of step 4, 7: --steps"):
-        run.analyze(settings(rollouts=dump, steps=(7, 1, 4)), QUIET)
+    with pytest.raises(EntropyForkError, match=r"has no answers of step 4, 7: name steps"):
+        analyze.analyze(settings(rollouts=dump, steps=(7, 1, 4)), QUIET)
     file = dump / "1.jsonl"
     for line, message in (
-        ('{"input": "a"', r"line 2 of .*1\.jsonl is no JSON .*a run that is still writing"),
+        ('{"input": "a"', r"line 2 of .*1\.jsonl is not JSON .*Is a run still writing it"),
         ('{"input": "a"}', r"line 2 of .*: output is None"),
-        ("[]", "none of verl's dumps"),
+        ("[]", "not from a dump of verl's answers"),
         ('{"input": "a", "output": "b", "score": "high"}', "score is 'high'"),
     ):
         file.write_text(file.read_text().splitlines()[0] + "\n" + line)
         with pytest.raises(EntropyForkError, match=message):
-            run.analyze(settings(rollouts=dump), QUIET)
+            analyze.analyze(settings(rollouts=dump), QUIET)
     file.write_text("")
     with pytest.raises(EntropyForkError, match="its files are empty"):
-        run.analyze(settings(rollouts=dump), QUIET)
+        analyze.analyze(settings(rollouts=dump), QUIET)
     file.unlink()
     for path, message in ((dump, "has no \\*.jsonl"), (tmp_path / "none", "no folder .*none")):
         with pytest.raises(EntropyForkError, match=message):
-            run.analyze(settings(rollouts=path), QUIET)
+            analyze.analyze(settings(rollouts=path), QUIET)
     assert not (tmp_path / "out").exists()
 
 
@@ -513,7 +522,7 @@ def test_files_that_are_no_dumps_are_named(settings: Callable[..., run.Settings]
 
 
 def test_folders_that_do_not_compare_are_named(
-    settings: Callable[..., run.Settings], base: Path, tmp_path: Path
+    settings: Callable[..., analyze.AnalysisSettings], base: Path, tmp_path: Path
 ) -> None:
     dump = dumped(tmp_path / "dump", {1: [("1=", "acac"), ("1=", "bc")]})
     one = run_to(settings(rollouts=dump, output=tmp_path / "one"))
@@ -523,7 +532,7 @@ def test_folders_that_do_not_compare_are_named(
         ([one], "needs two folders or more"),
         ([one, other], "does not hold the same prompts and token ids as .*--like"),
         ([one, hot], "was measured at T = 2.0 and .*one at 1.0"),
-        ([one, tmp_path], "holds no tokens"),
+        ([one, tmp_path], "has no tokens"),
     ):
         with pytest.raises(EntropyForkError, match=message):
             compare(folders)
@@ -538,16 +547,16 @@ def test_folders_that_do_not_compare_are_named(
     backend["model"]["vocab"] |= {"a": backend["model"]["vocab"]["b"], "b": backend["model"]["vocab"]["a"]}
     (foreign / "tokenizer.json").write_text(json.dumps(backend))
     with pytest.raises(EntropyForkError, match="not those of this model's tokenizer"):
-        run.analyze(settings(model=foreign, like=one, output=tmp_path / "new"), QUIET)
+        analyze.analyze(settings(model=foreign, like=one, output=tmp_path / "new"), QUIET)
 
 
-def run_to(settings: run.Settings) -> Path:
-    run.analyze(settings, QUIET)
+def run_to(settings: analyze.AnalysisSettings) -> Path:
+    analyze.analyze(settings, QUIET)
     return settings.output
 
 
 def test_a_missing_extra_is_named_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(report_files, "find_spec", lambda name: None if name == "wordcloud" else object())
+    monkeypatch.setattr(results, "find_spec", lambda name: None if name == "wordcloud" else object())
     result = CliRunner().invoke(app, ["analyze", str(tmp_path), "--output", str(tmp_path / "o")])
     assert result.exit_code == 1
-    assert "wordcloud is not installed: pip install 'entropy-fork[analysis]'" in result.output
+    assert f"wordcloud is not installed. Install the extra: {install_command('analysis')}" in result.output

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from entropy_fork.analysis import plots, report_files
+from entropy_fork.analysis import plots, results
+from entropy_fork.analysis.mark_top import find_top, select_top, top_masks
 from entropy_fork.analysis.order_statistics import order_statistics, percentile_ranks
 from entropy_fork.analysis.parts_of_text import KINDS, kinds_of_tokens, sections_of_tokens
-from entropy_fork.analysis.select import find_top, select_top, top_masks
 from entropy_fork.analysis.summary import BELOW, PERCENTILES, summarise
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.selection import Selector, select_tokens
@@ -258,13 +258,13 @@ def hostile_folder(folder: Path) -> Path:
 def test_what_a_model_wrote_is_shown_as_text(tmp_path: Path) -> None:
     folder = hostile_folder(tmp_path)
     summary = summarise(folder, min_count=1)
-    report_files.write_summary(summary, folder)
+    results.write_summary(summary, folder)
     with (folder / "tokens_lowest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["piece"] for row in rows] == list(next(iter(read_answers(folder))).pieces)
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     console = Console(width=400, record=True, quiet=False, file=(tmp_path / "printed").open("w"))
-    for _, table in report_files.summary_tables(summary):
+    for _, table in results.summary_tables(summary):
         console.print(table.rich())
     printed = console.export_text(styles=True)
     assert "[/b]" in printed
@@ -298,8 +298,8 @@ def test_a_folder_without_a_token_has_no_figures_and_no_tables(tmp_path: Path) -
     none = np.zeros(0)
     write_part(tmp_path, 0, [AnswerTokens("p", "", none, [], none, none)])
     summary = summarise(tmp_path)
-    report_files.write_summary(summary, tmp_path)
-    assert report_files.summary_tables(summary) == []
+    results.write_summary(summary, tmp_path)
+    assert results.summary_tables(summary) == []
     assert json.loads((tmp_path / "summary.json").read_text())["tokens"] == 0
     assert not list((tmp_path / "figures").iterdir())
     assert select_top(tmp_path, 0.2).num_selected == 0
@@ -308,5 +308,5 @@ def test_a_folder_without_a_token_has_no_figures_and_no_tables(tmp_path: Path) -
 def test_an_entropy_that_is_no_number_is_named(tmp_path: Path) -> None:
     """A training that has diverged writes such ones with dump_every."""
     written(tmp_path, [[0.5, 1.0], [0.5, float("nan")]], part_size=1)
-    with pytest.raises(EntropyForkError, match=r"answer 1 in .* no number"):
+    with pytest.raises(EntropyForkError, match=r"answer 1 in .* not finite"):
         summarise(tmp_path)

@@ -340,7 +340,7 @@ def test_bad_input(tmp_path: Path) -> None:
     assert "--revision" in refused("prepare", "aime25", "--from", good, "--revision", "v1", *output)
 
     (tmp_path / "empty").mkdir()
-    assert "no data that can be read" in refused("prepare", "aime25", "--from", tmp_path / "empty", *output)
+    assert "no file that can be read" in refused("prepare", "aime25", "--from", tmp_path / "empty", *output)
     (tmp_path / "notes.txt").write_text("x")
     assert ".parquet, .jsonl, .json" in refused("prepare", "aime25", "--from", tmp_path / "notes.txt", *output)
     mixed = tmp_path / "mixed"
@@ -357,7 +357,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
     columns = write_lines(tmp_path / "columns.jsonl", [{"text": "x", "label": "y"}])
     message = refused("prepare", "aime25", "--from", columns, *output)
-    assert "it has the columns text, label; expected are problem or question and answer" in message
+    assert "it has the columns text, label; the columns must be problem or question and answer" in message
     numbers = write_lines(tmp_path / "numbers.jsonl", [{"problem": 1, "answer": "y"}])
     assert "column problem or question of aime25 holds no text; its type is int64" in refused(
         "prepare", "aime25", "--from", numbers, *output
@@ -366,12 +366,12 @@ def test_bad_input(tmp_path: Path) -> None:
     pq.write_table(dates, tmp_path / "dates.parquet")
     assert "timestamp" in refused("prepare", "aime25", "--from", tmp_path / "dates.parquet", *output)
     field = write_lines(tmp_path / "field.jsonl", [{"prompt": "x", "reward_model": {"style": "rule"}}])
-    assert "expected are prompt and reward_model.ground_truth" in refused(
+    assert "the columns must be prompt and reward_model.ground_truth" in refused(
         "prepare", "dapo_math_17k", "--from", field, *output
     )
     useless = write_parquet(tmp_path / "useless.parquet", [dapo_row("A?", "1", instructed=False)])
     message = refused("prepare", "dapo_math_17k", "--from", useless, *output)
-    assert "not one of the 1 rows can be used as dapo_math_17k: other_instruction (1)" in message
+    assert "none of the 1 rows can be used as dapo_math_17k: other_instruction (1)" in message
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers.evaluations import TEMPLATE, write_data
 
 if TYPE_CHECKING:  # the statistics' tests need no torch
-    from entropy_fork.evaluation import run
+    from entropy_fork.evaluation import evaluate as evaluation
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,13 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(model: Path, data: Path, tmp_path: Path) -> Callable[..., run.Settings]:
-    from entropy_fork.evaluation import run
-    from entropy_fork.evaluation.engines import Sampling
+def settings(model: Path, data: Path, tmp_path: Path) -> Callable[..., evaluation.EvaluationSettings]:
+    from entropy_fork.evaluation import evaluate as evaluation
+    from entropy_fork.evaluation.engines import SamplingSettings
 
-    def make(**changes: Any) -> run.Settings:
-        sampling = Sampling(max_tokens=12) if "sampling" not in changes else changes.pop("sampling")
+    def make(**changes: Any) -> evaluation.EvaluationSettings:
+        sampling = SamplingSettings(max_tokens=12) if "sampling" not in changes else changes.pop("sampling")
         fixed = {"model": model, "data": [data], "output": tmp_path / "out", "answers": 4, "engine": "transformers"}
-        return run.Settings(**{**fixed, "batch_size": 4, "sampling": sampling, **changes})
+        return evaluation.EvaluationSettings(**{**fixed, "batch_size": 4, "sampling": sampling, **changes})
 
     return make

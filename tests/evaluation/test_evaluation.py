@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 
 from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.evaluation import engines, run
-from entropy_fork.evaluation.answers import AnswerStore, Record
+from entropy_fork.evaluation import engines
+from entropy_fork.evaluation import evaluate as evaluation
+from entropy_fork.evaluation.answer_store import AnswerStore, ScoredAnswer
 from entropy_fork.evaluation.checkpoint import Checkpoint, fold_adapter
-from entropy_fork.evaluation.engines import Generated, Job, Sampling
+from entropy_fork.evaluation.engines import AnswerJob, Generated, SamplingSettings
 from entropy_fork.evaluation.questions import read_questions
 
 
@@ -35,7 +36,7 @@ class Scripted:
 
         self.tokenizer, self.texts = AutoTokenizer.from_pretrained(folder), texts
 
-    def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+    def answers(self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]) -> Iterator[list[Generated]]:
         for job in filter(is_wanted, jobs):
             text = self.texts.get((job.question, job.sample), "no")
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -53,7 +54,7 @@ def test_numbers_and_tables_of_scripted_answers(
         (2, 1): r"\boxed{7}",
         (5, 1): r"so \boxed{10}",
     }
-    monkeypatch.setattr(run, "TransformersEngine", lambda folder, *_: Scripted(texts, folder))
+    monkeypatch.setattr(evaluation, "TransformersEngine", lambda folder, *_: Scripted(texts, folder))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("LINES", "50")  # without both, rich takes 80 columns where TERM is dumb
     arguments = ["evaluate", str(model), "--data", str(data), "--output", str(tmp_path / "out"), "--answers", "2"]
@@ -81,15 +82,15 @@ def test_numbers_and_tables_of_scripted_answers(
 
 
 def test_an_interrupted_evaluation_gives_the_same_answers(
-    settings: Callable[..., run.Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., evaluation.EvaluationSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run.evaluate(settings(output=tmp_path / "whole"), QUIET)
+    whole = evaluation.evaluate(settings(output=tmp_path / "whole"), QUIET)
     assert len({json.loads(line)["text"] for line in lines(tmp_path / "whole")}) > 20, "the answers should differ"
 
     batches = []
     append = AnswerStore.append
 
-    def dying_append(store: AnswerStore, records: Sequence[Record]) -> None:
+    def dying_append(store: AnswerStore, records: Sequence[ScoredAnswer]) -> None:
         batches.append(len(records))
         if len(batches) == 3:
             append(store, records[:1])  # a kill in the middle of writing a batch …
@@ -99,11 +100,11 @@ def test_an_interrupted_evaluation_gives_the_same_answers(
 
     monkeypatch.setattr(AnswerStore, "append", dying_append)
     with pytest.raises(KeyboardInterrupt):
-        run.evaluate(settings(output=tmp_path / "parts"), QUIET)
+        evaluation.evaluate(settings(output=tmp_path / "parts"), QUIET)
     monkeypatch.setattr(AnswerStore, "append", append)
     kept = (tmp_path / "parts" / "answers.jsonl").read_bytes().rpartition(b"\n")[0].decode().splitlines()
     assert 0 < len(kept) < 36
-    parts = run.evaluate(settings(output=tmp_path / "parts"), QUIET)
+    parts = evaluation.evaluate(settings(output=tmp_path / "parts"), QUIET)
 
     assert parts == whole
     assert lines(tmp_path / "parts")[: len(kept)] == kept, "what was there is not drawn again"
@@ -111,29 +112,29 @@ def test_an_interrupted_evaluation_gives_the_same_answers(
 
 
 def test_a_finished_evaluation_loads_no_model_and_more_answers_keep_the_first(
-    settings: Callable[..., run.Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., evaluation.EvaluationSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run.evaluate(settings(answers=2), QUIET)
+    first = evaluation.evaluate(settings(answers=2), QUIET)
     two = lines(tmp_path / "out")
-    more = run.evaluate(settings(answers=4), QUIET)
+    more = evaluation.evaluate(settings(answers=4), QUIET)
     assert lines(tmp_path / "out")[:18] == two
     assert len(lines(tmp_path / "out")) == 36
     assert more.benchmarks["cpu"].answers_per_question == 4
-    monkeypatch.setattr(run, "_answer", lambda *_: pytest.fail("answered again"))
-    assert run.evaluate(settings(answers=2), QUIET) == first
-    assert run.evaluate(settings(answers=4), QUIET) == more
+    monkeypatch.setattr(evaluation, "_answer", lambda *_: pytest.fail("answered again"))
+    assert evaluation.evaluate(settings(answers=2), QUIET) == first
+    assert evaluation.evaluate(settings(answers=4), QUIET) == more
 
 
 def test_another_seed_draws_other_answers_and_greedy_is_the_models(
-    settings: Callable[..., run.Settings], model: Path, tmp_path: Path
+    settings: Callable[..., evaluation.EvaluationSettings], model: Path, tmp_path: Path
 ) -> None:
-    run.evaluate(settings(output=tmp_path / "0"), QUIET)
-    run.evaluate(settings(output=tmp_path / "1", sampling=Sampling(max_tokens=12, seed=1)), QUIET)
+    evaluation.evaluate(settings(output=tmp_path / "0"), QUIET)
+    evaluation.evaluate(settings(output=tmp_path / "1", sampling=SamplingSettings(max_tokens=12, seed=1)), QUIET)
     texts = [[json.loads(line)["text"] for line in lines(tmp_path / name)] for name in "01"]
     assert texts[0] != texts[1]
 
-    greedy = Sampling(temperature=0.0, max_tokens=12)
-    run.evaluate(settings(output=tmp_path / "greedy", answers=1, sampling=greedy, dtype="float32"), QUIET)
+    greedy = SamplingSettings(temperature=0.0, max_tokens=12)
+    evaluation.evaluate(settings(output=tmp_path / "greedy", answers=1, sampling=greedy, dtype="float32"), QUIET)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -148,60 +149,62 @@ def test_another_seed_draws_other_answers_and_greedy_is_the_models(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampling": Sampling(max_tokens=13)}, "sampling.max_tokens: 12 there, 13 now"),
-        ({"sampling": Sampling(max_tokens=12, seed=4)}, "sampling.seed: 0 there, 4 now"),
+        ({"sampling": SamplingSettings(max_tokens=13)}, "sampling.max_tokens: 12 there, 13 now"),
+        ({"sampling": SamplingSettings(max_tokens=12, seed=4)}, "sampling.seed: 0 there, 4 now"),
         ({"dtype": "float32"}, "engine.dtype: 'auto' there, 'float32' now"),
         ({"chat_template": TEMPLATE + " "}, "chat_template: "),
     ],
 )
 def test_other_settings_are_not_mixed_in(
-    settings: Callable[..., run.Settings], tmp_path: Path, change: dict[str, Any], message: str
+    settings: Callable[..., evaluation.EvaluationSettings], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    run.evaluate(settings(answers=1), QUIET)
+    evaluation.evaluate(settings(answers=1), QUIET)
     before = lines(tmp_path / "out")
     with pytest.raises(EntropyForkError, match="must not be mixed") as error:
-        run.evaluate(settings(**change), QUIET)
+        evaluation.evaluate(settings(**change), QUIET)
     assert message in str(error.value)
     assert str(error.value).count(" now\n") == 1, "only what differs is named"
     assert lines(tmp_path / "out") == before
 
 
 def test_other_weights_and_other_questions_are_not_mixed_in(
-    settings: Callable[..., run.Settings], model: Path, tmp_path: Path
+    settings: Callable[..., evaluation.EvaluationSettings], model: Path, tmp_path: Path
 ) -> None:
-    run.evaluate(settings(answers=1), QUIET)
+    evaluation.evaluate(settings(answers=1), QUIET)
     trained = tmp_path / "trained"
     shutil.copytree(model, trained)
     network = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
     network.model.norm.weight.data *= 1.01
     network.save_pretrained(trained)
     with pytest.raises(EntropyForkError, match=r"\n  model: '.*' there, '.*' now\nRepeat"):
-        run.evaluate(settings(answers=1, model=trained), QUIET)
+        evaluation.evaluate(settings(answers=1, model=trained), QUIET)
     moved = tmp_path / "moved"
     shutil.copytree(model, moved)
-    run.evaluate(settings(answers=1, model=moved), QUIET)  # the same model elsewhere
+    evaluation.evaluate(settings(answers=1, model=moved), QUIET)  # the same model elsewhere
     other = write_data(tmp_path / "other.parquet", ["aime24"] * 6)
     with pytest.raises(EntropyForkError, match=r"\n  questions: '.*' there, '.*' now\nRepeat"):
-        run.evaluate(settings(answers=1, data=[other]), QUIET)
+        evaluation.evaluate(settings(answers=1, data=[other]), QUIET)
 
 
-def test_a_mistake_before_the_first_answer_can_be_corrected(settings: Callable[..., run.Settings]) -> None:
+def test_a_mistake_before_the_first_answer_can_be_corrected(
+    settings: Callable[..., evaluation.EvaluationSettings],
+) -> None:
     with pytest.raises(EntropyForkError, match="64 positions: write --max-tokens 60 or less"):
-        run.evaluate(settings(sampling=Sampling()), QUIET)
-    run.evaluate(settings(), QUIET)
+        evaluation.evaluate(settings(sampling=SamplingSettings()), QUIET)
+    evaluation.evaluate(settings(), QUIET)
 
 
 def test_a_broken_line_and_a_second_process_are_named(tmp_path: Path) -> None:
-    record = Record(0, 0, 1, "a", 3, False, 1.0, True, "text")
+    record = ScoredAnswer(0, 0, 1, "a", 3, False, 1.0, True, "text")
     with AnswerStore(tmp_path / "out", {"x": 1}) as store:
         store.append([record])
         with pytest.raises(EntropyForkError, match="another process is writing"):
             AnswerStore(tmp_path / "out", {"x": 1})
     with (tmp_path / "out" / "answers.jsonl").open("a") as file:
         file.write("garbage\n")
-    with pytest.raises(EntropyForkError, match=r"line 2 of .*answers.jsonl is no answer"):
+    with pytest.raises(EntropyForkError, match=r"line 2 of .*answers.jsonl is not an answer"):
         AnswerStore(tmp_path / "out", {"x": 1})
-    with pytest.raises(EntropyForkError, match="other files"):
+    with pytest.raises(EntropyForkError, match="files of something else"):
         AnswerStore(tmp_path, {"x": 1})
 
 
@@ -210,7 +213,7 @@ def test_bad_data_is_one_clear_error(tmp_path: Path) -> None:
         read_questions([tmp_path / "none.parquet"])
     text = tmp_path / "text.parquet"
     text.write_text("{}")
-    with pytest.raises(EntropyForkError, match="no readable parquet"):
+    with pytest.raises(EntropyForkError, match="cannot be read as parquet"):
         read_questions([text])
     good = {"data_source": "a", "prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "1"}}
     for change, message in (
@@ -228,20 +231,20 @@ def test_bad_data_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_one_clear_error(
-    settings: Callable[..., run.Settings], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., evaluation.EvaluationSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for wrong, message in (
         ({"answers": 0}, "answers is 0, and must be at least 1"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"answers": 2, "sampling": Sampling(temperature=0)}, "write --answers 1"),
+        ({"answers": 2, "sampling": SamplingSettings(temperature=0)}, "write --answers 1"),
     ):
         with pytest.raises(EntropyForkError, match=message):
             settings(**wrong)
     for values, message in (({"top_p": 0.0}, "top_p"), ({"top_k": 0}, "top_k"), ({"max_tokens": 0}, "max_tokens")):
         with pytest.raises(EntropyForkError, match=message):
-            Sampling(**values)
-    with pytest.raises(EntropyForkError, match="none of chat, paper, no file and no Jinja template"):
-        run.evaluate(settings(chat_template="missing.jinja"), QUIET)
+            SamplingSettings(**values)
+    with pytest.raises(EntropyForkError, match=r"neither a name \(chat, paper\) nor a file nor a Jinja template"):
+        evaluation.evaluate(settings(chat_template="missing.jinja"), QUIET)
     assert engines.parse_arguments(["a=1", "b.c=[x, 2]"]) == {"a": 1, "b": {"c": ["x", 2]}}
     with pytest.raises(EntropyForkError, match="KEY=VALUE"):
         engines.parse_arguments(["max_num_seqs"])
@@ -250,31 +253,33 @@ def test_bad_settings_are_one_clear_error(
     with pytest.raises(EntropyForkError, match="vLLM is not installed"):
         engines.choose_engine("vllm")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(EntropyForkError, match="would not use this machine's accelerator"):
+    with pytest.raises(EntropyForkError, match="does not use this machine's accelerator"):
         engines.choose_engine("auto")
 
 
 def test_the_chat_template_of_a_file_is_what_the_model_reads(
-    settings: Callable[..., run.Settings], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., evaluation.EvaluationSettings], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[list[Job]] = []
+    seen: list[list[AnswerJob]] = []
 
     class Spy(Scripted):
-        def answers(self, jobs: Sequence[Job], is_wanted: Callable[[Job], bool]) -> Iterator[list[Generated]]:
+        def answers(
+            self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]
+        ) -> Iterator[list[Generated]]:
             seen.append(list(jobs))
             return super().answers(jobs, is_wanted)
 
-    monkeypatch.setattr(run, "TransformersEngine", lambda folder, *_: Spy({}, folder))
+    monkeypatch.setattr(evaluation, "TransformersEngine", lambda folder, *_: Spy({}, folder))
     file = tmp_path / "template.jinja"
     file.write_text("ask {{ messages[0].content }}")
     spy = settings(answers=1, chat_template=str(file), output=tmp_path / "custom")
-    run.evaluate(spy, QUIET)
-    run.evaluate(settings(answers=1), QUIET)
+    evaluation.evaluate(spy, QUIET)
+    evaluation.evaluate(settings(answers=1), QUIET)
     tokenizer = Scripted({}, model).tokenizer
     assert [tokenizer.decode(jobs[3].prompt_ids) for jobs in seen] == ["ask 3+3", "3+3="]
 
-    assert run.read_template("chat") is None, "the tokenizer's own"
-    tokenizer.chat_template = run.read_template("paper")
+    assert evaluation.read_template("chat") is None, "the tokenizer's own"
+    tokenizer.chat_template = evaluation.read_template("paper")
     message = [{"role": "user", "content": "3+3"}]
     assert (
         tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -285,7 +290,7 @@ def test_the_chat_template_of_a_file_is_what_the_model_reads(
     shutil.copytree(model, bare)
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(EntropyForkError, match="has no chat template"):
-        run.evaluate(settings(model=bare, output=tmp_path / "bare-out"), QUIET)
+        evaluation.evaluate(settings(model=bare, output=tmp_path / "bare-out"), QUIET)
 
 
 # ---- verl's sharded checkpoints, written by verl's own checkpoint manager on real ranks
@@ -322,15 +327,15 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Processes]:
 
 
 def test_a_sharded_checkpoint_evaluates_as_its_hugging_face_twin(
-    ranks: Processes, settings: Callable[..., run.Settings], model: Path, tmp_path: Path
+    ranks: Processes, settings: Callable[..., evaluation.EvaluationSettings], model: Path, tmp_path: Path
 ) -> None:
     """The twin's weights are bfloat16 already, so verl's rounding changes nothing and every answer is the same."""
     actor = tmp_path / "run" / "global_step_3" / "actor"
     ranks(save_sharded, [(str(model), str(actor), False)] * ranks.size)
-    twin = run.evaluate(settings(output=tmp_path / "twin", dtype="float32"), QUIET)
+    twin = evaluation.evaluate(settings(output=tmp_path / "twin", dtype="float32"), QUIET)
     merged = tmp_path / "merged" if ranks.size == 1 else None
     sharded = settings(model=actor.parent, output=tmp_path / "sharded", dtype="float32", merged=merged)
-    assert run.evaluate(sharded, QUIET).benchmarks == twin.benchmarks
+    assert evaluation.evaluate(sharded, QUIET).benchmarks == twin.benchmarks
     assert lines(tmp_path / "sharded") == lines(tmp_path / "twin")
     assert not (tmp_path / "sharded" / "merged").exists(), "a folder that was made for the evaluation alone is removed"
 
@@ -338,7 +343,7 @@ def test_a_sharded_checkpoint_evaluates_as_its_hugging_face_twin(
     content = shard.read_bytes()
     if merged is not None:
         stamp = (merged / "model.safetensors").stat().st_mtime_ns
-        run.evaluate(replace(sharded, answers=5), QUIET)
+        evaluation.evaluate(replace(sharded, answers=5), QUIET)
         assert (merged / "model.safetensors").stat().st_mtime_ns == stamp, "merged once"
         shard.write_bytes(content[:-100] + bytes(100))
         with pytest.raises(EntropyForkError, match="was not merged from"):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_fork.evaluation.report import paper, paper_cells
-from entropy_fork.evaluation.statistics import average, pass_at, pass_ks, summarise, wilson_interval
+from entropy_fork.evaluation.results import paper, paper_cells
+from entropy_fork.evaluation.statistics import average, pass_at, pass_ks, summarise_benchmark, wilson_interval
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -26,7 +26,7 @@ def tables(draw: st.DrawFn) -> np.ndarray:
 
 
 def summary_of(right: np.ndarray):  # type: ignore[no-untyped-def]
-    return summarise(right, np.full(right.shape, 5), np.zeros_like(right), np.ones_like(right))
+    return summarise_benchmark(right, np.full(right.shape, 5), np.zeros_like(right), np.ones_like(right))
 
 
 @given(st.integers(1, 9), st.data())
@@ -52,7 +52,7 @@ def test_a_summary_against_plain_sums(right: np.ndarray) -> None:
     questions, k = right.shape
     tokens = np.arange(right.size).reshape(right.shape) + 1
     truncated, boxed = tokens % 3 == 0, tokens % 2 == 0
-    summary = summarise(right, tokens, truncated, boxed)
+    summary = summarise_benchmark(right, tokens, truncated, boxed)
 
     shares = [Fraction(int(sum(row)), k) for row in right.tolist()]
     accuracy = sum(shares, Fraction(0)) / questions

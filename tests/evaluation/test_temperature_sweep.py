@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,23 +19,25 @@ from typer.testing import CliRunner, Result
 
 from entropy_fork import cli
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.evaluation import run, temperatures
-from entropy_fork.evaluation.answers import ANSWERS, AnswerStore, Record
+from entropy_fork.common.installing import install_command
+from entropy_fork.evaluation import evaluate as evaluation
+from entropy_fork.evaluation import temperature_sweep
+from entropy_fork.evaluation.answer_store import ANSWERS, AnswerStore, ScoredAnswer
 from entropy_fork.evaluation.checkpoint import Checkpoint
-from entropy_fork.evaluation.engines import Sampling
-from entropy_fork.evaluation.statistics import summarise
-from entropy_fork.evaluation.temperatures import CSV, JSON, PLOTS, Sweep, run_sweep
-from entropy_fork.sampling.temperature import PAPER_TEMPERATURES, TwoTemperatures
+from entropy_fork.evaluation.engines import SamplingSettings
+from entropy_fork.evaluation.statistics import summarise_benchmark
+from entropy_fork.evaluation.temperature_sweep import CSV, JSON, PLOTS, TemperatureSweep, run_sweep
+from entropy_fork.sampling.two_temperatures import PAPER_TEMPERATURES, TwoTemperatures
 
 TAU = 2.5
-SWEEP = Sweep(high=(0.0, 1.0), low=(1.0, 2.5), threshold=TAU)
+SWEEP = TemperatureSweep(high=(0.0, 1.0), low=(1.0, 2.5), threshold=TAU)
 
 
 @pytest.fixture
-def sweep_of(settings: Callable[..., run.Settings]) -> Callable[..., list[temperatures.Point]]:
+def sweep_of(settings: Callable[..., evaluation.EvaluationSettings]) -> Callable[..., list[temperature_sweep.Point]]:
     """Run SWEEP in the folder that is given."""
 
-    def make(output: Path, sweep: Sweep = SWEEP, **changes: Any) -> list[temperatures.Point]:
+    def make(output: Path, sweep: TemperatureSweep = SWEEP, **changes: Any) -> list[temperature_sweep.Point]:
         return run_sweep(settings(output=output, answers=2, batch_size=9, **changes), sweep, QUIET)
 
     return make
@@ -108,27 +111,27 @@ def test_the_plot_shows_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     points = []
     for (varied, pair), num_right in zip(SWEEP.points(), (2, 5, 5, 9), strict=True):
         right = np.arange(10)[:, None] < num_right
-        summary = summarise(right, 3 * np.ones((10, 1), int), ~right, right, np.ones((10, 1), int))
-        points.append(temperatures.Point(varied, pair, run.Evaluation({}, {"x": summary})))
-    temperatures._plot(points, SWEEP, tmp_path)
+        summary = summarise_benchmark(right, 3 * np.ones((10, 1), int), ~right, right, np.ones((10, 1), int))
+        points.append(temperature_sweep.Point(varied, pair, evaluation.Evaluation({}, {"x": summary})))
+    temperature_sweep._plot(points, SWEEP, tmp_path)
     (high, low) = drawn
     assert (high[0], low[0]) == (([0, 1], [20.0, 50.0]), ([1, 2], [50.0, 90.0]))
     assert [options["label"] for _, options in drawn] == ["T_high, with T_low = 1", "T_low, with T_high = 1"]
     below, above = low[1]["yerr"]
     assert (90 - below[1], 90 + above[1]) == pytest.approx([100 * end for end in points[3].average.interval])
     content = (tmp_path / "temperatures.svg").read_bytes()
-    temperatures._plot(points, SWEEP, tmp_path)
+    temperature_sweep._plot(points, SWEEP, tmp_path)
     assert (tmp_path / "temperatures.svg").read_bytes() == content, "the same results, the same file"
     assert {path.name for path in tmp_path.iterdir()} == set(PLOTS)
 
 
 def test_both_at_one_is_ordinary_sampling(
-    sweep_of: Callable[..., list[temperatures.Point]],
-    settings: Callable[..., run.Settings],
+    sweep_of: Callable[..., list[temperature_sweep.Point]],
+    settings: Callable[..., evaluation.EvaluationSettings],
     tmp_path: Path,
 ) -> None:
     points = sweep_of(tmp_path / "out")
-    plain = run.evaluate(settings(output=tmp_path / "plain", answers=2, batch_size=9), QUIET)
+    plain = evaluation.evaluate(settings(output=tmp_path / "plain", answers=2, batch_size=9), QUIET)
 
     def texts(folder: Path) -> list[str]:
         return [json.loads(line)["text"] for line in lines(folder)]
@@ -141,23 +144,23 @@ def test_both_at_one_is_ordinary_sampling(
 
 
 def test_the_model_is_loaded_once_and_an_interrupted_sweep_goes_on(
-    sweep_of: Callable[..., list[temperatures.Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep_of: Callable[..., list[temperature_sweep.Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Path] = []
 
-    class Engine(run.TransformersEngine):
+    class Engine(evaluation.TransformersEngine):
         def __init__(self, folder: Path, *arguments: Any):
             loads.append(folder)
             super().__init__(folder, *arguments)
 
-    monkeypatch.setattr(run, "TransformersEngine", Engine)
+    monkeypatch.setattr(evaluation, "TransformersEngine", Engine)
     whole = sweep_of(tmp_path / "whole")
     assert len(loads) == 1
 
     appended = []
     append = AnswerStore.append
 
-    def dying_append(store: AnswerStore, records: Sequence[Record]) -> None:
+    def dying_append(store: AnswerStore, records: Sequence[ScoredAnswer]) -> None:
         append(store, records)
         appended.append(len(records))
         if len(appended) == 3:  # of two batches for each pair
@@ -176,7 +179,7 @@ def test_the_model_is_loaded_once_and_an_interrupted_sweep_goes_on(
 
 
 def test_shards_are_merged_once_and_removed(
-    sweep_of: Callable[..., list[temperatures.Point]],
+    sweep_of: Callable[..., list[temperature_sweep.Point]],
     model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -193,32 +196,35 @@ def test_shards_are_merged_once_and_removed(
                 shutil.copytree(model, target)
             return target
 
-    monkeypatch.setattr(run.Checkpoint, "find", lambda _: Sharded(model, "fsdp"))
+    monkeypatch.setattr(evaluation.Checkpoint, "find", lambda _: Sharded(model, "fsdp"))
     sweep_of(tmp_path / "out", replace(SWEEP, low=()))
     assert targets == [tmp_path / "out" / "merged"]
     assert not targets[0].exists()
-    sweep_of(tmp_path / "other", Sweep((0.5,), (), threshold=TAU), merged=tmp_path / "kept")
+    sweep_of(tmp_path / "other", TemperatureSweep((0.5,), (), threshold=TAU), merged=tmp_path / "kept")
     assert (tmp_path / "kept" / "config.json").is_file()
 
 
-def test_answers_of_older_versions_are_taken_up(settings: Callable[..., run.Settings], tmp_path: Path) -> None:
+def test_answers_of_older_versions_are_taken_up(
+    settings: Callable[..., evaluation.EvaluationSettings],
+    tmp_path: Path,
+) -> None:
     """Their lines have no count of tokens above a threshold, and their manifests no two temperatures."""
-    first = run.evaluate(settings(), QUIET)
+    first = evaluation.evaluate(settings(), QUIET)
     file, manifest = tmp_path / "out" / ANSWERS, tmp_path / "out" / "manifest.json"
     old = [{key: value for key, value in json.loads(line).items() if key != "above"} for line in lines(file.parent)]
     file.write_text("".join(json.dumps(values) + "\n" for values in old[:-3]))
     there = json.loads(manifest.read_text())
     del there["identity"]["sampling"]["two_temperatures"]
     manifest.write_text(json.dumps(there))
-    assert run.evaluate(settings(), QUIET).benchmarks == first.benchmarks
+    assert evaluation.evaluate(settings(), QUIET).benchmarks == first.benchmarks
 
 
 def test_the_defaults_are_the_papers() -> None:
     parameters = inspect.signature(cli.temperatures).parameters
     for name in ("high", "low"):
-        assert temperatures.parse_values(parameters[name].default, f"--{name}") == PAPER_TEMPERATURES
-    assert (Sweep((1.0,), ()).threshold, TwoTemperatures(1, 1).threshold) == (0.672, 0.672)
-    pairs = {(pair.high, pair.low) for _, pair in Sweep(PAPER_TEMPERATURES, PAPER_TEMPERATURES).points()}
+        assert temperature_sweep.parse_values(parameters[name].default, f"--{name}") == PAPER_TEMPERATURES
+    assert (TemperatureSweep((1.0,), ()).threshold, TwoTemperatures(1, 1).threshold) == (0.672, 0.672)
+    pairs = {(pair.high, pair.low) for _, pair in TemperatureSweep(PAPER_TEMPERATURES, PAPER_TEMPERATURES).points()}
     assert len(pairs) == 15
     assert all(1.0 in pair for pair in pairs)
 
@@ -237,7 +243,7 @@ def test_mistakes_are_named_before_anything_is_answered(command: Callable[..., R
         (["--threshold", "1", "--like", str(tokens)], "write one of them"),
         (["--like", str(tokens)], "its manifest has no threshold"),
         (["--like", str(tmp_path / "nowhere")], f"no folder {tmp_path / 'nowhere'}: name a folder that"),
-        (["--temperature", "0"], "entropies need one above it"),
+        (["--temperature", "0"], "entropies are measured at it"),
         (["--high", "0", "--fixed-low", "0"], "write --answers 1"),
         (["--fixed-high", "-2"], "T_high is -2.0"),
     ):
@@ -266,15 +272,15 @@ def test_a_threshold_from_a_folder_of_tokens_and_another_one_in_the_same_folder(
 
 
 def test_without_matplotlib_it_says_so_first(
-    sweep_of: Callable[..., list[temperatures.Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep_of: Callable[..., list[temperature_sweep.Point]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(temperatures.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(EntropyForkError, match=r"pip install 'entropy-fork\[analysis\]'"):
+    monkeypatch.setattr(temperature_sweep.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(EntropyForkError, match=re.escape(install_command("analysis"))):
         sweep_of(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_greedy_settings_with_two_temperatures() -> None:
     for pair, is_greedy in ((None, False), (TwoTemperatures(0, 0), True), (TwoTemperatures(0, 1), False)):
-        assert Sampling(two_temperatures=pair).is_greedy == is_greedy
-    assert Sampling(temperature=0.0).is_greedy
+        assert SamplingSettings(two_temperatures=pair).is_greedy == is_greedy
+    assert SamplingSettings(temperature=0.0).is_greedy

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from entropy_fork.common.installing import install_command
 from entropy_fork.preflight import doctor
 from entropy_fork.preflight.doctor import Diagnosis, sentences
 from entropy_fork.preflight.probe import PACKAGES, probe
@@ -58,7 +59,7 @@ def test_processes_that_differ(healthy: dict[str, Any]) -> None:
     found = Diagnosis(processes={"this process": here, "a worker": there})
     doctor._accelerators(found)
     assert "no accelerator in this process or a worker" in found.problems[0]
-    assert "'entropy-fork[cpu]'" in found.problems[0]
+    assert install_command("cpu") in found.problems[0]
     assert found.problems[1].startswith("verl differs between processes: 0.9.0, 0.9.1")
 
 

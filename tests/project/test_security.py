@@ -31,16 +31,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from entropy_fork.analysis import report_files
+from entropy_fork.analysis import results
 from entropy_fork.analysis.summary import summarise
 from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import figure_label, markdown_cell, spreadsheet_cell, visible
-from entropy_fork.evaluation import run
-from entropy_fork.evaluation.answers import AnswerStore
+from entropy_fork.evaluation import evaluate as evaluation
+from entropy_fork.evaluation.answer_store import AnswerStore
 from entropy_fork.evaluation.checkpoint import Checkpoint
-from entropy_fork.evaluation.engines import Sampling
-from entropy_fork.evaluation.report import TextTable
+from entropy_fork.evaluation.engines import SamplingSettings
+from entropy_fork.evaluation.results import TextTable
 from entropy_fork.report.figures import file_name
 from entropy_fork.reward import compute_score, judge
 from entropy_fork.reward.judge import judges
@@ -58,8 +58,11 @@ QUIET = Console(quiet=True)
 #: a call that is allowed all the same: file, what it is, why
 ALLOWED = {
     ("entropy_fork/preflight/model_shape.py", "trust_remote_code"): "plan: the value of the run's own config",
-    ("entropy_fork/evaluation/run.py", "trust_remote_code"): "the value that the user gives vLLM, or False",
-    ("entropy_fork/analysis/sampling.py", "pickle.load"): "vLLM's process reads what its parent wrote, from their pipe",
+    ("entropy_fork/evaluation/evaluate.py", "trust_remote_code"): "the value that the user gives vLLM, or False",
+    (
+        "entropy_fork/analysis/draw_answers.py",
+        "pickle.load",
+    ): "vLLM's process reads what its parent wrote, from their pipe",
     ("entropy_fork/verl/cpu/cpu_platform.py", "from_pretrained"): "hands on verl's own arguments",
     (
         "entropy_fork/verl/cpu/worker_shim.py",
@@ -367,9 +370,11 @@ def write_data(file: Path, source: str) -> Path:
     return file
 
 
-def evaluating(model: Path, data: Path, output: Path, **changes: Any) -> run.Settings:
-    sampling = Sampling(max_tokens=8)
-    return run.Settings(model, [data], output, answers=2, engine="transformers", sampling=sampling, **changes)
+def evaluating(model: Path, data: Path, output: Path, **changes: Any) -> evaluation.EvaluationSettings:
+    sampling = SamplingSettings(max_tokens=8)
+    return evaluation.EvaluationSettings(
+        model, [data], output, answers=2, engine="transformers", sampling=sampling, **changes
+    )
 
 
 @pytest.mark.process
@@ -386,8 +391,8 @@ def test_a_hostile_shard_is_not_unpickled(
     shard = actor / "model_world_size_1_rank_0.pt"
     torch.save({"model.embed_tokens.weight": torch.zeros(2, 2), "a": Touch(canary)}, shard)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    with pytest.raises(EntropyForkError, match=r"holds posix\.mkdir, which could run code and was not loaded"):
-        run.evaluate(evaluating(actor, data, tmp_path / "out"), QUIET)
+    with pytest.raises(EntropyForkError, match=r"has posix\.mkdir in it, which could run code and was not loaded"):
+        evaluation.evaluate(evaluating(actor, data, tmp_path / "out"), QUIET)
     assert not canary.exists()
     torch.load(shard, weights_only=False)  # what verl's merger does by itself
     assert canary.exists()
@@ -396,7 +401,7 @@ def test_a_hostile_shard_is_not_unpickled(
 @pytest.mark.parametrize("size", ["1000000000000", "-1", '"../../x"', "null", "1.5"])
 def test_a_hostile_number_of_shards_is_refused(size: str, tmp_path: Path) -> None:
     (tmp_path / "fsdp_config.json").write_text(f'{{"world_size": {size}}}')
-    with pytest.raises(EntropyForkError, match="names no number of ranks"):
+    with pytest.raises(EntropyForkError, match="has no valid number of ranks"):
         Checkpoint.find(tmp_path)
 
 
@@ -407,8 +412,8 @@ def test_a_hostile_pickle_of_weights_is_not_unpickled(model: Path, data: Path, t
         if not file.name.endswith(".safetensors"):
             (hostile / file.name).write_bytes(file.read_bytes())
     torch.save({"model.embed_tokens.weight": Touch(canary)}, hostile / "pytorch_model.bin")
-    with pytest.raises(EntropyForkError, match=r"holds posix\.mkdir, which could run code and was not loaded"):
-        run.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)
+    with pytest.raises(EntropyForkError, match=r"has posix\.mkdir in it, which could run code and was not loaded"):
+        evaluation.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)
     assert not canary.exists()
     torch.load(hostile / "pytorch_model.bin", weights_only=False)
     assert canary.exists()
@@ -427,7 +432,7 @@ def test_a_models_own_code_is_not_run(model: Path, data: Path, tmp_path: Path) -
         "class Config(Qwen3Config): model_type = 'mine'\n"  # of its own: transformers marks the class that it loads
     )
     with pytest.raises(EntropyForkError, match="brings Python code of its own"):
-        run.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)
+        evaluation.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)
     rollouts = tmp_path / "rollouts"
     rollouts.mkdir()
     (rollouts / "1.jsonl").write_text('{"input": "1+1", "output": "2", "score": 1}\n')
@@ -446,7 +451,7 @@ def test_a_models_own_code_is_not_run(model: Path, data: Path, tmp_path: Path) -
 def test_a_chat_template_stays_in_its_sandbox(model: Path, data: Path, tmp_path: Path) -> None:
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(EntropyForkError, match="chat template cannot be applied: SecurityError"):
-        run.evaluate(evaluating(model, data, tmp_path / "out", chat_template=template), QUIET)
+        evaluation.evaluate(evaluating(model, data, tmp_path / "out", chat_template=template), QUIET)
     # and what a question says is no template
     row = {"data_source": "x", "prompt": [{"role": "user", "content": "{{ 7 * 7 }}"}],
            "reward_model": {"ground_truth": "1"}}  # fmt: skip
@@ -456,7 +461,7 @@ def test_a_chat_template_stays_in_its_sandbox(model: Path, data: Path, tmp_path:
     from entropy_fork.evaluation.questions import read_questions
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    (ids,) = run.prompts(tokenizer, read_questions([tmp_path / "t.parquet"]), None)
+    (ids,) = evaluation.prompts(tokenizer, read_questions([tmp_path / "t.parquet"]), None)
     assert list(ids) == [LETTERS.index(letter) if letter in LETTERS else 0 for letter in "{{ 7 * 7 }}="]
 
 
@@ -506,7 +511,7 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path: Path) -> None:
     write_manifest(tokens, {"source": "model", "identity": {}})
     for folder in (prepared, tokens):
         before = (folder / "manifest.json").read_text()
-        with pytest.raises(EntropyForkError, match="is of something else: choose another folder"):
+        with pytest.raises(EntropyForkError, match="is not of an evaluation: choose another folder"):
             AnswerStore(folder, {"model": "x"})
         config = SimpleNamespace(trainer=None, actor_rollout_ref=None)
         with pytest.raises(EntropyForkError, match=r"manifest of something else|other tokens than those of a training"):
@@ -657,7 +662,7 @@ def hostile_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_files_of_an_analysis_hold_text(hostile_tokens: Path, tmp_path: Path) -> None:
-    report_files.write_summary(summarise(hostile_tokens, 5), tmp_path)
+    results.write_summary(summarise(hostile_tokens, 5), tmp_path)
     names = {"figures", *(file.name for file in tmp_path.iterdir() if file.suffix in (".csv", ".json"))}
     assert {entry.name for entry in tmp_path.iterdir()} == names
     found = set()
@@ -671,7 +676,7 @@ def test_the_files_of_an_analysis_hold_text(hostile_tokens: Path, tmp_path: Path
     assert {'\'=HYPERLINK("http://example.org","x")', "'@SUM(A1)", "[red]red[/red]"} <= found
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="truecolor", width=300)
-    for _, table in report_files.summary_tables(summarise(hostile_tokens, 5)):
+    for _, table in results.summary_tables(summarise(hostile_tokens, 5)):
         console.print(table.rich())
     assert "[red]red[/red]" in out.getvalue()
     assert "\x1b[31m" not in out.getvalue()

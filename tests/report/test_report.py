@@ -22,7 +22,7 @@ from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.selection import Selector, kept_count, select_tokens
 from entropy_fork.report import curves, page, steps
-from entropy_fork.report.answers import RATIOS, chosen_answers, pools_of
+from entropy_fork.report.packed_answers import RATIOS, chosen_answers, pools_of
 from entropy_fork.tokens.store import AnswerTokens, read_answers, write_manifest, write_part
 
 #: what a model may write; each becomes a token
@@ -422,13 +422,13 @@ def test_answers_are_taken_evenly_and_one_that_is_broken_is_named(tokens: Path, 
     assert [answer.answer for answer in chosen_answers(tokens, 3)] == [0, 2, 5]
     assert [answer.answer for answer in chosen_answers(tokens, 100)] == [0, 1, 2, 3, 4, 5]
     write_manifest(tmp_path / "broken", {"source": "model"})
-    with pytest.raises(EntropyForkError, match="holds no answers yet"):
+    with pytest.raises(EntropyForkError, match="has no answers yet"):
         chosen_answers(tmp_path / "broken", 3)
     answer = make_answer(7, ["a", "b"], 0)
     answer.entropy[1] = np.nan
     write_part(tmp_path / "broken", 0, [answer])
-    with pytest.raises(EntropyForkError, match=r"answers 7 of the tokens to show: .*not finite"):
-        page.write(page.Settings(tmp_path / "out.html", tokens=[tmp_path / "broken"]))
+    with pytest.raises(EntropyForkError, match=r"answers 7 cannot be shown: .*not finite"):
+        page.write(page.ReportSettings(tmp_path / "out.html", tokens=[tmp_path / "broken"]))
     assert not list(tmp_path.glob("*out.html*"))
 
 
@@ -455,11 +455,11 @@ def test_a_folder_without_steps_has_no_section_of_them(tokens: Path, dump: Path)
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ([], "nothing to report: give --tokens FOLDER"),
+        ([], "nothing to report: write --tokens FOLDER"),
         (["--tokens", "nowhere"], "no folder nowhere: name a folder that 'entropy-fork analyze'"),
         (["--run", "nowhere"], "--run: there is no folder nowhere"),
-        (["--run", "x=EMPTY"], "one run's tensorboard files are expected there, and there are none"),
-        (["--run", "RUNS"], "there are those of 2 runs"),
+        (["--run", "x=EMPTY"], "must have the tensorboard files of one run, and has no such files"),
+        (["--run", "RUNS"], "has the files of 2 runs"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(

@@ -17,16 +17,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from entropy_fork.core.entropy import entropies
 from entropy_fork.sampling import vllm_processor
 from entropy_fork.sampling.generation import Request, generate
 from entropy_fork.sampling.sampler import Decoding, Sampler
-from entropy_fork.sampling.temperature import (
-    PAPER_TEMPERATURES,
-    TwoTemperatures,
-    entropies,
-    scaled,
-    two_temperatures,
-)
+from entropy_fork.sampling.two_temperatures import PAPER_TEMPERATURES, TwoTemperatures, scaled, two_temperatures
 from entropy_fork.sampling.vllm_processor import TwoTemperaturesProcessor, extra_args, parse
 
 VOCABULARY, END = 50, 7

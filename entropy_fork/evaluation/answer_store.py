@@ -1,7 +1,7 @@
-"""Every answer on disk as soon as it is there, so that a second call goes on where the first one stopped.
+"""Every answer is written to disk when it is finished, so that a second call continues where the first one stopped.
 
-``answers.jsonl`` has one line per answer. ``manifest.json`` says what they are answers of: a call with another model,
-other questions or other sampling settings is refused, because a mean over a mixture means nothing.
+``answers.jsonl`` has one line per answer. ``manifest.json`` says which model, questions and sampling settings they
+belong to. A call with others is refused, because a mean over a mixture means nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from entropy_fork.common.output_folder import lock, refuse_other, write_whole
 ANSWERS, MANIFEST = "answers.jsonl", "manifest.json"
 
 
-class Kept(Protocol):
-    """What a store keeps: a dataclass of what JSON can write."""
+class StoredAnswer(Protocol):
+    """What an :class:`AnswerStore` keeps: a dataclass whose values JSON can write."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -29,22 +29,23 @@ class Kept(Protocol):
         ...
 
     def without_content(self) -> Any:
-        """The same without what is long: the answers of a benchmark fill a machine's memory."""
+        """The same without its long fields: all answers of a benchmark would fill a machine's memory."""
         ...
 
 
 @dataclass(frozen=True)
-class Record:
+class ScoredAnswer:
     """One scored answer.
 
     Attributes:
         question: index of the question over all files, in order.
-        sample: number of the answer to that question, from 0.
-        seed: what its tokens were drawn with.
-        tokens: its length, the end token included.
-        truncated: whether it ended because of the length limit.
+        sample: number of the answer among those to this question, from 0.
+        seed: the seed that its tokens were drawn with.
+        data_source: the benchmark of the question.
+        tokens: its length in tokens, the end token included.
+        truncated: whether the length limit ended it.
         score: what the reward gave, 1 for a right answer.
-        boxed: whether it has a box at all.
+        boxed: whether it has a box that can be read.
         text: the answer without special tokens, as the reward saw it.
         above: with two temperatures, how many of its tokens were drawn above the threshold.
     """
@@ -62,27 +63,27 @@ class Record:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Question and number of the answer: what an :class:`AnswerStore` finds it by."""
+        """Question and number of the answer, by which an :class:`AnswerStore` finds it."""
         return self.question, self.sample
 
-    def without_content(self) -> Record:
+    def without_content(self) -> ScoredAnswer:
         """The same without its text, as an :class:`AnswerStore` keeps it in memory."""
         return replace(self, text="")
 
 
-R = TypeVar("R", bound=Kept)
+R = TypeVar("R", bound=StoredAnswer)
 
 
 class AnswerStore(Generic[R]):
     """The answers in one folder, open for one process at a time.
 
-    ``records`` has them by (question, sample), without their content; :meth:`whole` reads that again.
+    ``records`` has the answers by (question, sample), without their content; :meth:`whole` reads it from disk.
 
     Args:
-        folder: made if it is not there.
-        identity: what all answers have in common, as a dict of what JSON can write (nested dicts allowed).
+        folder: made if it does not exist.
+        identity: what all answers have in common, as a dict that JSON can write (nested dicts allowed).
         notes: further facts for the manifest, which are not compared.
-        kind: the class of what is kept.
+        kind: the class of the answers.
 
     Raises:
         EntropyForkError: the folder holds something else, answers of another identity, or is in use.
@@ -93,7 +94,7 @@ class AnswerStore(Generic[R]):
         folder: Path,
         identity: dict[str, Any],
         notes: dict[str, Any] | None = None,
-        kind: type[R] = Record,  # type: ignore[assignment]
+        kind: type[R] = ScoredAnswer,  # type: ignore[assignment]
     ):
         self.folder = folder
         self.records: dict[tuple[int, int], R] = {}
@@ -101,9 +102,9 @@ class AnswerStore(Generic[R]):
         self._places: dict[tuple[int, int], int] = {}
         manifest = folder / MANIFEST
         if folder.is_dir() and any(folder.iterdir()) and not manifest.is_file():
-            raise EntropyForkError(f"{folder} holds no evaluation but other files: choose another folder with --output")
+            raise EntropyForkError(f"{folder} has files of something else: choose another folder with --output")
         if manifest.is_file() and not _is_ours(manifest):
-            raise EntropyForkError(f"{manifest} is of something else: choose another folder with --output")
+            raise EntropyForkError(f"{manifest} is not of an evaluation: choose another folder with --output")
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / ANSWERS).open("a+b")
         try:
@@ -123,7 +124,7 @@ class AnswerStore(Generic[R]):
         return self._parsed(self._file.readline())
 
     def _read(self) -> None:
-        """Take up what is there, and cut off a last line that a killed process did not finish."""
+        """Read the answers on disk, and cut off a last line that a killed process did not finish."""
         self._file.seek(0)
         place = 0
         for number, line in enumerate(self._file, start=1):
@@ -134,7 +135,7 @@ class AnswerStore(Generic[R]):
                 record = self._parsed(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise EntropyForkError(
-                    f"line {number} of {self.folder / ANSWERS} is no answer ({error!r}): delete the line"
+                    f"line {number} of {self.folder / ANSWERS} is not an answer ({error!r}): delete the line"
                 ) from error
             self._remember(record, place)
             place += len(line)
@@ -149,7 +150,7 @@ class AnswerStore(Generic[R]):
         self._places[record.key] = place
 
     def append(self, records: Iterable[R]) -> None:
-        """Keep these answers; they are in the file when this returns."""
+        """Add these answers to the file; they are in it when this returns."""
         place = self._file.seek(0, 2)
         for record in records:
             line = (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
@@ -159,7 +160,7 @@ class AnswerStore(Generic[R]):
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file; everything added is in it already."""
+        """Close the file. Everything that was added is in it already."""
         self._file.close()
 
     def __enter__(self) -> AnswerStore[R]:
@@ -170,7 +171,7 @@ class AnswerStore(Generic[R]):
 
 
 def _is_ours(manifest: Path) -> bool:
-    """Whether a manifest is one that a store wrote: data, tokens and much else have a file of that name, too."""
+    """Whether a store of answers wrote this manifest. Folders of data and of tokens have a file of that name, too."""
     try:
         there = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Either temperature of Eq. 5 varied while the other stays (2506.01939, §3): what ``entropy-fork temperatures`` does.
+"""What ``entropy-fork temperatures`` does: vary one temperature of Eq. 5 and keep the other one (2506.01939, §3).
 
-Every pair of temperatures is an evaluation of its own, in a folder of its own under the output, with the same questions
-and the same seeds; the model is loaded once. Beside the folders lie the table (``temperatures.csv`` with every
-benchmark, ``temperatures.json`` unrounded) and the two curves (``temperatures.png``, ``temperatures.svg``).
+Every pair of temperatures is an evaluation of its own, in its own folder under the output, with the same questions and
+the same seeds. The model is loaded once. Beside the folders are the table (``temperatures.csv`` with every benchmark,
+``temperatures.json`` unrounded) and the two curves (``temperatures.png``, ``temperatures.svg``).
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from rich.console import Console
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import spreadsheet_cell
+from entropy_fork.common.installing import why_missing
 from entropy_fork.common.output_folder import write_whole
 from entropy_fork.common.progress import task
-from entropy_fork.evaluation import report
-from entropy_fork.evaluation.run import Evaluation, Opened, Settings, evaluate, open_engine
-from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
-from entropy_fork.sampling.temperature import PAPER_THRESHOLD, TwoTemperatures
+from entropy_fork.evaluation import results
+from entropy_fork.evaluation.evaluate import Evaluation, EvaluationSettings, Opened, evaluate, open_engine
+from entropy_fork.evaluation.statistics import CONFIDENCE, BenchmarkSummary, average
+from entropy_fork.sampling.two_temperatures import PAPER_THRESHOLD, TwoTemperatures
 from entropy_fork.tokens.store import read_manifest
 
 CSV, JSON, PLOTS = "temperatures.csv", "temperatures.json", ("temperatures.png", "temperatures.svg")
 
 
 @dataclass(frozen=True)
-class Sweep:
+class TemperatureSweep:
     """The temperatures to try.
 
     Attributes:
-        high: T_high's values while T_low is ``fixed_low``; may be empty.
-        low: T_low's values while T_high is ``fixed_high``; may be empty.
+        high: values of T_high while T_low is ``fixed_low``; may be empty.
+        low: values of T_low while T_high is ``fixed_high``; may be empty.
+        fixed_high, fixed_low: the temperature that stays while the other one is varied.
         threshold: τ in nats.
     """
 
@@ -51,10 +53,10 @@ class Sweep:
     threshold: float = PAPER_THRESHOLD
 
     def points(self) -> list[tuple[str, TwoTemperatures]]:
-        """Which temperature is varied, and both; a pair that lies on both curves is there twice.
+        """Each point: which temperature is varied, and the pair. A pair on both curves is there twice.
 
         Raises:
-            EntropyForkError: there is none, or a value has no meaning.
+            EntropyForkError: there is no point, or a value has no meaning.
         """
         if not self.high and not self.low:
             raise EntropyForkError("neither T_high nor T_low has a value to try: write some with --high or --low")
@@ -69,7 +71,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Point:
-    """What came out at one pair of temperatures; ``varied`` names its curve."""
+    """The result at one pair of temperatures; ``varied`` names its curve."""
 
     varied: str
     pair: TwoTemperatures
@@ -77,12 +79,12 @@ class Point:
 
     @property
     def value(self) -> float:
-        """The temperature that is varied, at this point."""
+        """The value of the temperature that is varied."""
         return self.pair.high if self.varied == "high" else self.pair.low
 
     @property
-    def average(self) -> Summary:
-        """Of the only benchmark, or the unweighted mean over several."""
+    def average(self) -> BenchmarkSummary:
+        """The summary of the only benchmark, or the unweighted mean over several."""
         summaries = list(self.evaluation.benchmarks.values())
         return summaries[0] if len(summaries) == 1 else average(summaries)
 
@@ -91,7 +93,7 @@ def parse_values(text: str, option: str) -> tuple[float, ...]:
     """``"0, 0.05,1"`` as numbers, each once.
 
     Raises:
-        EntropyForkError: one of them is none.
+        EntropyForkError: one of them is not a number.
     """
     try:
         return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
@@ -100,7 +102,7 @@ def parse_values(text: str, option: str) -> tuple[float, ...]:
 
 
 def threshold_of(folder: Path) -> float:
-    """The threshold (nats) in the manifest of a folder of tokens, such as 'entropy-fork analyze' writes.
+    """The threshold (nats) in the manifest of a folder of tokens, as 'entropy-fork analyze' writes it.
 
     Raises:
         EntropyForkError: there is no manifest, or no threshold in it.
@@ -111,19 +113,33 @@ def threshold_of(folder: Path) -> float:
     return float(threshold)
 
 
-def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]:
+def choose_threshold(threshold: float | None, like: Path | None) -> float:
+    """τ in nats: the given threshold, that of a folder of tokens, or the paper's.
+
+    Raises:
+        EntropyForkError: both are given, or the folder has no threshold.
+    """
+    if threshold is not None and like is not None:
+        raise EntropyForkError("--threshold and --like both set τ: write one of them")
+    if like is not None:
+        return threshold_of(like)
+    return PAPER_THRESHOLD if threshold is None else threshold
+
+
+def run_sweep(settings: EvaluationSettings, sweep: TemperatureSweep, console: Console) -> list[Point]:
     """Evaluate what has not been evaluated yet, and write the results.
 
     Args:
-        settings: of all evaluations, but for their two temperatures; their folders are made in ``output``.
+        settings: the settings of all evaluations, whose two temperatures are replaced. Their folders are made in its
+            ``output``.
         sweep: the temperatures.
         console: where progress is shown.
 
     Raises:
-        EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
+        EntropyForkError: something that was asked for cannot be done; raised before any answer is drawn.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise EntropyForkError("the curves are drawn with matplotlib: pip install 'entropy-fork[analysis]'")
+        raise EntropyForkError(f"the curves cannot be drawn: {why_missing(['matplotlib'], 'analysis')}")
     points = sweep.points()
     pairs = list(dict.fromkeys(pair for _, pair in points))
     merged = settings.merged or settings.output / "merged"
@@ -138,7 +154,7 @@ def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]
     ]
     opened: Opened | None = None
 
-    def open_once(job: Settings, *arguments: Any) -> Opened:
+    def open_once(job: EvaluationSettings, *arguments: Any) -> Opened:
         nonlocal opened
         opened = opened or open_engine(job, *arguments)
         opened[0].sampling = job.sampling
@@ -149,19 +165,19 @@ def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]
         for pair, job in zip(pairs, jobs, strict=True):
             shown.update(note=f"T_high {pair.high:g}, T_low {pair.low:g}")
             evaluations[pair] = evaluate(job, console, open_once)
-            report.write(evaluations[pair], job.output, None)
+            results.write(evaluations[pair], job.output, None)
             shown.advance()
     if settings.merged is None:
         shutil.rmtree(merged, ignore_errors=True)
-    results = [Point(varied, pair, evaluations[pair]) for varied, pair in points]
-    write_whole(settings.output / CSV, _csv(results))
-    write_whole(settings.output / JSON, json.dumps(_as_dict(results, sweep), indent=2) + "\n")
-    _plot(results, sweep, settings.output)
-    return results
+    curves = [Point(varied, pair, evaluations[pair]) for varied, pair in points]
+    write_whole(settings.output / CSV, _csv(curves))
+    write_whole(settings.output / JSON, json.dumps(_as_dict(curves, sweep), indent=2) + "\n")
+    _plot(curves, sweep, settings.output)
+    return curves
 
 
-def table(points: Sequence[Point]) -> report.TextTable:
-    """A row for each point; where there are several benchmarks, of their average."""
+def table(points: Sequence[Point]) -> results.TextTable:
+    """A row for each point, with the average if there are several benchmarks."""
     k = points[0].average.answers_per_question
     header = ["varied", "T_high", "T_low", f"Acc@{k}", f"{CONFIDENCE:.0%} interval", "tokens", "truncated", "above τ"]
     rows = []
@@ -171,11 +187,11 @@ def table(points: Sequence[Point]) -> report.TextTable:
         cells = [f"T_{point.varied}", f"{point.pair.high:g}", f"{point.pair.low:g}", f"{100 * summary.accuracy:.2f}"]
         cells += [f"{100 * low:.1f}–{100 * high:.1f}", f"{summary.mean_tokens:.0f}", f"{summary.truncated:.1%}"]
         rows.append([*cells, f"{summary.above:.1%}"])
-    return report.TextTable(header, rows)
+    return results.TextTable(header, rows)
 
 
 def _csv(points: Sequence[Point]) -> str:
-    """A row for each point and benchmark, and where there are several for their average."""
+    """A row for each point and benchmark, and for the average if there are several benchmarks."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = ["accuracy", "interval_low", "interval_high", "standard_error", "mean_tokens", "truncated", "above"]
@@ -192,7 +208,7 @@ def _csv(points: Sequence[Point]) -> str:
     return text.getvalue()
 
 
-def _as_dict(points: Sequence[Point], sweep: Sweep) -> dict[str, Any]:
+def _as_dict(points: Sequence[Point], sweep: TemperatureSweep) -> dict[str, Any]:
     common = dict(points[0].evaluation.identity)
     common["sampling"] = {key: value for key, value in common["sampling"].items() if key != "two_temperatures"}
     return {
@@ -212,13 +228,13 @@ def _as_dict(points: Sequence[Point], sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _plot(points: Sequence[Point], sweep: Sweep, folder: Path) -> None:
+def _plot(points: Sequence[Point], sweep: TemperatureSweep, folder: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    # The paper's values are 0.05 and 3 apart: each gets the same room.
+    # Two values can be 0.05 or 3 apart: each one gets the same room.
     values = sorted({point.value for point in points})
     places = {value: place for place, value in enumerate(values)}
     fixed = {"high": f"T_low = {sweep.fixed_low:g}", "low": f"T_high = {sweep.fixed_high:g}"}

@@ -1,7 +1,8 @@
-"""The top ρ of all tokens of a folder, as ``core/selection.py`` takes it of a pool, without all of them in memory.
+"""Mark the top ρ of all tokens of a folder, by the rule of ``core/selection.py``, without all of them in memory.
 
-Exactly ceil(ρN) tokens; among equals at the threshold the one that comes first in its answer, and among those the one
-of the first answer. Three passes look for the threshold and the edge, a fourth one writes the column ``selected``.
+Exactly ceil(ρN) tokens are marked. Among tokens with the entropy of the threshold, those at an earlier position in
+their answer come first, and at the same position those of an earlier answer. Three passes find the threshold and where
+to cut the ties, a fourth one writes the column ``selected``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from entropy_fork.tokens.store import parts, read_columns, write_selected
 
 @dataclass(frozen=True)
 class TopRatio:
-    """Which tokens are above the edge.
+    """Which tokens are in the top ρ: all above the threshold, and some of those at it.
 
     Attributes:
         threshold: τ in nats, the lowest entropy that is selected; NaN without tokens.
-        position: of the tokens at τ those before this position are selected,
-        rows: and of those at it, the first so many.
+        position: tokens with entropy τ are selected before this position in their answer,
+        rows: and at this position in this many answers, the first ones.
         num_tokens, num_selected: N and ceil(ρN).
     """
 
@@ -36,7 +37,7 @@ class TopRatio:
 
 
 def find_top(folder: Path, top_ratio: float) -> TopRatio:
-    """Where the edge of the top ρ lies; ``folder`` may be any with tokens, selected already or not."""
+    """Find the edge of the top ρ of a folder of tokens, whether it was marked before or not."""
     numbers = parts(folder)
 
     def entropies() -> Iterator[np.ndarray]:
@@ -62,7 +63,7 @@ def find_top(folder: Path, top_ratio: float) -> TopRatio:
 
 
 def top_masks(folder: Path, top: TopRatio) -> Iterator[tuple[int, np.ndarray]]:
-    """Part by part: its number, and what is kept of its tokens: bool, shape (tokens of the part,)."""
+    """For each part its number, and which of its tokens are in the top: bool, shape (tokens of the part,)."""
     rows_left = top.rows
     for number in parts(folder):
         position, entropy = read_columns(folder, number, "position", "entropy")
@@ -75,7 +76,7 @@ def top_masks(folder: Path, top: TopRatio) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def select_top(folder: Path, top_ratio: float) -> TopRatio:
-    """Write the column ``selected`` of every part."""
+    """Find the top ρ, and write the column ``selected`` of every part."""
     top = find_top(folder, top_ratio)
     for number, selected in top_masks(folder, top):
         write_selected(folder, number, selected)

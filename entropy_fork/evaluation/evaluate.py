@@ -1,4 +1,4 @@
-"""The evaluation from a checkpoint to the table: what ``entropy-fork evaluate`` does."""
+"""What ``entropy-fork evaluate`` does: answer the questions, score the answers, summarise the scores."""
 
 from __future__ import annotations
 
@@ -19,50 +19,51 @@ from entropy_fork.common.progress import task
 from entropy_fork.common.recipes import preset_names
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.data.template import chat_template as template_of_recipes
-from entropy_fork.evaluation.answers import AnswerStore, Record
+from entropy_fork.evaluation.answer_store import AnswerStore, ScoredAnswer
 from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.evaluation.engines import (
+    AnswerJob,
     Engine,
     Generated,
-    Job,
-    Sampling,
+    SamplingSettings,
     TransformersEngine,
     VllmEngine,
     choose_engine,
 )
 from entropy_fork.evaluation.questions import Question, checksum, read_questions
-from entropy_fork.evaluation.statistics import Summary, summarise
+from entropy_fork.evaluation.statistics import BenchmarkSummary, summarise_benchmark
 from entropy_fork.reward import compute_score
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that is asked for.
+class EvaluationSettings:
+    """Everything that an evaluation needs to know.
 
     Attributes:
         model: a Hugging Face folder, or a checkpoint folder of verl.
         data: parquet files in verl's format.
-        output: folder for answers and results; taken up again if it holds a part of this evaluation.
+        output: folder for answers and results; continued if it has a part of this evaluation.
         answers: k, answers per question.
+        sampling: how answers are drawn.
         engine: ``auto``, ``vllm`` or ``transformers``.
         chat_template: a name of the Hydra group ``template`` (``paper``, ``chat``), a file with a Jinja template, or
             the template itself; None takes the tokenizer's.
-        dtype: of the weights when answering; ``auto`` is what they are stored in.
+        dtype: type of the weights when answering; ``auto`` is the type in which they are stored.
         merged: where the Hugging Face folder of a sharded checkpoint is kept; None removes it at the end.
-        batch_size: of the transformers engine.
-        tensor_parallel, vllm: of the vLLM engine, see :class:`~entropy_fork.evaluation.engines.VllmEngine`.
+        batch_size: for the transformers engine: answers at once.
+        tensor_parallel, vllm: for the vLLM engine, see :class:`~entropy_fork.evaluation.engines.VllmEngine`.
 
     Raises:
-        EntropyForkError: a value that has no meaning.
+        EntropyForkError: a value has no meaning.
     """
 
     model: Path
     data: Sequence[Path]
     output: Path
     answers: int = 16
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     engine: str = "auto"
     chat_template: str | None = None
     dtype: str = "auto"
@@ -85,22 +86,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out: the manifest's identity, and a summary per benchmark in the order of the data."""
+    """The result: the identity of the manifest, and a summary per benchmark in the order of the data."""
 
     identity: dict[str, Any]
-    benchmarks: dict[str, Summary]
+    benchmarks: dict[str, BenchmarkSummary]
 
 
-def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened] | None = None) -> Evaluation:
-    """Answer what has not been answered yet, and summarise.
+def evaluate(
+    settings: EvaluationSettings, console: Console, opening: Callable[..., Opened] | None = None
+) -> Evaluation:
+    """Answer what has not been answered yet, and summarise all answers.
 
     Args:
-        settings: what is evaluated, on what, how, and where to.
+        settings: the model, the data, how to answer, and where to write.
         console: where progress is shown.
-        opening: called in the place of :func:`open_engine`, when there is something to answer.
+        opening: called in place of :func:`open_engine`, if there is something to answer.
 
     Raises:
-        EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
+        EntropyForkError: something that was asked for cannot be done; raised before any answer is drawn.
     """
     questions = read_questions(settings.data)
     checkpoint = Checkpoint.find(settings.model)
@@ -109,10 +112,10 @@ def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened
     identity = identity_of(settings, checkpoint, engine_name, questions, template)
     identity["reward"] = f"entropy_fork.reward {entropy_fork.__version__}"
     notes = {"model_path": str(checkpoint.path), "data": [str(file.absolute()) for file in settings.data]}
-    with AnswerStore(settings.output, identity, notes, Record) as store:
+    with AnswerStore(settings.output, identity, notes, ScoredAnswer) as store:
         wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
         if missing := wanted - store.records.keys():
-            with task(f"looking at {checkpoint.path}; shards are merged by verl's model merger", console=console):
+            with task(f"reading {checkpoint.path} (verl merges shards)", console=console):
                 folder = checkpoint.merge(settings.merged or settings.output / "merged")
             with task(f"loading {folder} into {engine_name}", console=console):
                 opened = (opening or open_engine)(settings, engine_name, folder, template, questions)
@@ -123,9 +126,13 @@ def evaluate(settings: Settings, console: Console, opening: Callable[..., Opened
 
 
 def identity_of(
-    settings: Settings, checkpoint: Checkpoint, engine_name: str, questions: Sequence[Question], template: str | None
+    settings: EvaluationSettings,
+    checkpoint: Checkpoint,
+    engine_name: str,
+    questions: Sequence[Question],
+    template: str | None,
 ) -> dict[str, Any]:
-    """What decides which answers are drawn."""
+    """Everything that decides which answers are drawn."""
     return {
         "model": checkpoint.fingerprint(),
         "questions": checksum(questions),
@@ -137,10 +144,13 @@ def identity_of(
 
 
 def read_template(chat_template: str | None) -> str | None:
-    """The Jinja text of a recipe's template or of a file, or the text itself; None is the tokenizer's own.
+    """The Jinja text of a chat template; None is the tokenizer's own.
+
+    Args:
+        chat_template: a name of the Hydra group ``template``, a file with a Jinja template, or the template itself.
 
     Raises:
-        EntropyForkError: it is none of these.
+        EntropyForkError: the argument is none of these.
     """
     if chat_template is None or "{" in chat_template:
         return chat_template
@@ -151,7 +161,7 @@ def read_template(chat_template: str | None) -> str | None:
     except OSError as error:
         names = ", ".join(preset_names("template"))
         raise EntropyForkError(
-            f"--chat-template {chat_template} is none of {names}, no file and no Jinja template"
+            f"--chat-template {chat_template} is neither a name ({names}) nor a file nor a Jinja template"
         ) from error
 
 
@@ -159,9 +169,9 @@ def prompts(tokenizer: Any, questions: Sequence[Question], template: str | None)
     """Token ids of each prompt, through the chat template as verl applies it in training.
 
     Raises:
-        EntropyForkError: the tokenizer has no chat template and none is given, or it does what it may not.
+        EntropyForkError: the tokenizer has no chat template and none is given, or the template fails.
     """
-    from jinja2 import TemplateError  # which transformers needs for chat templates
+    from jinja2 import TemplateError  # transformers needs it for chat templates
 
     if template is not None:
         tokenizer.chat_template = template
@@ -173,7 +183,7 @@ def prompts(tokenizer: Any, questions: Sequence[Question], template: str | None)
             tokenizer.apply_chat_template(list(question.prompt), add_generation_prompt=True, tokenize=False)
             for question in questions
         ]
-    except TemplateError as error:  # also of what transformers' sandbox forbids
+    except TemplateError as error:  # raised also for what transformers' sandbox forbids
         raise EntropyForkError(f"the chat template cannot be applied: {type(error).__name__}: {error}") from error
     return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
@@ -182,7 +192,7 @@ def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     """The tokenizer's end token and those of the model's generation config.
 
     Raises:
-        EntropyForkError: there is none.
+        EntropyForkError: there is no end token.
     """
     from transformers import GenerationConfig
 
@@ -195,17 +205,18 @@ def end_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     raise EntropyForkError(f"{folder} names no end token, neither in its tokenizer nor in generation_config.json")
 
 
-#: a model that is ready to answer, all answers that are wanted of it, and its tokenizer
-Opened = tuple[Engine, list[Job], Any]
+#: a model that is ready to answer, all jobs for it, and its tokenizer
+Opened = tuple[Engine, list[AnswerJob], Any]
 
 
 def open_engine(
-    settings: Settings, engine_name: str, folder: Path, template: str | None, questions: Sequence[Question]
+    settings: EvaluationSettings, engine_name: str, folder: Path, template: str | None, questions: Sequence[Question]
 ) -> Opened:
-    """A model that is ready to answer, all answers that are wanted of it, and its tokenizer.
+    """Load a model that is ready to answer, with all jobs for it and its tokenizer.
 
     Raises:
-        EntropyForkError: the model's tokenizer or its number of positions does not allow it; before weights are loaded.
+        EntropyForkError: the tokenizer has no chat template or no end token, or the model has too few positions; raised
+            before the weights are loaded.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -228,7 +239,7 @@ def open_engine(
     if dtype == "auto":
         dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     jobs = [
-        Job(index, sample, seed_of(settings.sampling.seed, index, sample), prompt_ids[index])
+        AnswerJob(index, sample, seed_of(settings.sampling.seed, index, sample), prompt_ids[index])
         for sample in range(settings.answers)
         for index in range(len(questions))
     ]
@@ -251,17 +262,17 @@ def open_engine(
 def _answer(
     opened: Opened,
     questions: Sequence[Question],
-    store: AnswerStore[Record],
+    store: AnswerStore[ScoredAnswer],
     missing: set[tuple[int, int]],
     console: Console,
 ) -> None:
     engine, jobs, tokenizer = opened
 
-    def scored(generated: Generated) -> Record:
+    def scored(generated: Generated) -> ScoredAnswer:
         job, question = generated.job, questions[generated.job.question]
         text = tokenizer.decode(generated.token_ids, skip_special_tokens=True)
         reward = compute_score(question.data_source, text, question.ground_truth)
-        return Record(
+        return ScoredAnswer(
             job.question,
             job.sample,
             job.seed,
@@ -286,8 +297,8 @@ def _answer(
             shown.advance(len(records), f"{share:.1%} right  {speed:,.0f} tokens/s")
 
 
-def _summaries(questions: Sequence[Question], store: AnswerStore[Record], k: int) -> dict[str, Summary]:
-    """A summary per data source, of the first k answers to each question."""
+def _summaries(questions: Sequence[Question], store: AnswerStore[ScoredAnswer], k: int) -> dict[str, BenchmarkSummary]:
+    """A summary per data source, over the first k answers to each question."""
     summaries = {}
     for name in dict.fromkeys(question.data_source for question in questions):
         rows = [
@@ -296,11 +307,11 @@ def _summaries(questions: Sequence[Question], store: AnswerStore[Record], k: int
             if question.data_source == name
         ]
 
-        def table(attribute: str, rows: list[list[Record]] = rows) -> np.ndarray:
+        def table(attribute: str, rows: list[list[ScoredAnswer]] = rows) -> np.ndarray:
             return np.array([[getattr(record, attribute) for record in row] for row in rows])
 
         has_above = all(record.above is not None for row in rows for record in row)
-        summaries[name] = summarise(
+        summaries[name] = summarise_benchmark(
             table("score") == 1.0,
             table("tokens"),
             table("truncated"),

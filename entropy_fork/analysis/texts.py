@@ -1,7 +1,7 @@
-"""Where the texts come from that are measured: a model's own answers, verl's dumps, or another folder of tokens.
+"""The texts to measure: verl's dumps, another folder of tokens, or a model's own answers (``draw_answers.py``).
 
-A source is the same sequence of texts each time it is read, so that an analysis that was stopped goes on at the part
-where it was. Nothing is tokenised that was measured already, and one text is in memory at a time.
+A source gives the same sequence of texts each time it is read, so that an analysis can continue after a stop. Texts
+that were measured already are not tokenised again, and one text is in memory at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from entropy_fork.tokens.store import (
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and its answer before they are measured; the fields are those of ``table.AnswerTokens``."""
+    """A prompt and its answer before they are measured; the fields are those of ``tokens.store.AnswerTokens``."""
 
     answer: int
     ids: TokenIds
@@ -48,13 +48,13 @@ class Text:
     truncated: bool | None = None
 
 
-class Source(Protocol):
+class TextSource(Protocol):
     """Texts in a fixed order. ``kind`` is the manifest's ``source``."""
 
     kind: str
 
     def identity(self) -> dict[str, Any]:
-        """What decides which texts these are."""
+        """Everything that decides which texts these are."""
         ...
 
     def __len__(self) -> int:
@@ -67,18 +67,18 @@ class Source(Protocol):
 
 
 class Rollouts:
-    """What verl writes with ``trainer.rollout_data_dir`` (or ``validation_data_dir``): a file ``STEP.jsonl`` per step.
+    """Texts that verl writes with ``trainer.rollout_data_dir`` (or ``validation_data_dir``): a ``STEP.jsonl`` per step.
 
-    A line has input and output as text, without special tokens, gts, score and step
+    A line has input and output as text, without special tokens, and gts, score and step
     (verl/trainer/ppo/v1/trainer_base.py: _log_rollout_data). The text is tokenised again.
 
     Args:
         path: the folder, or one file of it.
-        steps: these alone; empty for all.
-        limit: at most so many answers of a step, the first ones; None for all.
+        steps: only these steps; empty for all.
+        limit: at most this many answers of a step, the first ones; None for all.
 
     Raises:
-        EntropyForkError: no such files, or a line that is none of verl's.
+        EntropyForkError: there are no such files, or verl did not write a line of them.
     """
 
     kind = "rollouts"
@@ -100,14 +100,14 @@ class Rollouts:
             found.add(step)
             count += 1
         if missing := sorted(self.steps - found):
-            raise EntropyForkError(f"{self.path} has no answers of step {', '.join(map(str, missing))}: --steps names "
-                                   f"steps that were dumped")  # fmt: skip
+            raise EntropyForkError(f"{self.path} has no answers of step {', '.join(map(str, missing))}: name "
+                                   f"steps that were dumped with --steps")  # fmt: skip
         if not count:
             raise EntropyForkError(f"{self.path} has no answers: its files are empty")
         return digest.hexdigest(), count
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a folder to be gone on with."""
+        """Everything that must be the same to continue a folder."""
         return {"rollouts": self._scanned[0]}
 
     def __len__(self) -> int:
@@ -147,11 +147,11 @@ class Like:
     """The texts of another folder, token by token, for another checkpoint to measure.
 
     Args:
-        folder: complete.
-        limit: at most so many answers, the first ones; None for all.
+        folder: of tokens, complete.
+        limit: at most this many answers, the first ones; None for all.
 
     Raises:
-        EntropyForkError: the folder is none, or unfinished.
+        EntropyForkError: it is not a folder of tokens, or it is unfinished.
     """
 
     def __init__(self, folder: Path, limit: int | None = None):
@@ -161,7 +161,7 @@ class Like:
         self.kind = self.manifest["source"]
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a folder to be gone on with."""
+        """Everything that must be the same to continue a folder."""
         return {"like": digest(self.folder)} | ({"limit": self.limit} if self.limit else {})
 
     def __len__(self) -> int:
@@ -169,12 +169,16 @@ class Like:
         return min(count, self.limit) if self.limit else count
 
     def texts(self, tokenizer: Any, start: int) -> Iterator[Text]:
-        """The answers of the folder from number ``start`` on; an :class:`EntropyForkError` for another tokenizer's."""
+        """The answers of the folder from number ``start`` on.
+
+        Raises:
+            EntropyForkError: the tokens are not those of this tokenizer.
+        """
         for there in islice(read_answers(self.folder), start, self.limit):
             if token_pieces(tokenizer, there.token_ids) != list(there.pieces):
                 raise EntropyForkError(
                     f"the tokens of {self.folder} are not those of this model's tokenizer: checkpoints are compared on "
-                    f"the same token ids, so both must have one tokenizer"
+                    f"the same token ids, so both models must have the same tokenizer"
                 )
             prompt = there.prompt_ids
             yield Text(
@@ -192,15 +196,15 @@ class Like:
 
 
 def check_complete(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises an EntropyForkError where an analysis was stopped before its end."""
+    """Raise an EntropyForkError if an analysis was stopped before its end."""
     if not manifest.get("complete", True):
-        raise EntropyForkError(f"{folder} is not finished: repeat the 'entropy-fork analyze' that writes it")
+        raise EntropyForkError(f"{folder} is not finished: repeat the command 'entropy-fork analyze' that writes it")
     if not parts(folder):
-        raise EntropyForkError(f"{folder} holds no answers")
+        raise EntropyForkError(f"{folder} has no answers")
 
 
 def digest(folder: Path) -> str:
-    """sha256 of which tokens are measured, by answer, whatever parts they are written in."""
+    """sha256 of the tokens to measure and their answers. How they are cut into parts does not matter."""
     answers, tokens, lengths = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for number in parts(folder):
         answer, token_id = read_columns(folder, number, "answer", "token_id")
@@ -220,7 +224,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise EntropyForkError(f"{where} is no JSON ({error}): a run that is still writing? Repeat later") from error
+        raise EntropyForkError(f"{where} is not JSON ({error}). Is a run still writing it? Repeat it later") from error
     wanted: tuple[tuple[str, Any], ...] = (
         ("input", str), ("output", str), ("score", (int, float, type(None))), ("step", (int, type(None))),
         ("data_source", (str, type(None))),
@@ -228,7 +232,7 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
     for name, kind in wanted:
         value = row.get(name) if isinstance(row, dict) else None
         if not isinstance(value, kind):
-            raise EntropyForkError(f"{where} is none of verl's dumps of answers: {name} is {value!r}")
+            raise EntropyForkError(f"{where} is not from a dump of verl's answers: {name} is {value!r}")
     return row
 
 

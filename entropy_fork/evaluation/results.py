@@ -1,4 +1,4 @@
-"""``results.json`` and the tables, ours beside the paper's."""
+"""Write ``results.json`` and the tables of an evaluation, with the paper's numbers beside ours."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from rich.text import Text
 
 from entropy_fork.common.foreign_text import markdown_cell, visible
 from entropy_fork.common.output_folder import write_whole
-from entropy_fork.evaluation.run import Evaluation
-from entropy_fork.evaluation.statistics import CONFIDENCE, Summary, average
+from entropy_fork.evaluation.evaluate import Evaluation
+from entropy_fork.evaluation.statistics import CONFIDENCE, BenchmarkSummary, average
 
 RESULTS, TABLES = "results.json", "results.md"
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """Rows of text under a header, for the terminal and for Markdown alike."""
+    """Rows of text under a header, for the terminal and for Markdown."""
 
     header: list[str]
     rows: list[list[str]]
 
     def rich(self) -> Table:
-        """For a terminal."""
+        """The table for a terminal."""
         table = Table()
         for number, name in enumerate(self.header):
             table.add_column(Text(visible(name)), justify="right" if number else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*(Text(visible(cell)) for cell in row))  # a model may have written what looks like markup
+            table.add_row(*(Text(visible(cell)) for cell in row))  # a model may have written markup
         return table
 
     def markdown(self) -> str:
-        """For a file."""
+        """The table as Markdown, for a file."""
         header, *rows = ([markdown_cell(cell) for cell in line] for line in [self.header, *self.rows])
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -52,13 +52,13 @@ def paper() -> dict[str, Any]:
 
 
 def paper_benchmark(data_source: str) -> str | None:
-    """The paper's name of a benchmark, whatever its data source writes between letters and digits."""
+    """The paper's name of a benchmark. Only the letters and digits of its data source count."""
     plain = re.sub(r"[^a-z0-9]", "", data_source.rsplit("/", 1)[-1].lower())
     return next((name for name, aliases in paper()["benchmarks"].items() if plain in aliases), None)
 
 
 def paper_cells(model: str, data_sources: Sequence[str]) -> list[tuple[float, float] | None]:
-    """Each of the paper's columns as (Acc@16, length), the mean over these benchmarks; None if it lacks one of them."""
+    """The paper's columns as (Acc@16, length), each the mean over these benchmarks; None if it lacks one of them."""
     names = [paper_benchmark(source) for source in data_sources]
     cells: list[tuple[float, float] | None] = []
     for column in paper()["columns"]:
@@ -71,7 +71,7 @@ def paper_cells(model: str, data_sources: Sequence[str]) -> list[tuple[float, fl
 
 
 def tables(evaluation: Evaluation, compare: str | None) -> list[TextTable]:
-    """Accuracy and length beside the paper's, and pass@k."""
+    """Two tables: accuracy and length (beside the paper's, of the model ``compare``), and pass@k."""
     rows = _rows(evaluation)
     k = rows[0][1].answers_per_question
     header = ["benchmark", "questions", f"Acc@{k}", f"{CONFIDENCE:.0%} interval", "± same questions"]
@@ -96,7 +96,7 @@ def tables(evaluation: Evaluation, compare: str | None) -> list[TextTable]:
 
 
 def write(evaluation: Evaluation, folder: Path, compare: str | None) -> None:
-    """``results.json`` (everything, unrounded) and ``results.md`` (the tables)."""
+    """Write ``results.json`` (everything, unrounded) and ``results.md`` (the tables)."""
     rows = _rows(evaluation)
     results: dict[str, Any] = {
         "identity": evaluation.identity,
@@ -120,8 +120,8 @@ def write(evaluation: Evaluation, folder: Path, compare: str | None) -> None:
     write_whole(folder / TABLES, "\n".join(table.markdown() for table in tables(evaluation, compare)))
 
 
-def _rows(evaluation: Evaluation) -> list[tuple[str, Summary, list[str]]]:
-    """Name, summary, and the data sources in it: each benchmark, and where there are several, their average."""
+def _rows(evaluation: Evaluation) -> list[tuple[str, BenchmarkSummary, list[str]]]:
+    """Name, summary and data sources of each benchmark, and of their average if there are several."""
     benchmarks = evaluation.benchmarks
     rows = [(name, summary, [name]) for name, summary in benchmarks.items()]
     return rows if len(rows) == 1 else [*rows, ("average", average(list(benchmarks.values())), list(benchmarks))]

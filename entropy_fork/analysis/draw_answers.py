@@ -1,6 +1,6 @@
-"""A model's own answers to prompts, as ``entropy-fork evaluate`` draws them, kept as token ids until they are measured.
+"""Draw a model's own answers, as ``entropy-fork evaluate`` does, and keep their token ids until they are measured.
 
-vLLM takes most of a GPU's memory and gives it back only when its process ends: it answers in a process of its own.
+vLLM takes most of a GPU's memory, and gives it back only when its process ends. So it answers in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import numpy as np
 from rich.console import Console
 
 from entropy_fork.analysis.measure import TokenIds
-from entropy_fork.analysis.sources import Text
+from entropy_fork.analysis.texts import Text
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.progress import paused, task
-from entropy_fork.evaluation import run as evaluation
-from entropy_fork.evaluation.answers import AnswerStore
+from entropy_fork.evaluation import evaluate as evaluation
+from entropy_fork.evaluation.answer_store import AnswerStore
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.evaluation.engines import choose_engine
 from entropy_fork.evaluation.questions import read_questions
 from entropy_fork.reward import compute_score
 from entropy_fork.tokens.store import token_pieces
 
-#: exit status of the child process when it has an error to hand over, and what stands before it
+#: exit status of the child process when it has an error of ours to hand over, and the mark before its message
 REFUSED, MARK = 3, "entropy-fork: "
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """An answer that has not been measured: to which question, the how many-th, its tokens, and what they followed."""
+class DrawnAnswer:
+    """An answer that has not been measured: question, number of the answer to it, token ids of prompt and answer."""
 
     question: int
     sample: int
@@ -45,36 +45,36 @@ class Drawn:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Question and number of the answer: what an :class:`AnswerStore` finds it by."""
+        """Question and number of the answer, by which an :class:`AnswerStore` finds it."""
         return self.question, self.sample
 
-    def without_content(self) -> Drawn:
+    def without_content(self) -> DrawnAnswer:
         """The same without its token ids, as an :class:`AnswerStore` keeps it in memory."""
         return replace(self, prompt_ids=[], token_ids=[])
 
 
 class Prompts:
-    """Answers to the prompts of parquet files.
+    """The texts are answers to the prompts of parquet files.
 
     Args:
-        settings: those of an evaluation; ``data`` are the prompts and ``output`` is where drawn answers are kept.
-        checkpoint: what answers.
-        limit: at most so many questions, the first ones; None for all.
+        settings: the settings of an evaluation; ``data`` are the prompts, and ``output`` is where answers are kept.
+        checkpoint: the model that answers.
+        limit: at most this many questions, the first ones; None for all.
 
     Raises:
-        EntropyForkError: bad files or settings; before anything is drawn.
+        EntropyForkError: a file or a setting cannot be used; raised before anything is drawn.
     """
 
     kind = "model"
 
-    def __init__(self, settings: evaluation.Settings, checkpoint: Checkpoint, limit: int | None = None):
+    def __init__(self, settings: evaluation.EvaluationSettings, checkpoint: Checkpoint, limit: int | None = None):
         self.settings, self.checkpoint = settings, checkpoint
         self.questions = read_questions(settings.data)[:limit]
         self.engine = choose_engine(settings.engine)
         self.template = evaluation.read_template(settings.chat_template)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a folder to be gone on with."""
+        """Everything that must be the same to continue a folder."""
         drawn = evaluation.identity_of(self.settings, self.checkpoint, self.engine, self.questions, self.template)
         return drawn | {"answers": self.settings.answers}
 
@@ -82,7 +82,7 @@ class Prompts:
         return len(self.questions) * self.settings.answers
 
     def draw(self, folder: Path, console: Console) -> None:
-        """Answer what has not been answered; ``folder`` is the model as Hugging Face's."""
+        """Answer what has not been answered; ``folder`` is the Hugging Face folder of the model."""
         with self._store() as store:
             if len(store.records) == len(self):
                 return
@@ -92,7 +92,7 @@ class Prompts:
             _draw(self, folder, console.quiet)
 
     def texts(self, tokenizer: Any, start: int) -> Iterator[Text]:
-        """The answers from number ``start`` on, questions first: as ``Source.texts``."""
+        """The answers from number ``start`` on: the first answers to all questions, then the second ones, …"""
         with self._store() as store:
             for number in range(start, len(self)):
                 sample, question = divmod(number, len(self.questions))
@@ -110,16 +110,16 @@ class Prompts:
                     truncated=drawn.truncated,
                 )
 
-    def _store(self) -> AnswerStore[Drawn]:
-        return AnswerStore(self.settings.output, self.identity(), kind=Drawn)
+    def _store(self) -> AnswerStore[DrawnAnswer]:
+        return AnswerStore(self.settings.output, self.identity(), kind=DrawnAnswer)
 
 
 def _draw_elsewhere(prompts: Prompts, folder: Path, quiet: bool) -> None:
-    """A whole interpreter, not a worker of multiprocessing.
+    """Draw in a new interpreter, not in a worker of multiprocessing.
 
-    One of those ends without the exit handlers that stop vLLM's own processes, and waits for them for ever.
+    Such a worker ends without the exit handlers that stop vLLM's own processes, and would wait for them for ever.
     """
-    with paused():  # the child shows how far it is
+    with paused():  # the child shows its own progress
         done = subprocess.run(
             [sys.executable, "-m", __name__], input=pickle.dumps((prompts, folder, quiet)), stdout=subprocess.PIPE
         )
@@ -127,14 +127,14 @@ def _draw_elsewhere(prompts: Prompts, folder: Path, quiet: bool) -> None:
         raise EntropyForkError(done.stdout.decode(errors="replace").strip().rsplit(MARK, 1)[-1])
     if done.returncode:
         raise EntropyForkError(
-            f"vLLM's process ended with {done.returncode}: what it said is above, and what it answered is kept"
+            f"vLLM's process ended with exit status {done.returncode}. Its output is above, and its answers are kept"
         )
 
 
 def _main() -> None:
     try:
-        # Under the module's own name: what is pickled is not __main__'s.
-        from entropy_fork.analysis.sampling import _draw
+        # By the module's own name, since the pickled classes are not those of __main__.
+        from entropy_fork.analysis.draw_answers import _draw
 
         _draw(*pickle.load(sys.stdin.buffer))
     except EntropyForkError as error:
@@ -143,7 +143,7 @@ def _main() -> None:
 
 
 def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
-    """Runs in this process or in a child."""
+    """Draw the answers. Runs in this process or in a child."""
     settings, console = prompts.settings, Console(stderr=True, quiet=quiet)
     with prompts._store() as store:
         with task(f"loading {folder} into {prompts.engine}", console=console):
@@ -155,7 +155,9 @@ def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
             wanted = {(job.question, job.sample) for job in jobs} - store.records.keys()
             for batch in engine.answers(jobs, lambda job: (job.question, job.sample) in wanted):
                 drawn = [
-                    Drawn(one.job.question, one.job.sample, list(one.job.prompt_ids), one.token_ids, one.truncated)
+                    DrawnAnswer(
+                        one.job.question, one.job.sample, list(one.job.prompt_ids), one.token_ids, one.truncated
+                    )
                     for one in batch
                 ]
                 store.append(drawn)

@@ -1,8 +1,8 @@
-"""The tokens of some hundred answers, packed for the page.
+"""Pack the tokens of some hundred answers for the page.
 
 The page must open fast with 800,000 tokens, so an answer is a few compressed columns of numbers until it is chosen.
-What the slider for ρ shows is decided here, by ``core/selection.py`` itself: for each token the first of the slider's
-stops at which it is kept. A larger ρ keeps what a smaller one keeps, so one byte says it for all stops.
+What the slider for ρ shows is computed here, by ``core/selection.py`` itself: for each token the first stop of the
+slider at which it is kept. A larger ρ keeps all that a smaller one keeps, so one byte per token is enough.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from entropy_fork.tokens.store import AnswerTokens, parts, read_manifest, read_p
 #: the stops of the slider
 RATIOS = [percent / 100 for percent in range(1, 101)]
 
-#: entropies and log-probs are sent in units of this many nats, which is also what the page shows of them
+#: entropies and log-probs are stored as multiples of this many nats; the page shows no more digits
 UNIT = 1e-4
 
-#: how a token was treated by whatever wrote the folder
+#: what the writer of the folder did with a token
 DROPPED, SELECTED, UNKNOWN = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Tokens among which the slider keeps a share: those of a folder that are in the page, or of one of its steps.
+class SliderPool:
+    """The tokens among which the slider keeps a share: those of a folder that the page has, or of one step of it.
 
     Attributes:
-        step: of training; None for a whole folder.
-        num_tokens: in the page.
-        num_kept: at each of :data:`RATIOS`, exactly ceil(ρN).
-        threshold: τ in nats at each of them.
+        step: step of training; None for a whole folder.
+        num_tokens: how many of the pool's tokens the page has.
+        num_kept: how many are kept at each of :data:`RATIOS`, exactly ceil(ρN).
+        threshold: τ in nats at each of :data:`RATIOS`.
     """
 
     step: int | None
@@ -50,17 +50,17 @@ class Pool:
 
 
 def chosen_answers(folder: Path, limit: int) -> list[AnswerTokens]:
-    """At most ``limit`` answers of a folder, evenly spread over it; one part is in memory at a time.
+    """At most ``limit`` answers of a folder, evenly spread. One part is in memory at a time.
 
     Raises:
-        EntropyForkError: ``folder`` holds no answers.
+        EntropyForkError: ``folder`` has no answers.
     """
     read_manifest(folder)
     numbers = parts(folder)
     counts = [_answers_in(folder, number) for number in numbers]
     total = sum(counts)
     if total == 0:
-        raise EntropyForkError(f"{folder} holds no answers yet: nothing to show")
+        raise EntropyForkError(f"{folder} has no answers yet, so there is nothing to show")
     wanted = np.unique(np.linspace(0, total - 1, min(limit, total)).round().astype(int))
     found, start = [], 0
     for number, count in zip(numbers, counts, strict=True):
@@ -79,19 +79,19 @@ def _answers_in(folder: Path, number: int) -> int:
 
 
 def _small(answer: AnswerTokens) -> AnswerTokens:
-    """A copy that does not hold on to the arrays of its whole part."""
+    """A copy that does not keep the arrays of the whole part in memory."""
     names = ("token_ids", "entropy", "log_prob", "rank", "selected")
     columns = {name: getattr(answer, name) for name in names if getattr(answer, name) is not None}
     copies: dict[str, Any] = {name: np.array(values) for name, values in columns.items()}
     return replace(answer, **copies, pieces=list(answer.pieces))
 
 
-def pools_of(answers: Sequence[AnswerTokens]) -> Iterator[tuple[Pool, list[int], list[np.ndarray]]]:
+def pools_of(answers: Sequence[AnswerTokens]) -> Iterator[tuple[SliderPool, list[int], list[np.ndarray]]]:
     """A folder's answers by pool: one per step where there are steps.
 
     Yields:
-        the pool; the places of its answers; and of each of these, uint8, shape (tokens,): the index in :data:`RATIOS`
-        of the first ρ that keeps the token.
+        the pool; the places of its answers; and for each of these answers, uint8, shape (tokens,): the index in
+        :data:`RATIOS` of the first ρ that keeps the token.
 
     Raises:
         EntropyForkError: an entropy is not finite.
@@ -103,7 +103,7 @@ def pools_of(answers: Sequence[AnswerTokens]) -> Iterator[tuple[Pool, list[int],
 
 def _pool(
     answers: Sequence[AnswerTokens], step: int | None, members: list[int]
-) -> tuple[Pool, list[int], list[np.ndarray]]:
+) -> tuple[SliderPool, list[int], list[np.ndarray]]:
     entropy = torch.from_numpy(np.concatenate([answer.entropy for answer in answers]))
     lengths = torch.tensor([len(answer.entropy) for answer in answers])
     everything = torch.ones(entropy.shape, dtype=torch.bool)
@@ -117,21 +117,21 @@ def _pool(
             threshold.append(selection.threshold)
     except ValueError as error:
         names = ", ".join(str(answer.answer) for answer in answers if not np.isfinite(answer.entropy).all())
-        raise EntropyForkError(f"answers {names} of the tokens to show: {error}") from error
-    if not entropy.numel():  # all answers are empty; NaN is no JSON
+        raise EntropyForkError(f"answers {names} cannot be shown: {error}") from error
+    if not entropy.numel():  # all answers are empty; JSON has no NaN
         threshold = [0.0] * len(RATIOS)
-    pool = Pool(step, entropy.numel(), num_kept, threshold)
+    pool = SliderPool(step, entropy.numel(), num_kept, threshold)
     return pool, members, np.split(first, np.cumsum(lengths.numpy())[:-1])
 
 
 class Vocabulary:
-    """The distinct tokens of the page: (id, piece), each sent once."""
+    """The distinct tokens of the page, as (id, piece). Each one is stored once."""
 
     def __init__(self) -> None:
         self.number_of: dict[tuple[int, str], int] = {}
 
     def numbers(self, answer: AnswerTokens) -> np.ndarray:
-        """Number of each token of an answer, uint32, shape (tokens,)."""
+        """The number of each token of an answer, uint32, shape (tokens,)."""
         pairs = zip(answer.token_ids.tolist(), answer.pieces, strict=True)
         return np.array([self.number_of.setdefault(pair, len(self.number_of)) for pair in pairs], dtype=np.uint32)
 
@@ -141,13 +141,13 @@ class Vocabulary:
 
 
 def pack(answer: AnswerTokens, numbers: np.ndarray, first: np.ndarray) -> str:
-    """An answer's columns behind one another (as ``page.js: unpack`` reads them), compressed, in base64.
+    """The columns of an answer, one after the other, compressed, in base64. ``page.js: unpack`` reads them.
 
-    uint32 little endian: number in the vocabulary; entropy and negative log-prob in :data:`UNIT`; rank + 1, 0 where it
-    is not known. uint8: index of the first ρ that keeps the token; ``DROPPED``, ``SELECTED`` or ``UNKNOWN``.
+    uint32, little endian: number in the vocabulary; entropy and negative log-prob in :data:`UNIT`; rank + 1, or 0 if
+    the rank is not known. uint8: index of the first ρ that keeps the token; ``DROPPED``, ``SELECTED`` or ``UNKNOWN``.
 
     Args:
-        answer: its columns.
+        answer: the answer with its columns.
         numbers: uint32, shape (tokens,), see :class:`Vocabulary`.
         first: uint8, shape (tokens,), see :func:`pools_of`.
     """
@@ -169,10 +169,10 @@ def _doubles(answer: AnswerTokens) -> tuple[np.ndarray, np.ndarray]:
 
 
 def packed_folders(folders: Sequence[tuple[str, Sequence[AnswerTokens]]]) -> dict[str, Any]:
-    """All that ``page.js`` knows of answers, ready for JSON.
+    """Everything that ``page.js`` gets about the answers, ready for JSON.
 
     Args:
-        folders: of each its name in the page and its answers.
+        folders: for each folder its name in the page and its answers.
     """
     vocabulary, prompts = Vocabulary(), dict[str, int]()
     found: dict[str, Any] = {"ratios": RATIOS, "unit": UNIT, "folders": [], "pools": [], "answers": []}
@@ -208,6 +208,6 @@ def packed_folders(folders: Sequence[tuple[str, Sequence[AnswerTokens]]]) -> dic
 
 
 def _full_colour(entropies: Sequence[np.ndarray]) -> float:
-    """The entropy from which on a token has the full colour: 1 nat, or what only one in a hundred exceeds."""
+    """The entropy (nats) at which a token gets the full colour: 1, or more if over 1% of the tokens exceed 1."""
     values = np.concatenate(entropies)
     return max(1.0, round(float(np.quantile(values, 0.99)), 1)) if values.size else 1.0

@@ -1,4 +1,4 @@
-"""What ``analyze`` and ``compare`` print and leave beside the tokens: tables, CSV, JSON and figures."""
+"""What ``analyze`` and ``compare`` print and write: tables, CSV, JSON and figures."""
 
 from __future__ import annotations
 
@@ -11,27 +11,50 @@ from pathlib import Path
 from typing import Any
 
 from entropy_fork.analysis import plots
-from entropy_fork.analysis.summary import PAPER
+from entropy_fork.analysis.summary import PAPER, summarise
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import spreadsheet_cell
+from entropy_fork.common.installing import why_missing
 from entropy_fork.common.output_folder import write_whole
-from entropy_fork.evaluation.report import TextTable
+from entropy_fork.common.progress import task
+from entropy_fork.evaluation.results import TextTable
+from entropy_fork.tokens.store import parts
 
 SUMMARY, COMPARISON, FIGURES = "summary.json", "comparison.json", "figures"
 
-#: tokens of each end that are printed; the CSV has all
+#: how many tokens of highest and of lowest entropy are printed; the CSV has all of them
 PRINTED = 20
 
 
 def check_installed() -> None:
-    """Raises an EntropyForkError where the extra ``analysis`` is missing: before an hour of measuring, not after it."""
+    """Raise an EntropyForkError if the extra ``analysis`` is missing: before an hour of measuring, not after it."""
     missing = [name for name in ("matplotlib", "pyarrow", "wordcloud") if find_spec(name) is None]
     if missing:
-        raise EntropyForkError(f"{', '.join(missing)} is not installed: pip install 'entropy-fork[analysis]'")
+        raise EntropyForkError(why_missing(missing, "analysis"))
+
+
+def summarise_and_write(folder: Path, min_count: int) -> dict[str, Any]:
+    """Summarise a folder of tokens, write the results beside them, and show how far this is.
+
+    Args:
+        folder: of tokens, complete.
+        min_count: how often a token must have been seen to be in the tables of highest and lowest entropy.
+
+    Returns:
+        What :func:`~entropy_fork.analysis.summary.summarise` returns.
+
+    Raises:
+        EntropyForkError: the folder cannot be summarised.
+    """
+    with task("summary", len(parts(folder))) as shown:
+        summary = summarise(folder, min_count, advance=shown.advance)
+    with task("figures"):
+        write_summary(summary, folder)
+    return summary
 
 
 def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """``summary.json``, CSV files and figures of one folder."""
+    """Write ``summary.json``, CSV files and figures of one folder."""
     write_whole(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     edges = summary["histogram"]["edges"]
     bins = [
@@ -53,7 +76,7 @@ def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_comparison(comparison: Mapping[str, Any], folder: Path) -> None:
-    """``comparison.json``, CSV files and figures of a comparison."""
+    """Write ``comparison.json``, CSV files and figures of a comparison."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / COMPARISON, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
     checkpoints = comparison["checkpoints"]
@@ -70,7 +93,7 @@ def write_comparison(comparison: Mapping[str, Any], folder: Path) -> None:
 
 
 def summary_tables(summary: Mapping[str, Any], printed: int = PRINTED) -> list[tuple[str, TextTable]]:
-    """(title, table) of one folder, with so many tokens of each end."""
+    """(title, table) of one folder, with ``printed`` tokens of highest and of lowest entropy."""
     if not summary["tokens"]:
         return []
     rows = [["answers", f"{summary['answers']:,}", ""], ["tokens", f"{summary['tokens']:,}", ""]]
@@ -99,7 +122,7 @@ def summary_tables(summary: Mapping[str, Any], printed: int = PRINTED) -> list[t
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
-    """(title, table) of a comparison: Table 1, Fig. 5 and Fig. 4."""
+    """(title, table) of a comparison: the paper's Table 1, Fig. 5 and Fig. 4."""
     checkpoints = comparison["checkpoints"]
     overlap = TextTable(
         ["checkpoint", "mean entropy", "threshold", "with the base", "with the final"],
@@ -138,7 +161,7 @@ def _sums_table(what: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Tex
 
 
 def _write_csv(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """A file with the rows' keys as its header; none where there are no rows, and then no older one either."""
+    """Write rows under their keys as CSV. Without rows an older file is deleted and none is written."""
     if not rows:
         file.unlink(missing_ok=True)
         return

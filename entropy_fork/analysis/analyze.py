@@ -1,8 +1,8 @@
-"""From a model and texts to a folder of measured tokens: what ``entropy-fork analyze`` does.
+"""What ``entropy-fork analyze`` does: measure the tokens of texts with a model, and write them to a folder.
 
-First answers are drawn, where there are none; then each text goes through the model once, part by part; then the top ρ
-of all tokens is marked. What is done stays done: the same command goes on after the last whole part, and gives the same
-files as if it had never been stopped.
+First answers are drawn, if the texts are the model's own answers. Then each text goes through the model once, part by
+part. Then the top ρ of all tokens is marked. After a stop the same command continues behind the last whole part, and
+gives the same files as if it had never been stopped.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from typing import Any
 
 from rich.console import Console
 
+from entropy_fork.analysis.draw_answers import Prompts
+from entropy_fork.analysis.mark_top import select_top
 from entropy_fork.analysis.measure import Measurer
-from entropy_fork.analysis.sampling import Prompts
-from entropy_fork.analysis.select import select_top
-from entropy_fork.analysis.sources import Like, Rollouts, Source, Text
+from entropy_fork.analysis.texts import Like, Rollouts, Text, TextSource
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.output_folder import lock, refuse_other
 from entropy_fork.common.progress import task
 from entropy_fork.core.selection import kept_count
-from entropy_fork.evaluation import run as evaluation
-from entropy_fork.evaluation.answers import ANSWERS
+from entropy_fork.evaluation import evaluate as evaluation
+from entropy_fork.evaluation.answer_store import ANSWERS
 from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
 from entropy_fork.tokens import store
 
-#: a part ends with the answer that reaches either: this much is in memory, and this much is lost at most when killed
+#: A part ends with the answer that reaches one of these numbers. At most one part is in memory, and lost after a kill.
 PART_TOKENS, PART_ANSWERS = 2**17, 256
 
 DRAWN, MERGED, LOCK = "drawn", "merged", ".lock"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that is asked for. Exactly one of ``prompts``, ``rollouts`` and ``like`` says what is measured.
+class AnalysisSettings:
+    """Everything that an analysis needs to know. One of ``prompts``, ``rollouts`` and ``like`` says what is measured.
 
     Attributes:
         model: a Hugging Face folder, or a checkpoint folder of verl.
-        output: folder of tokens; taken up again if it holds a part of this analysis.
-        prompts: how answers are drawn: the settings of an evaluation, whose ``output`` is not used.
-        rollouts: folder of verl's dumps, see :class:`~entropy_fork.analysis.sources.Rollouts`.
+        output: folder of tokens; continued if it has a part of this analysis.
+        prompts: measure the model's own answers, drawn with these settings, whose ``output`` is not used.
+        rollouts: folder of verl's dumps, see :class:`~entropy_fork.analysis.texts.Rollouts`.
         like: another folder of tokens, whose texts are measured.
-        steps: of the rollouts, these alone; empty for all.
-        limit: at most so many questions of ``prompts``, answers of each step of ``rollouts``, or answers of ``like``.
-        temperature: T of Eq. 1, above 0; None takes 1, or that of ``like``. With ``prompts`` it is the sampling's.
+        steps: only these steps of the rollouts; empty for all.
+        limit: at most this many questions of ``prompts``, answers per step of ``rollouts``, or answers of ``like``.
+        temperature: T of Eq. 1, above 0; None takes 1, or the T of ``like``. ``prompts`` has its own T.
         top_ratio: ρ, the share of all tokens that is marked as selected.
-        dtype: of the weights when measuring; ``auto`` is what they are stored in.
-        batch_tokens: of one forward pass.
+        dtype: type of the weights when measuring; ``auto`` is the type in which they are stored.
+        batch_tokens: tokens of one forward pass.
         merged: where the Hugging Face folder of a sharded checkpoint is kept; None removes it at the end.
 
     Raises:
-        EntropyForkError: values that have no meaning, or not one source of texts.
+        EntropyForkError: a value has no meaning, or the source of the texts is not named, or more than once.
     """
 
     model: Path
     output: Path
-    prompts: evaluation.Settings | None = None
+    prompts: evaluation.EvaluationSettings | None = None
     rollouts: Path | None = None
     like: Path | None = None
     steps: tuple[int, ...] = ()
@@ -78,12 +78,12 @@ class Settings:
                 f"{' and '.join('--' + name for name in given) or 'none of them'}"
             )
         if self.steps and self.rollouts is None:
-            raise EntropyForkError("--steps chooses among the steps of --rollouts: leave it out")
+            raise EntropyForkError("--steps chooses steps of --rollouts, which is not given: leave --steps out")
         temperature = self.prompts.sampling.temperature if self.prompts else self.temperature
         if temperature is not None and temperature <= 0:
             raise EntropyForkError(
-                f"temperature is {temperature}, and must be above 0: at 0 there is no distribution, only its likeliest "
-                f"token"
+                f"temperature is {temperature}, and must be above 0: at 0 only the likeliest token is possible, and "
+                f"there is no entropy to measure"
             )
         if self.dtype not in evaluation.DTYPES:
             raise EntropyForkError(f"dtype is {self.dtype!r}, and must be one of {', '.join(evaluation.DTYPES)}")
@@ -96,14 +96,14 @@ class Settings:
             raise EntropyForkError(str(error)) from error
 
 
-def analyze(settings: Settings, console: Console) -> dict[str, Any]:
+def analyze(settings: AnalysisSettings, console: Console) -> dict[str, Any]:
     """Measure what has not been measured, and mark the top ρ.
 
     Returns:
         The folder's manifest.
 
     Raises:
-        EntropyForkError: something that was asked for cannot be done; the folder stays as it is.
+        EntropyForkError: something that was asked for cannot be done; what is in the folder stays there.
     """
     checkpoint = Checkpoint.find(settings.model)
     output = settings.output
@@ -143,8 +143,8 @@ def analyze(settings: Settings, console: Console) -> dict[str, Any]:
         return store.read_manifest(output)
 
 
-def _source(settings: Settings, checkpoint: Checkpoint) -> tuple[Source, float]:
-    """Where the texts come from, and at which T they are measured."""
+def _source(settings: AnalysisSettings, checkpoint: Checkpoint) -> tuple[TextSource, float]:
+    """The source of the texts, and the T at which they are measured."""
     if settings.prompts is not None:
         drawing = replace(settings.prompts, output=settings.output / DRAWN)
         return Prompts(drawing, checkpoint, settings.limit), drawing.sampling.temperature
@@ -153,7 +153,7 @@ def _source(settings: Settings, checkpoint: Checkpoint) -> tuple[Source, float]:
         return Rollouts(settings.rollouts, settings.steps, settings.limit), 1.0 if asked is None else asked
     assert settings.like is not None
     if settings.like.absolute() == settings.output.absolute():
-        raise EntropyForkError("--like and --output are the same folder: choose another one for what is measured now")
+        raise EntropyForkError("--like and --output are the same folder: choose another --output")
     like = Like(settings.like, settings.limit)
     return like, like.manifest.get("temperature", 1.0) if settings.temperature is None else settings.temperature
 
@@ -164,11 +164,11 @@ def _check_free(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()) and not (output / store.MANIFEST).is_file():
         left = {entry.name for entry in output.iterdir()} - {LOCK}
         if left:
-            raise EntropyForkError(f"{output} holds no tokens but other files: choose another folder with --output")
+            raise EntropyForkError(f"{output} has files of something else: choose another folder with --output")
 
 
 def _taken_up(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of what is there already; {} if there is nothing that would be mixed."""
+    """The manifest of what the folder has already; {} if it has nothing."""
     if not (output / store.MANIFEST).is_file():
         return {}
     manifest = store.read_manifest(output)
@@ -180,12 +180,14 @@ def _taken_up(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, temperature: float, console: Console) -> None:
+def _measure(
+    settings: AnalysisSettings, checkpoint: Checkpoint, source: TextSource, temperature: float, console: Console
+) -> None:
     output = settings.output
     first, start = _whole_parts(output)
     if start == len(source):
         return
-    with task(f"looking at {checkpoint.path}; shards are merged by verl's model merger", console=console):
+    with task(f"reading {checkpoint.path} (verl merges shards)", console=console):
         folder = checkpoint.merge(settings.merged or output / MERGED)
     if isinstance(source, Prompts):
         source.draw(folder, console)
@@ -207,7 +209,7 @@ def _measure(settings: Settings, checkpoint: Checkpoint, source: Source, tempera
 
 
 def _whole_parts(output: Path) -> tuple[int, int]:
-    """How many parts there are without a gap from the first on, and the answers in them."""
+    """How many parts there are from the first one to the first gap, and how many answers are in them."""
     there = set(store.parts(output))
     number = next(number for number in range(len(there) + 1) if number not in there)
     return number, sum(store.num_answers(output, done) for done in range(number))

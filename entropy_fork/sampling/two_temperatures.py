@@ -1,10 +1,9 @@
-"""Decoding with two temperatures: one where the model hesitates, another where it does not (2506.01939, §3, Eq. 5).
+"""Decoding with two temperatures: one where the entropy is high, another where it is low (2506.01939, §3, Eq. 5).
 
     T'_t = T_high if H_t > τ else T_low        token t is drawn from softmax(z_t / T'_t)
 
-H_t is the entropy of softmax(z_t / T) at the ordinary decoding temperature T, which the threshold τ was measured at. A
-temperature of 0 takes the likeliest token. All of it is in float32 or better, whatever the logits come in: an entropy
-of 16-bit sums is a difference of two large numbers.
+H_t is the entropy of softmax(z_t / T) at the ordinary decoding temperature T, at which the threshold τ was measured too
+(``core/entropy.py``). A temperature of 0 takes the likeliest token. Everything is computed in float32 or better.
 """
 
 from __future__ import annotations
@@ -15,23 +14,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: nats; the 80th percentile of Qwen3-8B's entropies on its answers to AIME questions (§3)
+from entropy_fork.core.entropy import column
+
+#: nats: the 80th percentile of Qwen3-8B's entropies on its answers to AIME questions (§3)
 PAPER_THRESHOLD = 0.672
-#: what the paper sweeps either temperature over while the other one is 1
+#: the values that the paper tries for one temperature while the other one is 1
 PAPER_TEMPERATURES = (0.0, 0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0)
 
 
 @dataclass(frozen=True)
 class TwoTemperatures:
-    """Eq. 5's parameters.
+    """The parameters of Eq. 5.
 
     Attributes:
         high: T_high, where the entropy is above the threshold; 0 takes the likeliest token there.
         low: T_low, everywhere else.
-        threshold: τ in nats, 0 or more; infinite: everything is low.
+        threshold: τ in nats, 0 or more; if it is infinite, T_low is used everywhere.
 
     Raises:
-        ValueError: a value that has no meaning.
+        ValueError: a value has no meaning.
     """
 
     high: float
@@ -44,25 +45,6 @@ class TwoTemperatures:
                 raise ValueError(f"T_{name} is {getattr(self, name)}, and must be 0 (likeliest token) or more")
         if not self.threshold >= 0:
             raise ValueError(f"the threshold is {self.threshold}, and must be an entropy in nats: 0 or more")
-
-
-@torch.no_grad()
-def entropies(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
-    """H_t of softmax(z_t / T), the paper's Eq. 1. Keeps no graph, and one tensor beside the logits.
-
-    Args:
-        logits: shape (rows, vocabulary); -inf for tokens that cannot come.
-        temperature: T above 0, a number or of shape (rows,).
-
-    Returns:
-        Nats, at least 0, shape (rows,), float32 (float64 for such logits).
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    if isinstance(temperature, Tensor) or temperature != 1.0:
-        logits = logits.to(wide)
-        logits = logits / _column(temperature, logits)
-    probabilities = torch.softmax(logits, dim=-1, dtype=wide)
-    return torch.special.entr(probabilities, out=probabilities).sum(dim=-1)
 
 
 def two_temperatures(entropy: Tensor, high: Tensor | float, low: Tensor | float, threshold: Tensor | float) -> Tensor:
@@ -82,7 +64,7 @@ def two_temperatures(entropy: Tensor, high: Tensor | float, low: Tensor | float,
 
 
 def scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """z_t / T' for each row; where T' is 0, a row that is certain of the likeliest token (the first of equals).
+    """z_t / T' for each row. Where T' is 0, the row becomes certain of the likeliest token (the first of equals).
 
     Args:
         logits: shape (rows, vocabulary).
@@ -92,15 +74,10 @@ def scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
         Shape (rows, vocabulary), float32 (float64 for such logits).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    temperature = _column(temperature, logits)
+    temperature = column(temperature, logits)
     greedy = temperature == 0
     divided = logits / torch.where(greedy, 1.0, temperature)
     if not bool(greedy.any()):
         return divided
     certain = torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
     return torch.where(greedy, certain, divided)
-
-
-def _column(temperature: Tensor | float, logits: Tensor) -> Tensor:
-    """One temperature per row, or one for all, to divide rows of logits by."""
-    return torch.as_tensor(temperature).to(logits).reshape(-1, 1)
