@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from entropy_fork.core.responses import Rule
-from entropy_fork.core.selection import Selector
+from entropy_fork.core.rule import Rule, Selector
 
 
 @pytest.mark.parametrize(

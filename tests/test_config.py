@@ -17,12 +17,12 @@ from omegaconf import OmegaConf, open_dict
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.recipes import preset_names
+from entropy_fork.verl.checks import check_before_training
 from entropy_fork.verl.config import (
     MASKABLE_LOSSES,
     EntropyForkConfig,
     GuardsConfig,
     averages_by_sequence,
-    check_before_training,
     read_config,
     read_guards,
     selection_name,
@@ -133,10 +133,10 @@ def test_what_the_engine_selects_needs_an_engine_of_ours(compose: Compose, data:
 def test_the_presets_say_what_they_are(compose: Compose, data: list[str], preset: str, meaning: tuple) -> None:
     config = compose(f"+entropy_fork={preset}", *data)
     check_before_training(config)
-    parsed = read_config(config)
-    assert parsed is not None
-    assert (parsed.entropy, parsed.pool, parsed.ties, parsed.denominator) == meaning
-    assert (parsed.top_ratio, parsed.select, parsed.weight) == (0.2, "top", "hard")
+    fork_config = read_config(config)
+    assert fork_config is not None
+    assert (fork_config.entropy, fork_config.pool, fork_config.ties, fork_config.denominator) == meaning
+    assert (fork_config.top_ratio, fork_config.select, fork_config.weight) == (0.2, "top", "hard")
 
 
 def test_a_schedule_that_ends_out_of_range(compose: Compose, data: list[str]) -> None:
@@ -148,9 +148,9 @@ def test_a_schedule_that_ends_out_of_range(compose: Compose, data: list[str]) ->
 def test_the_controls(compose: Compose, data: list[str], preset: str, select: str, ratio: float) -> None:
     config = compose("+recipe=demo_cpu", f"entropy_fork={preset}", *data)
     check_before_training(config)
-    parsed = read_config(config)
-    assert parsed is not None
-    assert (parsed.select, parsed.top_ratio) == (select, ratio)
+    fork_config = read_config(config)
+    assert fork_config is not None
+    assert (fork_config.select, fork_config.top_ratio) == (select, ratio)
 
 
 def test_a_mistyped_key_or_value_is_refused_by_hydra_itself(compose: Compose) -> None:

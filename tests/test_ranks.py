@@ -12,10 +12,9 @@ from processes import Processes
 from rows import SELECTORS, TOP20, make_rows, take, weights_on_rank, with_padding_rows
 
 from entropy_fork.core.ranks import Ranks
-from entropy_fork.core.responses import Rule, select_in_pools, weigh_mini_batches
-from entropy_fork.core.selection import Selector
+from entropy_fork.core.responses import select_in_pools, weigh_mini_batches
+from entropy_fork.core.rule import TOKEN_MEAN, Rule, Selector
 from entropy_fork.core.tally import Pool, Tally
-from entropy_fork.core.weighting import TOKEN_MEAN
 
 
 @given(

@@ -281,9 +281,9 @@ class Rule:
         """
         if unknown := [name for name in values if name not in KEY_OF]:
             raise ValueError(f"there is no key {unknown[0]}; the keys are {', '.join(KEY_OF)}")
-        values = {key.name: key.default for key in KEYS} | values
-        selector = Selector(**{name: values.pop(name) for name in ("top_ratio", "select", "ties", "band_from")})
-        return cls(selector, **values)
+        known: dict[str, Any] = {key.name: key.default for key in KEYS} | values
+        selector = Selector(**{name: known.pop(name) for name in ("top_ratio", "select", "ties", "band_from")})
+        return cls(selector, **known)
 
     def __post_init__(self) -> None:
         for name in ("entropy", "pool", "loss_agg_mode", "denominator", "weight"):

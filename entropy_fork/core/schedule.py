@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from entropy_fork.core.rule import KEY_OF, Rule, check_schedule
 
@@ -45,5 +46,5 @@ def rule_at(rule: Rule, step: int) -> Rule:
         step: the training step, from 1.
     """
     ratio = ratio_at(step, rule.selector.top_ratio, rule.schedule, rule.final_ratio, rule.schedule_steps)
-    constant = {name: KEY_OF[name].default for name in ("schedule", "final_ratio", "schedule_steps")}
+    constant: dict[str, Any] = {name: KEY_OF[name].default for name in ("schedule", "final_ratio", "schedule_steps")}
     return replace(rule, selector=replace(rule.selector, top_ratio=ratio), **constant)

@@ -26,7 +26,8 @@ import itertools
 
 from rollouts import Rollout, roll_out
 
-from entropy_fork.core.selection import Selector, select_tokens
+from entropy_fork.core.rule import Selector
+from entropy_fork.core.selection import select_tokens
 
 EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, float("inf"))
 
