@@ -12,10 +12,10 @@ from entropy_fork.core.rule import Rule, Selector
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"entropy": "typo"}, "entropy must be one of old, current, got 'typo'"),
-        ({"pool": "epoch"}, "pool must be one of response, micro_batch, mini_batch, batch, got 'epoch'"),
-        ({"denominator": "some"}, "denominator must be one of kept, all, got 'some'"),
-        ({"weight": "fuzzy"}, "weight must be one of hard, soft, got 'fuzzy'"),
+        ({"entropy": "typo"}, "entropy must be one of .+, got 'typo'"),
+        ({"pool": "epoch"}, "pool must be one of .+, got 'epoch'"),
+        ({"denominator": "some"}, "denominator must be one of .+, got 'some'"),
+        ({"weight": "fuzzy"}, "weight must be one of .+, got 'fuzzy'"),
         ({"loss_agg_mode": "mean"}, "loss_agg_mode must be one of token-mean, seq-mean-token-mean, .*got 'mean'"),
         ({"entropy": "current", "pool": "batch"}, "no pool=batch: .*Write pool=mini_batch, or entropy=old"),
         ({"entropy": "current", "selector": Selector(0.2, "random")}, "looks at no entropy; write entropy=old"),

@@ -229,8 +229,8 @@ def test_the_order_of_rows_does_not_matter(pool, ratio: float, settings: dict, r
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"select": "upper"}, "select must be one of top, bottom, random, band, got 'upper'"),
-        ({"ties": "all"}, "ties must be one of exact, threshold"),
+        ({"select": "upper"}, "select must be one of .+, got 'upper'"),
+        ({"ties": "all"}, "ties must be one of .+"),
         ({"select": "band"}, r"band_from must be in \(0, top_ratio\)"),
         ({"select": "band", "band_from": 0.3}, r"band_from must be in \(0, top_ratio\)"),
         ({"band_from": 0.1}, "means something with select=band only"),
