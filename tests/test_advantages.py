@@ -124,10 +124,10 @@ def test_each_form_composes_with_each_preset(compose: Compose, preset: str, name
     )  # fmt: skip
     check_estimator(config)
     check_on_policy(config)
-    masked = read_config(config)
-    assert (masked is None) == (preset == "off")
-    if masked is not None:
-        check_maskable(config, masked)
+    fork_config = read_config(config)
+    assert (fork_config is None) == (preset == "off")
+    if fork_config is not None:
+        check_maskable(config, fork_config)
 
 
 @pytest.mark.parametrize(

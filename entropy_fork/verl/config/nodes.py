@@ -25,8 +25,8 @@ MOVED = {f"{NODE}.patience_s": f"{GUARDS}.patience_s"}
 
 def read_config(config: DictConfig) -> EntropyForkConfig | None:
     """The typed node of a root config, or None where it is absent or switched off. Raises as :func:`read_node`."""
-    node = read_node(config)
-    return node if node is not None and node.enabled else None
+    fork_config = read_node(config)
+    return fork_config if fork_config is not None and fork_config.enabled else None
 
 
 def read_node(config: DictConfig) -> EntropyForkConfig | None:
