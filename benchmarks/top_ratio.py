@@ -20,7 +20,8 @@ import typer
 from report import chip, median_and_spread, print_table, pyplot, seconds_in_turn, write_csv
 from torch import Tensor
 
-from entropy_fork.core.selection import Selector, kept_count, select_tokens
+from entropy_fork.core.rule import Selector
+from entropy_fork.core.selection import kept_count, select_tokens
 
 #: torch.quantile refuses more
 MOST_FOR_QUANTILE = 2**24

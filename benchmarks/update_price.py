@@ -28,8 +28,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
 from entropy_fork.common.progress import track
-from entropy_fork.core.responses import Rule
-from entropy_fork.core.selection import Selector
+from entropy_fork.core.rule import Rule, Selector
 from entropy_fork.verl.gradient_step import ROW_IDENTITY, RULE
 
 TOP20 = Selector(0.2)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropy_fork.core.responses import Rows, select_in_pools
-from entropy_fork.core.selection import Selector
+from entropy_fork.core.rule import Selector
 from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import Counts
 

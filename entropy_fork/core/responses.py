@@ -12,66 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_fork.core.selection import Selector, select_tokens
+from entropy_fork.core.rule import POOLS, Rule, Selector
+from entropy_fork.core.selection import select_tokens
 from entropy_fork.core.tally import Pool
-from entropy_fork.core.weighting import DENOMINATORS, LOSS_AGG_MODES, TOKEN_MEAN, WEIGHTS, token_weights
-
-#: of the policy at the start of the step, or at each gradient step
-ENTROPIES = ("old", "current")
-#: over what a share is taken, from the smallest to the largest
-POOLS = ("response", "micro_batch", "mini_batch", "batch")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What "train on the top 20%" means at one training step, all of it.
-
-    Attributes:
-        selector: what to keep of a pool.
-        entropy: ``old`` or ``current``: of which policy, one of :data:`ENTROPIES`.
-        pool: over what the share is taken, one of :data:`POOLS`.
-        loss_agg_mode: verl's ``actor.loss_agg_mode``.
-        denominator: ``kept`` or ``all``, see :func:`entropy_fork.core.weighting.token_weights`.
-        weight: ``hard`` or ``soft``, see there.
-
-    Raises:
-        ValueError: a value that has no meaning, or two that do not go together, with what to write instead.
-    """
-
-    selector: Selector
-    entropy: str = "old"
-    pool: str = "mini_batch"
-    loss_agg_mode: str = TOKEN_MEAN
-    denominator: str = "kept"
-    weight: str = "hard"
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("entropy", ENTROPIES),
-            ("pool", POOLS),
-            ("loss_agg_mode", LOSS_AGG_MODES),
-            ("denominator", DENOMINATORS),
-            ("weight", WEIGHTS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.entropy == "current" and self.pool == "batch":
-            raise ValueError(
-                "entropy=current has no pool=batch: the policy changes with each mini-batch of the batch. Write "
-                "pool=mini_batch, or entropy=old"
-            )
-        if self.entropy == "current" and self.selector.select == "random":
-            raise ValueError("select=random looks at no entropy; write entropy=old, which costs nothing")
-
-    @property
-    def selected_in_loss(self) -> bool:
-        """Whether a micro-batch is selected from the entropies of the update's own forward pass.
-
-        That needs hard weights of exactly so many tokens: how many other micro-batches keep then follows from their
-        sizes.
-        """
-        exact = self.selector.ties == "exact" and self.weight == "hard"
-        return self.entropy == "current" and self.pool == "micro_batch" and exact
+from entropy_fork.core.weighting import token_weights
 
 
 @dataclass(frozen=True)
@@ -98,7 +42,7 @@ def pool_of_rows(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = Non
     """Which pool each row belongs to, int64, shape (num_rows,).
 
     Args:
-        pool: one of :data:`POOLS`.
+        pool: one of :data:`entropy_fork.core.rule.POOLS`.
         mini_batch: int, shape (num_rows,): the mini-batch of each row.
         micro_batch: int, shape (num_rows,): its micro-batch, where that is known.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
-#: how ρ goes from its first value to its last
-SCHEDULES = ("constant", "linear", "cosine")
+from entropy_fork.core.rule import KEY_OF, Rule, check_schedule
 
 
 def ratio_at(step: int, top_ratio: float, schedule: str, final_ratio: float, schedule_steps: int) -> float:
@@ -21,12 +22,9 @@ def ratio_at(step: int, top_ratio: float, schedule: str, final_ratio: float, sch
     Raises:
         ValueError: an unknown schedule, or fewer than two steps.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    check_schedule(schedule, schedule_steps)
     if schedule == "constant":
         return top_ratio
-    if schedule_steps < 2:
-        raise ValueError(f"schedule={schedule} needs schedule_steps, the step at which final_ratio is reached (≥ 2)")
     progress = min(1.0, max(0.0, (step - 1) / (schedule_steps - 1)))
     if schedule == "cosine":
         progress = (1.0 - math.cos(math.pi * progress)) / 2.0
@@ -38,3 +36,15 @@ def ratio_at(step: int, top_ratio: float, schedule: str, final_ratio: float, sch
         if progress == 1.0
         else (top_ratio + (final_ratio - top_ratio) * progress)
     )
+
+
+def rule_at(rule: Rule, step: int) -> Rule:
+    """The rule of one training step: the same, with the ρ of that step and a constant schedule.
+
+    Args:
+        rule: of the run.
+        step: the training step, from 1.
+    """
+    ratio = ratio_at(step, rule.selector.top_ratio, rule.schedule, rule.final_ratio, rule.schedule_steps)
+    constant: dict[str, Any] = {name: KEY_OF[name].default for name in ("schedule", "final_ratio", "schedule_steps")}
+    return replace(rule, selector=replace(rule.selector, top_ratio=ratio), **constant)

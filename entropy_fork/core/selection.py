@@ -10,6 +10,7 @@ entropy (top, band), its negative (bottom) or a hash of the token's identity (ra
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,55 +20,7 @@ from torch import Tensor
 
 from entropy_fork.core.flat import row_slices
 from entropy_fork.core.randomness import uniform_numbers
-
-#: which tokens of a pool; see :class:`Selector`
-SELECTS = ("top", "bottom", "random", "band")
-#: exactly ⌈ρN⌉ tokens, or every token at τ
-TIES = ("exact", "threshold")
-
-
-@dataclass(frozen=True)
-class Selector:
-    """What to keep of a pool.
-
-    Attributes:
-        top_ratio: ρ in (0, 1], the share that is kept.
-        select: ``top`` (highest entropy), ``bottom`` (lowest), ``random`` (uniformly, by identity), or ``band`` (the
-            tokens that ``top_ratio`` keeps without those that ``band_from`` would keep, but at least one; see
-            :func:`ranks_kept`).
-        ties: ``exact`` or ``threshold``; see above.
-        band_from: for ``band``, the upper end in [0, ρ): 0.1 with ρ = 0.2 keeps the tokens between the top 10% and the
-            top 20%.
-
-    Raises:
-        ValueError: a value that has no meaning, with what to write instead.
-    """
-
-    top_ratio: float
-    select: str = "top"
-    ties: str = "exact"
-    band_from: float = 0.0
-
-    def __post_init__(self) -> None:
-        kept_count(1, self.top_ratio)
-        if self.select not in SELECTS:
-            raise ValueError(f"select must be one of {', '.join(SELECTS)}, got {self.select!r}")
-        if self.ties not in TIES:
-            raise ValueError(f"ties must be one of {', '.join(TIES)}, got {self.ties!r}")
-        if self.select == "band" and not 0.0 < self.band_from < self.top_ratio:
-            raise ValueError(
-                f"select=band keeps the tokens between the top band_from and the top top_ratio, so band_from must be "
-                f"in (0, top_ratio), got band_from={self.band_from!r}, top_ratio={self.top_ratio!r}"
-            )
-        if self.select != "band" and self.band_from != 0.0:
-            raise ValueError(f"band_from={self.band_from!r} means something with select=band only")
-        if self.select == "random" and self.ties == "threshold":
-            raise ValueError("select=random has no threshold on the entropy; write ties=exact")
-
-    @property
-    def kept_share(self) -> float:
-        """Of the tokens of a large pool, in (0, 1]."""
-        return self.top_ratio - self.band_from
+from entropy_fork.core.rule import Selector, check_ratio
 
 
 @dataclass(frozen=True)
@@ -97,8 +50,7 @@ def kept_count(num_tokens: int, top_ratio: float) -> int:
     Raises:
         ValueError: a ρ outside (0, 1].
     """
-    if not 0.0 < top_ratio <= 1.0:
-        raise ValueError(f"top_ratio must be in (0, 1], got {top_ratio!r}; 0.2 keeps the top 20%, 1.0 keeps everything")
+    check_ratio(top_ratio)
     if num_tokens == 0:
         return 0
     return max(1, math.ceil(Fraction(repr(float(top_ratio))) * num_tokens))
@@ -172,7 +124,8 @@ def select_tokens(
     if not finite.all():
         raise ValueError("the entropy of a response token is not finite: the policy's logits are broken at this step")
 
-    scores = _scores(values, rows, selector, row_seeds)
+    score = SCORES[selector.select]
+    scores = score.of(PoolTokens(values, mask, rows, row_seeds))
     # What must not be kept is put below all others: no more than N are ever kept, so it never comes in.
     ranked = scores if everything else np.where(mask, scores, -np.inf)
     order = None if row_order is None else row_order.cpu().numpy()
@@ -185,22 +138,58 @@ def select_tokens(
         kept &= ~above
     if not everything:
         kept &= mask  # with ties="threshold" and everything kept, -inf itself would pass
-    threshold = {"top": last, "bottom": -last, "band": last}.get(selector.select, math.nan)
-    return Selection(torch.from_numpy(kept), threshold, num_tokens, int(np.count_nonzero(kept)))
+    return Selection(torch.from_numpy(kept), score.sign * last, num_tokens, int(np.count_nonzero(kept)))
 
 
-def _scores(entropy: np.ndarray, lengths: np.ndarray, selector: Selector, row_seeds: Tensor | None) -> np.ndarray:
-    if selector.select == "bottom":
-        return -entropy
-    if selector.select == "random":
-        if row_seeds is None:
-            raise ValueError("select=random needs row_seeds, so that the same tokens are drawn again on other ranks")
-        scores = np.empty(entropy.size)
-        positions = np.arange(lengths.max(), dtype=np.uint64)
-        for row, seed in zip(row_slices(lengths), row_seeds.cpu().numpy().astype(np.uint64)[:, None], strict=True):
-            scores[row] = uniform_numbers(seed, positions[: row.stop - row.start])
-        return scores
-    return entropy
+@dataclass(frozen=True)
+class PoolTokens:
+    """What a score is made of: the tokens of one pool, rows behind one another.
+
+    Attributes:
+        entropy: float32, shape (num_tokens,), nats; finite where ``eligible``.
+        eligible: bool, same shape: the response mask.
+        lengths: int, shape (num_rows,): tokens per row.
+        row_seeds: int64, shape (num_rows,): what a row's draws are derived from.
+    """
+
+    entropy: np.ndarray
+    eligible: np.ndarray
+    lengths: np.ndarray
+    row_seeds: Tensor | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a value of ``select`` ranks tokens.
+
+    Attributes:
+        of: the scores, float, shape (num_tokens,). The tokens with the highest ones are kept.
+        sign: times the lowest score that is kept, it gives τ in nats; NaN where the score is not made of entropy alone.
+    """
+
+    of: Callable[[PoolTokens], np.ndarray]
+    sign: float = math.nan
+
+
+def _drawn(tokens: PoolTokens) -> np.ndarray:
+    """A number in [0, 1) for each token, from the seed of its row and its position."""
+    if tokens.row_seeds is None:
+        raise ValueError("select=random needs row_seeds, so that the same tokens are drawn again on other ranks")
+    scores = np.empty(tokens.entropy.size)
+    positions = np.arange(tokens.lengths.max(), dtype=np.uint64)
+    seeds = tokens.row_seeds.cpu().numpy().astype(np.uint64)[:, None]
+    for row, seed in zip(row_slices(tokens.lengths), seeds, strict=True):
+        scores[row] = uniform_numbers(seed, positions[: row.stop - row.start])
+    return scores
+
+
+#: the score of each value of ``select``
+SCORES = {
+    "top": Score(lambda tokens: tokens.entropy, sign=1.0),
+    "bottom": Score(lambda tokens: -tokens.entropy, sign=-1.0),
+    "random": Score(_drawn),
+    "band": Score(lambda tokens: tokens.entropy, sign=1.0),
+}
 
 
 def _highest(

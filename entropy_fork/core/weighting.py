@@ -15,18 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_fork.core.flat import count_per_row, pieces
-
-#: verl's aggregations that divide by a number of tokens, and those that only sum over them
-TOKEN_MEAN = "token-mean"
-SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
-TOKEN_SUMS = ("token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-#: all of them
-LOSS_AGG_MODES = (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)
-
-#: what the loss is a mean over
-DENOMINATORS = ("kept", "all")
-#: 1 for a kept token, or in proportion to its entropy
-WEIGHTS = ("hard", "soft")
+from entropy_fork.core.rule import LOSS_AGG_MODES, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, check_value
 
 
 @dataclass(frozen=True)
@@ -93,8 +82,7 @@ def token_weights(
     Raises:
         ValueError: a ``loss_agg_mode`` that verl 0.9 does not have, or an unknown ``denominator``.
     """
-    if denominator not in DENOMINATORS:
-        raise ValueError(f"denominator must be one of {', '.join(DENOMINATORS)}, got {denominator!r}")
+    check_value("denominator", denominator)
     counts = Counts.of(kept, eligible, soft_entropy) if counts is None else counts
     weights = kept.to(torch.float32)
     if counts.num_kept == 0:

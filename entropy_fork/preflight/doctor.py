@@ -24,6 +24,7 @@ from entropy_fork.common.installing import install_command
 from entropy_fork.common.progress import task
 from entropy_fork.common.recipes import recipes_dir
 from entropy_fork.common.supported import SUPPORTED
+from entropy_fork.core.rule import TOKEN_MEAN
 from entropy_fork.preflight import probe as probe_module
 from entropy_fork.preflight.plan import compose, what_the_launcher_says
 from entropy_fork.preflight.probe import PACKAGES, probe
@@ -73,8 +74,8 @@ def _diagnose(overrides: list[str], address: str | None, config_name: str) -> Di
             with task("this command line, and its data"):
                 problems = what_the_launcher_says(config)
             found.problems += [f"this command line: {problem.message}" for problem in problems]
-            found.mask = sentences(read_config(config))
-        except EntropyForkError as error:
+            found.mask = sentences(read_config(config), config.actor_rollout_ref.actor.loss_agg_mode)
+        except (EntropyForkError, ValueError) as error:
             if not any(str(error) in problem for problem in found.problems):
                 found.problems.append(f"this command line: {error}")
     with task("a worker of Ray" if address is None else f"a worker of each node of {address}"):
@@ -260,75 +261,15 @@ def _on_cpu(found: Diagnosis) -> bool:
     return (found.processes["this process"]["platform"] or "").strip().lower() == "cpu"
 
 
-def sentences(spec: EntropyForkConfig | None) -> list[tuple[str, str]]:
-    """What a run would mask, a sentence for each key that matters, as (``key=value``, sentence)."""
-    if spec is None:
+def sentences(fork_config: EntropyForkConfig | None, loss_agg_mode: str = TOKEN_MEAN) -> list[tuple[str, str]]:
+    """What a run would mask, a sentence for each key that has a say in it, as (``key=value``, sentence).
+
+    Raises:
+        ValueError: a ``loss_agg_mode`` that verl 0.9 does not have.
+    """
+    if fork_config is None:
         return [("no mask", "All response tokens are trained on: verl as it is.")]
-    percent = f"{100 * spec.top_ratio:.4g}%"
-    said = [
-        (
-            f"top_ratio={spec.top_ratio:g}",
-            f"{percent} of the response tokens are trained on, {100 - 100 * spec.top_ratio:.4g}% are not."
-            if spec.top_ratio < 1
-            else "All response tokens are kept: the update is verl's, bit for bit.",
-        ),
-        (
-            f"select={spec.select}",
-            {
-                "top": "Kept are the tokens whose position has the highest entropy.",
-                "bottom": "Kept are the tokens whose position has the lowest entropy.",
-                "random": f"Kept are tokens drawn by lot, whatever their entropy, anew each step (seed {spec.seed}).",
-                "band": f"Kept are the tokens between the top {100 * spec.band_from:.4g}% and the top {percent} "
-                "by entropy.",
-            }[spec.select],
-        ),
-        (
-            f"entropy={spec.entropy}",
-            {
-                "old": "The entropy is the old policy's, from verl's own log-prob pass: it costs nothing.",
-                "current": "The entropy is the current policy's at each gradient step, as in the paper.",
-            }[spec.entropy],
-        ),
-        (
-            f"pool={spec.pool}",
-            "The share is taken "
-            + {
-                "response": "in each response by itself.",
-                "micro_batch": "in each micro-batch of each rank: it depends on packing and on the number of GPUs.",
-                "mini_batch": "over a whole mini-batch and all ranks.",
-                "batch": "over the whole batch and all ranks.",
-            }[spec.pool],
-        ),
-        (
-            f"ties={spec.ties}",
-            {
-                "exact": "Exactly ⌈ρN⌉ tokens of each pool; among equals, the one that comes first in its response.",
-                "threshold": "Every token at the threshold or beyond: with equal entropies, more than asked for.",
-            }[spec.ties],
-        ),
-        (
-            f"denominator={spec.denominator}",
-            {
-                "kept": "The loss is a mean over the kept tokens.",
-                "all": f"The loss is divided by all tokens: about {1 / spec.top_ratio:.3g} times smaller than by kept.",
-            }[spec.denominator],
-        ),
-        (
-            f"weight={spec.weight}",
-            {
-                "hard": "Each kept token counts the same.",
-                "soft": "Each kept token counts in proportion to its entropy, with a mean of 1.",
-            }[spec.weight],
-        ),
-    ]
-    if spec.schedule != "constant":
-        said.append(
-            (
-                f"schedule={spec.schedule}",
-                f"The share goes from {percent} at step 1 to {100 * spec.final_ratio:.4g}% at {spec.schedule_steps}.",
-            )
-        )
-    return said
+    return fork_config.rule(loss_agg_mode).sentences()
 
 
 def print_diagnosis(found: Diagnosis) -> None:

@@ -38,13 +38,12 @@ from entropy_fork.preflight.problems import (
     rows_of_batch,
 )
 from entropy_fork.verl import plugin
+from entropy_fork.verl.checks import check_before_training, check_maskable
 from entropy_fork.verl.config import (
     MASKED_STRATEGIES,
     MOVED,
     NODE,
     EntropyForkConfig,
-    check_before_training,
-    check_maskable,
     moved,
     read_config,
 )
@@ -285,27 +284,12 @@ def head_of(config: DictConfig, layout: Layout, masked: EntropyForkConfig | None
 def mask_in_words(config: DictConfig) -> str:
     """Which tokens the run would be trained on, a sentence."""
     try:
-        masked = read_config(config)
-    except EntropyForkError as error:
+        fork_config = read_config(config)
+        if fork_config is None:
+            return "No mask: all response tokens are trained on (verl as it is)."
+        return fork_config.rule(config.actor_rollout_ref.actor.loss_agg_mode).describe()
+    except (EntropyForkError, ValueError) as error:
         return str(error)
-    if masked is None:
-        return "No mask: all response tokens are trained on (verl as it is)."
-    share = f"{masked.top_ratio:.4g}"
-    chosen = {
-        "top": f"the {share} share of the response tokens whose position has the highest entropy",
-        "bottom": f"the {share} share of the response tokens whose position has the lowest entropy",
-        "random": f"a random {share} share of the response tokens",
-        "band": f"the response tokens between the top {masked.band_from:.4g} and the top {share} by entropy",
-    }[masked.select]
-    pool = {
-        "response": "each response by itself",
-        "micro_batch": "each micro-batch of each rank",
-        "mini_batch": "a mini-batch, over all ranks",
-        "batch": "the whole batch, over all ranks",
-    }[masked.pool]
-    whose = "the old policy's entropies" if masked.entropy == "old" else "the current policy's entropies"
-    by = "" if masked.select == "random" else f", by {whose}"
-    return f"Trained on: {chosen}, out of {pool}{by}."
 
 
 def _count_steps(plan: Plan, config: DictConfig, layout: Layout) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.core.selection import Selector, select_tokens
+from entropy_fork.core.rule import Selector
+from entropy_fork.core.selection import select_tokens
 from entropy_fork.tokens.store import AnswerTokens, parts, read_manifest, read_part
 
 #: the stops of the slider

@@ -28,7 +28,8 @@ from verl.workers.utils.padding import response_from_nested
 from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.core.flat import count_per_row
 from entropy_fork.core.ranks import Ranks, select_over_ranks
-from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools
+from entropy_fork.core.responses import Rows, pool_of_rows, select_in_pools
+from entropy_fork.core.rule import Rule
 from entropy_fork.core.selection import exact_count
 from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import Counts, token_weights

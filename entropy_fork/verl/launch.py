@@ -24,7 +24,8 @@ import wrapt
 from omegaconf import DictConfig
 
 from entropy_fork.common.asked_for import in_config
-from entropy_fork.verl import config as checks
+from entropy_fork.verl import checks
+from entropy_fork.verl.config import guard_loss, is_guarded, make_typed, read_config
 
 
 def _checking_first(run_ppo: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,10 +45,10 @@ def extend_run_ppo(module: ModuleType) -> None:
 
 @wrapt.decorator
 def _with_guard(wrapped, instance: DictConfig, args, kwargs):  # type: ignore[no-untyped-def]
-    if in_config(instance) and not checks.is_guarded(instance):
-        checks.make_typed(instance)
-        if checks.read_config(instance) is not None:
-            checks.guard_loss(instance)
+    if in_config(instance) and not is_guarded(instance):
+        make_typed(instance)
+        if read_config(instance) is not None:
+            guard_loss(instance)
     return wrapped(*args, **kwargs)
 
 

@@ -4,7 +4,7 @@ Hook: the entry point group ``verl.plugins``. verl imports this module at the en
 launcher and in every Ray worker, and swallows whatever it raises. So it is cheap (none of verl's heavy modules is
 imported here: each part waits for the import of what it extends), does its work once, and what must not be swallowed
 is checked from the outside: by Hydra's search path plugin (``hydra_plugins/entropy_fork``) in the launcher, and by the
-typed config node everywhere else (see ``config.py``).
+typed config node everywhere else (see ``config/nodes.py``).
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ def _check_verl(version: str) -> None:
 # Before the imports of what holds on to verl, which in another verl would fail with a reason that helps nobody.
 _check_verl(verl.__version__)
 
-from entropy_fork.verl import config, launch  # noqa: E402
+from entropy_fork.verl import checks, config, launch  # noqa: E402
 from entropy_fork.verl.cpu import cpu_platform, fork_server  # noqa: E402
 
 
 def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..., Any]:
     """verl's checks, and those of ours that a run asks for: see ``entropy_fork/common/asked_for.py``."""
-    checks = config
 
     @wraps(validate_config)  # a function, not wrapt's proxy: programs pickle it with what refers to it
     def validate(config: Any, *args: Any, **kwargs: Any) -> Any:

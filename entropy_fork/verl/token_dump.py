@@ -35,16 +35,16 @@ from entropy_fork.verl.gradient_step import KEPT
 class TokenDump:
     """Writes the tokens of ``dump_answers`` answers of every ``dump_every``-th step that updates the actor."""
 
-    def __init__(self, config: Any, spec: EntropyForkConfig):
-        self.config, self.spec = config, spec
-        self.folder = Path(spec.dump_dir or Path(config.trainer.default_local_dir) / "tokens")
+    def __init__(self, config: Any, fork_config: EntropyForkConfig):
+        self.config, self.fork_config = config, fork_config
+        self.folder = Path(fork_config.dump_dir or Path(config.trainer.default_local_dir) / "tokens")
         self.first = True
 
     @classmethod
     def asked_for(cls, config: Any) -> TokenDump | None:
         """The dump of a run; None where ``dump_every`` is 0."""
-        spec = read_node(config)
-        return cls(config, spec) if spec is not None and spec.dump_every > 0 else None
+        fork_config = read_node(config)
+        return cls(config, fork_config) if fork_config is not None and fork_config.dump_every > 0 else None
 
     def start(self) -> None:
         """Make the folder, so that one that cannot be written to stops the run before its first step.
@@ -57,25 +57,26 @@ class TokenDump:
                 f"{self.folder} holds other tokens than those of a training run, which would be mixed with this run's: "
                 f"write entropy_fork.dump_dir=FOLDER with another folder."
             )
-        spec, model = self.spec, self.config.actor_rollout_ref
+        fork_config, model = self.fork_config, self.config.actor_rollout_ref
         manifest = {
             "source": "training",
             "model": str(model.model.path),
             "temperature": float(model.rollout.temperature),
-            "top_ratio": spec.top_ratio if spec.enabled else 1.0,
-            "select": spec.select if spec.enabled else "all",
-            "entropy": spec.entropy,
-            "pool": spec.pool,
+            "top_ratio": fork_config.top_ratio if fork_config.enabled else 1.0,
+            "select": fork_config.select if fork_config.enabled else "all",
+            "entropy": fork_config.entropy,
+            "pool": fork_config.pool,
             "threshold": None,  # one per step and pool: the metric entropy_fork/threshold
-            "dump_every": spec.dump_every,
-            "dump_answers": spec.dump_answers,
+            "dump_every": fork_config.dump_every,
+            "dump_answers": fork_config.dump_answers,
         }
         try:
             write_manifest(self.folder, manifest)
         except OSError as error:
             raise EntropyForkError(
-                f"entropy_fork.dump_every={spec.dump_every} asks for tokens in {self.folder}, which {process_name()} "
-                f"cannot write to ({error}). Write entropy_fork.dump_dir=FOLDER, or entropy_fork.dump_every=0."
+                f"entropy_fork.dump_every={fork_config.dump_every} asks for tokens in {self.folder}, which "
+                f"{process_name()} cannot write to ({error}). Write entropy_fork.dump_dir=FOLDER, or "
+                f"entropy_fork.dump_every=0."
             ) from error
 
     def write(self, batch: Any, step: int, tokenizer: Any) -> None:
@@ -88,7 +89,7 @@ class TokenDump:
             step: of training, from 1.
             tokenizer: the model's.
         """
-        if step % self.spec.dump_every:
+        if step % self.fork_config.dump_every:
             return
         try:
             if self.first:
@@ -145,15 +146,15 @@ class TokenDump:
     @property
     def _everything(self) -> bool:
         """Whether verl trains on every token, as it does without us."""
-        return not self.spec.enabled
+        return not self.fork_config.enabled
 
     def _selected_field(self) -> str | None:
         """The field of the batch that says what is trained on; None where there is none on the driver."""
         if self._everything:
             return None
-        if not self.spec.in_worker(self.config.actor_rollout_ref.actor.shuffle):
+        if not self.fork_config.in_worker(self.config.actor_rollout_ref.actor.shuffle):
             return "rollout_is_weights"
-        return KEPT if self.spec.pool == "batch" else None
+        return KEPT if self.fork_config.pool == "batch" else None
 
     def _keys(self, batch: Any) -> list[str]:
         """Which answers: the first of each prompt, then the second; in an order that the data gives, not the run."""
@@ -165,7 +166,7 @@ class TokenDump:
             uid, number, output = real[row].rsplit("_", 2)
             return int(number), int(output), indices[row], uid
 
-        return [real[row] for row in sorted(range(len(real)), key=place)[: self.spec.dump_answers]]
+        return [real[row] for row in sorted(range(len(real)), key=place)[: self.fork_config.dump_answers]]
 
 
 def _rows(field: Any) -> Sequence[Any] | None:

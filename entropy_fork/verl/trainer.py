@@ -33,14 +33,10 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.core.identity import Identity, RowKey, identify, row_order, row_seeds
 from entropy_fork.core.responses import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.core.rule import TOKEN_MEAN
 from entropy_fork.core.tally import Tally, draws
-from entropy_fork.verl.config import (
-    NODE,
-    EntropyForkConfig,
-    check_maskable,
-    guard_loss,
-    read_config,
-)
+from entropy_fork.verl.checks import check_maskable
+from entropy_fork.verl.config import NODE, EntropyForkConfig, guard_loss, read_config
 from entropy_fork.verl.engine import admit_worker
 from entropy_fork.verl.gradient_step import KEPT, ROW_IDENTITY, RULE, tally_of
 from entropy_fork.verl.guards.checkpoint import WholeCheckpoints
@@ -281,9 +277,13 @@ def _nested(values: torch.Tensor, per_row: int) -> torch.Tensor:
     return torch.nested.nested_tensor_from_jagged(values, torch.arange(0, values.numel() + 1, per_row))
 
 
-def _in_words(spec: EntropyForkConfig) -> str:
-    changed = [f.name for f in fields(spec) if getattr(spec, f.name) != f.default or f.name == "top_ratio"]
-    return " ".join(f"{name}={getattr(spec, name)}" for name in changed)
+def _in_words(fork_config: EntropyForkConfig, loss_agg_mode: str = TOKEN_MEAN) -> str:
+    """The keys that are not the default, and what they mean."""
+    changed = [
+        f.name for f in fields(fork_config) if getattr(fork_config, f.name) != f.default or f.name == "top_ratio"
+    ]
+    settings = " ".join(f"{name}={getattr(fork_config, name)}" for name in changed)
+    return f"{settings} ({fork_config.rule(loss_agg_mode).describe()[:-1]})"
 
 
 def install() -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import typer
 
-from entropy_fork.core.weighting import TOKEN_MEAN, token_weights
+from entropy_fork.core.rule import TOKEN_MEAN
+from entropy_fork.core.weighting import token_weights
 from entropy_fork.tokens.store import AnswerTokens, read_answers, read_manifest
 
 WIDTH, LEFT, CHARACTER, GAP = 880, 148, 10.3, 4

@@ -25,7 +25,8 @@ from entropy_fork.analysis.order_statistics import order_statistics, percentile_
 from entropy_fork.analysis.parts_of_text import KINDS, kinds_of_tokens, sections_of_tokens
 from entropy_fork.analysis.summary import BELOW, PERCENTILES, summarise
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.core.selection import Selector, select_tokens
+from entropy_fork.core.rule import Selector
+from entropy_fork.core.selection import select_tokens
 from entropy_fork.tokens.store import AnswerTokens, read_answers, write_manifest, write_part
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)

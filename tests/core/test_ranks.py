@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entropy_fork.core.ranks import Ranks
-from entropy_fork.core.responses import Rule, select_in_pools, weigh_mini_batches
-from entropy_fork.core.selection import Selector
+from entropy_fork.core.responses import select_in_pools, weigh_mini_batches
+from entropy_fork.core.rule import TOKEN_MEAN, Rule, Selector
 from entropy_fork.core.tally import Pool, Tally
-from entropy_fork.core.weighting import TOKEN_MEAN
 
 
 @given(

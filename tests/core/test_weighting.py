@@ -10,8 +10,9 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.core.selection import Selector, select_tokens
-from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, token_weights
+from entropy_fork.core.rule import SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN, TOKEN_SUMS, Selector
+from entropy_fork.core.selection import select_tokens
+from entropy_fork.core.weighting import token_weights
 from entropy_fork.verl.config import MASKABLE_LOSSES, guarded_name
 from entropy_fork.verl.policy_loss import WEIGHED, _written, kept_means, weighed_by_driver, weights_written
 

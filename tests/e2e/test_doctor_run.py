@@ -28,7 +28,7 @@ def test_with_a_real_ray_whose_workers_lack_the_plugin(
     assert "VERL_USE_EXTERNAL_PLUGINS=none" in found["processes"]["a Ray worker"]["plugin"]["inactive"]
     assert any(p.startswith("a Ray worker (") and "the plugin is not active" in p for p in found["problems"])
     assert any("this command line: " in p and "VERL_PLATFORM=cpu, but trainer.device" in p for p in found["problems"])
-    assert found["mask"][0] == ["top_ratio=0.1", "10% of the response tokens are trained on, 90% are not."]
+    assert found["mask"][0] == ["top_ratio=0.1", "Trains on 10% of the response tokens: the other 90% weigh 0."]
 
 
 def test_with_a_real_ray_and_all_is_well(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -6,20 +6,18 @@ import torch
 from hypothesis import strategies as st
 
 from entropy_fork.core.ranks import Ranks, select_over_ranks
-from entropy_fork.core.responses import Rows, Rule
-from entropy_fork.core.selection import Selector
+from entropy_fork.core.responses import Rows
+from entropy_fork.core.rule import SELECTS, Rule, Selector
 from entropy_fork.core.tally import Pool
 from entropy_fork.core.weighting import Counts, token_weights
 
 TOP20 = Selector(0.2)
+#: every way to select, and some ratios
 SELECTORS = st.sampled_from(
     [
-        TOP20,
+        *(Selector(0.4, select, band_from=0.1 if select == "band" else 0.0) for select in SELECTS),
         Selector(1.0),
         Selector(0.03),
-        Selector(0.8, "bottom"),
-        Selector(0.2, "random"),
-        Selector(0.5, "band", band_from=0.1),
         Selector(0.2, ties="threshold"),
     ]
 )

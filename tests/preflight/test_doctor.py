@@ -72,7 +72,7 @@ def test_the_needs_are_read_from_what_is_installed() -> None:
 
 def test_a_sentence_per_key() -> None:
     said = dict(sentences(EntropyForkConfig(top_ratio=0.1)))
-    assert said["top_ratio=0.1"] == "10% of the response tokens are trained on, 90% are not."
+    assert said["top_ratio=0.1"] == "Trains on 10% of the response tokens: the other 90% weigh 0."
     assert list(said) == [
         "top_ratio=0.1", "select=top", "entropy=old", "pool=mini_batch", "ties=exact", "denominator=kept",
         "weight=hard",
@@ -82,11 +82,12 @@ def test_a_sentence_per_key() -> None:
         weight="soft", schedule="linear", schedule_steps=50, final_ratio=0.5,
     )  # fmt: skip
     text = " ".join(sentence for _, sentence in sentences(changed))
-    for part in ("between the top 10% and the top 20%", "current policy's", "packing", "or beyond",
-                 "about 5 times smaller", "in proportion to", "from 20% at step 1 to 50% at 50"):  # fmt: skip
+    for part in ("between the top 10% and the top 20%", "current policy", "packing", "or beyond",
+                 "five times smaller", "in proportion to", "from 20% at step 1 to 50% at step 50"):  # fmt: skip
         assert part in text
     assert sentences(None) == [("no mask", "All response tokens are trained on: verl as it is.")]
     assert "bit for bit" in sentences(EntropyForkConfig(top_ratio=1.0))[0][1]
+    assert "denominator=kept" not in dict(sentences(EntropyForkConfig(), "token-sum")), "verl divides by no number"
 
 
 def test_what_hydra_finds() -> None:

@@ -29,11 +29,12 @@ from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.losses import ppo_loss
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.core.responses import Rule
-from entropy_fork.core.selection import Selector, select_tokens
-from entropy_fork.core.weighting import SEQ_MEAN_TOKEN_MEAN, token_weights
+from entropy_fork.core.rule import SEQ_MEAN_TOKEN_MEAN, Rule, Selector
+from entropy_fork.core.selection import select_tokens
+from entropy_fork.core.weighting import token_weights
 from entropy_fork.verl import engine, trainer
-from entropy_fork.verl.config import MASKED_STRATEGIES, check_before_training
+from entropy_fork.verl.checks import check_before_training
+from entropy_fork.verl.config import MASKED_STRATEGIES
 from entropy_fork.verl.gradient_step import ROW_IDENTITY, GradientStep
 from entropy_fork.verl.policy_loss import weights_written
 from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK

@@ -151,10 +151,10 @@ def spans_after(page: Path) -> set[str]:
 @cache
 def keys(schema: str) -> set[str]:
     """The keys of a config node, read in the source: importing it would import all of verl."""
-    for node in ast.parse((REPOSITORY / "entropy_fork/verl/config.py").read_text()).body:
+    for node in ast.parse((REPOSITORY / "entropy_fork/verl/config/schema.py").read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == schema:
             return {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
-    raise AssertionError(f"{schema} is not in verl/config.py")
+    raise AssertionError(f"{schema} is not in verl/config/schema.py")
 
 
 @every_page

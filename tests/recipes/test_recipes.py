@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.recipes import preset_names, recipes_dir
-from entropy_fork.verl.config import check_before_training, check_complete, selection_name
+from entropy_fork.verl.checks import check_before_training, check_complete
+from entropy_fork.verl.config import selection_name
 
 RECIPES = [f"qwen3_{size}_{length}" for length in ("20k", "29k") for size in ("8b", "14b", "32b")]
 PRESETS = ["official", "global", "off", "bottom80", "random20"]

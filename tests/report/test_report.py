@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.core.selection import Selector, kept_count, select_tokens
+from entropy_fork.core.rule import Selector
+from entropy_fork.core.selection import kept_count, select_tokens
 from entropy_fork.report import curves, page, steps
 from entropy_fork.report.packed_answers import RATIOS, chosen_answers, pools_of
 from entropy_fork.tokens.store import AnswerTokens, read_answers, write_manifest, write_part

@@ -20,14 +20,8 @@ from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.recipes import preset_names
 from entropy_fork.core import returns
-from entropy_fork.verl.config import (
-    ESTIMATORS,
-    NEED_CRITIC,
-    check_estimator,
-    check_maskable,
-    check_on_policy,
-    read_config,
-)
+from entropy_fork.verl.checks import check_estimator, check_maskable, check_on_policy
+from entropy_fork.verl.config import ESTIMATORS, NEED_CRITIC, read_config
 
 ROWS, WIDTH, GROUP = 6, 9, 3
 ALGORITHM = OmegaConf.create({"gamma": 0.9, "lam": 0.8})
@@ -130,10 +124,10 @@ def test_each_form_composes_with_each_preset(compose: Compose, preset: str, name
     )  # fmt: skip
     check_estimator(config)
     check_on_policy(config)
-    masked = read_config(config)
-    assert (masked is None) == (preset == "off")
-    if masked is not None:
-        check_maskable(config, masked)
+    fork_config = read_config(config)
+    assert (fork_config is None) == (preset == "off")
+    if fork_config is not None:
+        check_maskable(config, fork_config)
 
 
 @pytest.mark.parametrize(

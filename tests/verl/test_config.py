@@ -17,12 +17,12 @@ from omegaconf import OmegaConf, open_dict
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.recipes import preset_names
+from entropy_fork.verl.checks import check_before_training
 from entropy_fork.verl.config import (
     MASKABLE_LOSSES,
     EntropyForkConfig,
     GuardsConfig,
     averages_by_sequence,
-    check_before_training,
     read_config,
     read_guards,
     selection_name,
@@ -79,13 +79,13 @@ def test_a_ratio_out_of_range(compose: Compose, data: list[str], ratio: str) -> 
 @pytest.mark.parametrize(
     ("override", "match"),
     [
-        ("select=upper", "select must be one of top, bottom, random, band"),
-        ("entropy=new", "entropy must be one of old, current"),
-        ("pool=epoch", "pool must be one of response, micro_batch, mini_batch, batch"),
-        ("denominator=some", "denominator must be one of kept, all"),
-        ("weight=fuzzy", "weight must be one of hard, soft"),
-        ("ties=none", "ties must be one of exact, threshold"),
-        ("schedule=stairs", "schedule must be one of constant, linear, cosine"),
+        ("select=upper", "select must be one of .+"),
+        ("entropy=new", "entropy must be one of .+"),
+        ("pool=epoch", "pool must be one of .+"),
+        ("denominator=some", "denominator must be one of .+"),
+        ("weight=fuzzy", "weight must be one of .+"),
+        ("ties=none", "ties must be one of .+"),
+        ("schedule=stairs", "schedule must be one of .+"),
         ("schedule=linear", "needs schedule_steps"),
         ("dump_every=-1", "dump_every must be a number of steps, or 0 to dump nothing, got -1"),
         ("dump_answers=0", "dump_answers must be in .1, 100000., got 0"),
@@ -133,10 +133,10 @@ def test_what_the_engine_selects_needs_an_engine_of_ours(compose: Compose, data:
 def test_the_presets_say_what_they_are(compose: Compose, data: list[str], preset: str, meaning: tuple) -> None:
     config = compose(f"+entropy_fork={preset}", *data)
     check_before_training(config)
-    parsed = read_config(config)
-    assert parsed is not None
-    assert (parsed.entropy, parsed.pool, parsed.ties, parsed.denominator) == meaning
-    assert (parsed.top_ratio, parsed.select, parsed.weight) == (0.2, "top", "hard")
+    fork_config = read_config(config)
+    assert fork_config is not None
+    assert (fork_config.entropy, fork_config.pool, fork_config.ties, fork_config.denominator) == meaning
+    assert (fork_config.top_ratio, fork_config.select, fork_config.weight) == (0.2, "top", "hard")
 
 
 def test_a_schedule_that_ends_out_of_range(compose: Compose, data: list[str]) -> None:
@@ -148,9 +148,9 @@ def test_a_schedule_that_ends_out_of_range(compose: Compose, data: list[str]) ->
 def test_the_controls(compose: Compose, data: list[str], preset: str, select: str, ratio: float) -> None:
     config = compose("+recipe=demo_cpu", f"entropy_fork={preset}", *data)
     check_before_training(config)
-    parsed = read_config(config)
-    assert parsed is not None
-    assert (parsed.select, parsed.top_ratio) == (select, ratio)
+    fork_config = read_config(config)
+    assert fork_config is not None
+    assert (fork_config.select, fork_config.top_ratio) == (select, ratio)
 
 
 def test_a_mistyped_key_or_value_is_refused_by_hydra_itself(compose: Compose) -> None:

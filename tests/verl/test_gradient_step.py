@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from entropy_fork.core.responses import Rule
-from entropy_fork.core.selection import Selector
+from entropy_fork.core.rule import Rule, Selector
 from entropy_fork.verl.config import MASKABLE_LOSSES
 from entropy_fork.verl.gradient_step import tally_of
 from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK, EVERYWHERE, HEAD, RESPONSES

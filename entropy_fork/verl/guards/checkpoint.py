@@ -30,8 +30,16 @@ from ray.exceptions import RayTaskError
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.output_folder import UNFINISHED
-from entropy_fork.verl.config import MASKED_STRATEGIES, check_resumable, read_guards, read_node
-from entropy_fork.verl.guards.resume import FILE, LATEST, MIXED, checkpoint_to_resume, says, write_selection
+from entropy_fork.verl.config import MASKED_STRATEGIES, read_guards, read_node
+from entropy_fork.verl.guards.resume import (
+    FILE,
+    LATEST,
+    MIXED,
+    check_resumable,
+    checkpoint_to_resume,
+    says,
+    write_selection,
+)
 
 #: the names of a rank's files by what ``checkpoint.load_contents`` asks for (verl's ``FSDPCheckpointManager``)
 SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
@@ -46,26 +54,27 @@ class WholeCheckpoints:
     global_steps: int
 
     def _save_checkpoint(self) -> None:
-        node, guarded = read_node(self.config), read_guards(self.config).checkpoints
+        fork_config, guarded = read_node(self.config), read_guards(self.config).checkpoints
         # An asynchronous save is not over when verl returns; Megatron then points to it when it is.
         guarded = guarded and not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False)
         folder = Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
         is_new = not folder.exists()
         try:
-            if node is not None or guarded:
+            if fork_config is not None or guarded:
                 folder.mkdir(parents=True, exist_ok=True)
             if guarded:
                 (folder / UNFINISHED).write_text(
                     "entropy_fork: this checkpoint is being written, or its run ended there\n"
                 )
             # first, so that verl never points to a checkpoint that says something else, or nothing
-            if node is not None:
-                write_selection(folder, node.selection() if is_new or says(folder, node.selection()) else MIXED)
+            if fork_config is not None:
+                selection = fork_config.selection()
+                write_selection(folder, selection if is_new or says(folder, selection) else MIXED)
             else:  # what a run with the node has left in a folder that is used again
                 (folder / FILE).unlink(missing_ok=True)
             super()._save_checkpoint()  # type: ignore[misc]
-            if node is not None and not is_new:
-                write_selection(folder, node.selection())
+            if fork_config is not None and not is_new:
+                write_selection(folder, fork_config.selection())
             if guarded:
                 (folder / UNFINISHED).unlink()
         except Exception as error:

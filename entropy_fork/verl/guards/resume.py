@@ -1,6 +1,6 @@
 """A checkpoint says what it was trained on, and no run of another selection goes on from it unasked.
 
-Hook: none here. ``checkpoint.py`` writes the file with each checkpoint and asks before one is loaded; ``config.py``
+Hook: none here. ``checkpoint.py`` writes the file with each checkpoint and asks before one is loaded; ``checks.py``
 asks in the launcher, which usually sees the same folder and has not started Ray yet.
 
 verl resumes from whatever lies in ``trainer.default_local_dir``, which follows from the names of project and
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from entropy_fork.common.asked_for import NODE
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.output_folder import write_whole
+from entropy_fork.core.rule import KEY_OF
+from entropy_fork.verl.config import RULE_KEYS, TrainedOn, read_node
 
 #: beside ``actor`` in the folder of a checkpoint
 FILE = "entropy_fork.json"
@@ -25,26 +27,19 @@ FILE = "entropy_fork.json"
 #: verl's, in ``trainer.default_local_dir``
 LATEST = "latest_checkpointed_iteration.txt"
 
-#: what a run without a mask trains on
-ALL_TOKENS = "all tokens"
-
 #: what a folder says while a checkpoint of another selection in it is written over, and after a kill in that time
 MIXED = "tokens of two selections (a run was stopped while it wrote over the checkpoint of another one)"
 
-#: A selection: the value of every key that changes it, or ``ALL_TOKENS``.
-Selection = dict[str, Any] | str
+#: what a key means that an earlier version of this package did not write down
+DEFAULTS = {name: KEY_OF[name].default for name in RULE_KEYS}
 
 
-def write_selection(folder: Path, selection: Selection) -> None:
+def write_selection(folder: Path, selection: TrainedOn) -> None:
     """Write what a run trains on into the folder of its checkpoint."""
-    from entropy_fork.common.output_folder import (
-        write_whole,  # which imports entropy_fork.verl, and may be what does so first
-    )
-
     write_whole(folder / FILE, json.dumps({"trained_on": selection}, indent=1) + "\n")
 
 
-def says(folder: Path, selection: Selection) -> bool:
+def says(folder: Path, selection: TrainedOn) -> bool:
     """Whether the file in a checkpoint's folder says that it was trained on this selection."""
     try:
         return read_selection(folder) == selection
@@ -52,7 +47,7 @@ def says(folder: Path, selection: Selection) -> bool:
         return False
 
 
-def read_selection(folder: Path) -> Selection | None:
+def read_selection(folder: Path) -> TrainedOn | None:
     """What a checkpoint was trained on last; None where no file says so, as in stock verl's checkpoints.
 
     Raises:
@@ -87,14 +82,11 @@ def checkpoint_to_resume(trainer: DictConfig) -> Path | None:
     return None
 
 
-def check_same_selection(trainer: DictConfig, now: Selection, defaults: dict[str, Any]) -> str | None:
-    """Refuse to go on from a checkpoint of another selection.
+def check_resumable(config: DictConfig) -> str | None:
+    """Refuse to go on from a checkpoint of another selection, in a run whose config has the node.
 
     Args:
-        trainer: the node of that name.
-        now: what this run trains on.
-        defaults: the selection of a node without a key: what a key means that an earlier version of this package did
-            not write down.
+        config: the root.
 
     Returns:
         A line for the log where the checkpoint does not say what it was trained on; None where it does, or where there
@@ -103,6 +95,10 @@ def check_same_selection(trainer: DictConfig, now: Selection, defaults: dict[str
     Raises:
         EntropyForkError: with both selections and the ways out.
     """
+    fork_config = read_node(config)
+    if fork_config is None or fork_config.resume_other_selection:
+        return None
+    trainer, now = config.trainer, fork_config.selection()
     folder = checkpoint_to_resume(trainer)
     if folder is None or not folder.is_dir():
         return None
@@ -113,18 +109,18 @@ def check_same_selection(trainer: DictConfig, now: Selection, defaults: dict[str
             f"continues from it"
         )
     if isinstance(then, dict):
-        then = {**defaults, **then}
+        then = {**DEFAULTS, **then}
     if then == now:
         return None
     raise EntropyForkError(
-        f"{folder} was trained on {_in_words(then, now, defaults)}, and this run on {_in_words(now, then, defaults)}: "
+        f"{folder} was trained on {_in_words(then, now)}, and this run on {_in_words(now, then)}: "
         f"it would continue the other run's model. Write trainer.experiment_name=NAME for a run of its own"
         f"{_folder_too(trainer)}, trainer.resume_mode=disable to begin again in this folder, or "
         f"{NODE}.resume_other_selection=true to go on from that checkpoint on purpose."
     )
 
 
-def _in_words(selection: Selection, other: Selection, defaults: dict[str, Any]) -> str:
+def _in_words(selection: TrainedOn, other: TrainedOn) -> str:
     """The selection in words: top_ratio, select, and each key that is not its default or differs from the other's."""
     if isinstance(selection, str):
         return selection
@@ -132,7 +128,7 @@ def _in_words(selection: Selection, other: Selection, defaults: dict[str, Any]) 
     said = [
         f"{key}={value}"
         for key, value in selection.items()
-        if key in ("top_ratio", "select") or value != defaults.get(key) or value != beside.get(key, value)
+        if key in ("top_ratio", "select") or value != DEFAULTS.get(key) or value != beside.get(key, value)
     ]
     return f"the tokens of {' '.join(said)}"
 

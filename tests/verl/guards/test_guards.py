@@ -27,7 +27,8 @@ from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.tokens.store import read_answers
 from entropy_fork.verl import token_dump
-from entropy_fork.verl.config import EntropyForkConfig, check_before_training
+from entropy_fork.verl.checks import check_before_training
+from entropy_fork.verl.config import EntropyForkConfig
 from entropy_fork.verl.guards import checkpoint, waiting
 
 LATEST = "latest_checkpointed_iteration.txt"

@@ -13,7 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.verl.config import EntropyForkConfig, check_before_training
+from entropy_fork.verl.checks import check_before_training
+from entropy_fork.verl.config import EntropyForkConfig
 from entropy_fork.verl.guards.checkpoint import WholeCheckpoints
 
 Compose = Callable[..., Any]

@@ -1,0 +1,266 @@
+"""The checks before Ray starts: what cannot be done as it was asked for is refused, with what to write instead.
+
+Hook: verl's ``main_ppo`` calls ``verl.utils.config.validate_config`` before it starts Ray. There is no registry for
+further checks, so :func:`check_first` is run right before it and :func:`check_before_training` right after it (see
+``plugin.py``). What each check is asked for by stands in ``entropy_fork/common/asked_for.py``: on a run that asks for
+nothing of ours none of them says a word.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+
+import verl
+from omegaconf import DictConfig, OmegaConf
+
+from entropy_fork.common.asked_for import GROUPS, came_as_a_plain_value, chosen, overrides
+from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.recipes import preset_names
+from entropy_fork.core.rule import LOSS_AGG_MODES, SEQ_MEAN_TOKEN_MEAN
+from entropy_fork.verl.config import (
+    ESTIMATORS,
+    MASKABLE_LOSSES,
+    MASKED_STRATEGIES,
+    NEED_CRITIC,
+    NEED_GROUP,
+    NODE,
+    EntropyForkConfig,
+    averages_by_sequence,
+    check_places,
+    make_typed,
+    plain_name,
+    read_config,
+    read_guards,
+    read_node,
+)
+from entropy_fork.verl.guards.data_files import check_data_files, reads_with_verl
+from entropy_fork.verl.guards.resume import check_resumable
+
+
+def check_before_training(config: DictConfig) -> None:
+    """Refuse what cannot be done as it was asked for, before Ray starts. Called with main_ppo's whole config.
+
+    Raises:
+        EntropyForkError: with what is wrong and what to write instead.
+    """
+    check_groups(config)
+    fork_config = read_config(config)
+    check_estimator(config)
+    check_on_policy(config)
+    make_typed(config)
+    check_resumable(config)
+    if read_guards(config).data_files:
+        check_data_files(config)
+    if fork_config is not None:
+        check_maskable(config, fork_config)
+    check_dumpable(config)
+    global _checked
+    _checked = weakref.ref(config)
+
+
+_checked: weakref.ref[DictConfig] | None = None
+
+
+def was_checked(config: DictConfig) -> bool:
+    """Whether this config was the last to pass :func:`check_before_training`. Hydra's presets are typed before that."""
+    return _checked is not None and _checked() is config
+
+
+def check_groups(config: DictConfig) -> None:
+    """Refuse a recipe, a cluster or a template that was asked for and did not arrive.
+
+    Raises:
+        EntropyForkError: with what is wrong and what to write instead.
+    """
+    for group in GROUPS:
+        value = OmegaConf.select(config, group, default=None)
+        if came_as_a_plain_value(group, value):
+            raise EntropyForkError(
+                f"'{group}: {value}' arrived as a plain key, so the {group} was not applied and verl's defaults would "
+                f"be trained. Check the name ({group}s of this install: {', '.join(preset_names(group))})."
+            )
+
+
+#: keys that a recipe leaves open (null: '???' over a value of verl's keeps that value), and what to write for them
+OPEN_KEYS = {
+    "data.train_files": "data.train_files=FILE.parquet (made by 'entropy-fork data prepare')",
+    "data.val_files": "data.val_files=FILE.parquet (made by 'entropy-fork data prepare')",
+    "actor_rollout_ref.model.path": "actor_rollout_ref.model.path=MODEL (which: see the top of the recipe's file)",
+    "actor_rollout_ref.rollout.name": "+cluster=NAME, the machines that it runs on: {clusters}",
+}
+
+
+def check_complete(config: DictConfig) -> None:
+    """Refuse a recipe's run that lacks a key. Runs before verl's own checks, whose message would mislead.
+
+    Raises:
+        EntropyForkError: with groups in an order in which the recipe would undo the cluster, or with the keys that are
+            missing and what to write for each.
+    """
+    words = [word.lstrip("+").partition("=") for word in overrides() or []]
+    ours = [group for group, _, name in words if group in ("recipe", "cluster") and name in preset_names(group)]
+    if ours == ["cluster", "recipe"]:
+        raise EntropyForkError(
+            "+cluster=… stands before +recipe=…, and Hydra applies them in their order, so the recipe would undo what "
+            "the cluster says. Write +recipe=… +cluster=…"
+        )
+    missing = [
+        remedy.format(clusters=", ".join(preset_names("cluster")))
+        for key, remedy in OPEN_KEYS.items()
+        if OmegaConf.select(config, key, default=None) is None
+        and (reads_with_verl(config) or not key.startswith("data."))
+    ]
+    if missing:
+        raise EntropyForkError("this run is not complete. Add to the command line:\n  " + "\n  ".join(missing))
+
+
+def check_first(config: DictConfig) -> None:
+    """The checks that run before verl's own, because verl's message for these faults misleads.
+
+    Raises:
+        EntropyForkError: with what is wrong and what to write instead.
+    """
+    check_places(config)
+    if chosen("recipe") is not None:
+        check_complete(config)
+
+
+def _is_ours(registry: str, name: str, ours: tuple[str, ...]) -> bool:
+    """Whether a name of ours means ours: a module of the user's may have registered its own under it."""
+    if name not in ours:
+        return False
+    core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
+    registered = getattr(core_algos, registry, {}).get(name)
+    return registered is None or registered.__module__.startswith("entropy_fork.")
+
+
+def check_estimator(config: DictConfig) -> None:
+    """Refuse one of our advantage estimators where what it is computed from will not be there.
+
+    Raises:
+        EntropyForkError: no critic, a group of one answer, or verl's legacy trainer.
+    """
+    name = config.algorithm.adv_estimator
+    if not _is_ours("ADV_ESTIMATOR_REGISTRY", name, ESTIMATORS):
+        return
+    if name in NEED_CRITIC and not config.critic.enable:
+        raise EntropyForkError(
+            f"algorithm.adv_estimator={name} is computed from a critic's values, and verl starts a critic unasked for "
+            f"gae alone. Write critic.enable=True (and critic.model.path=…), or an estimator that needs none: "
+            f"{', '.join(name for name in ESTIMATORS if name not in NEED_CRITIC)}."
+        )
+    if not config.trainer.use_v1:
+        raise EntropyForkError(
+            f"algorithm.adv_estimator={name} needs verl's V1 trainer, and trainer.use_v1=False chooses the legacy one. "
+            f"Write trainer.use_v1=True."
+        )
+    if name in NEED_GROUP and config.actor_rollout_ref.rollout.n < 2:
+        raise EntropyForkError(
+            f"algorithm.adv_estimator={name} compares the answers to one question, and actor_rollout_ref.rollout.n="
+            f"{config.actor_rollout_ref.rollout.n} asks for one answer. Write at least n=2, or reward_to_go."
+        )
+
+
+def check_on_policy(config: DictConfig) -> None:
+    """Refuse ``reinforce`` where answers would be trained on that another policy has given.
+
+    The loss has no ratio that could account for it: from the second gradient step of a batch on its gradient is that of
+    nothing.
+
+    Raises:
+        EntropyForkError: several gradient steps per batch, or an asynchronous trainer.
+    """
+    actor, trainer = config.actor_rollout_ref.actor, config.trainer
+    loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla")
+    if not _is_ours("POLICY_LOSS_REGISTRY", loss_mode, ("reinforce",)):
+        return
+    wrong = []
+    if actor.ppo_mini_batch_size != config.data.train_batch_size:
+        wrong.append(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={config.data.train_batch_size} (the train_batch_size, not "
+            f"{actor.ppo_mini_batch_size})"
+        )
+    if actor.ppo_epochs != 1:
+        wrong.append(f"actor_rollout_ref.actor.ppo_epochs=1 (not {actor.ppo_epochs})")
+    if trainer.use_v1 and trainer.v1.trainer_mode != "sync":
+        wrong.append(f"trainer.v1.trainer_mode=sync (not {trainer.v1.trainer_mode})")
+    if wrong:
+        raise EntropyForkError(
+            f"actor.policy_loss.loss_mode=reinforce has no importance ratio, so it is for one gradient step per batch, "
+            f"on answers of the policy that is trained. Write {', '.join(wrong)}; or use loss_mode=vanilla."
+        )
+
+
+def check_maskable(config: DictConfig, fork_config: EntropyForkConfig) -> None:
+    """Refuse what the token weights would not reach, or would not be exact in.
+
+    The launcher asks before Ray starts, and the trainer once more, for those who start it in another way.
+
+    Raises:
+        EntropyForkError: what cannot be masked, with the way out.
+    """
+    actor = config.actor_rollout_ref.actor
+    correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None)
+    loss_mode = plain_name(OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla"))
+
+    if not config.trainer.use_v1:
+        raise EntropyForkError(
+            "entropy_fork needs verl's V1 trainer, and trainer.use_v1=False chooses the legacy one, which would train "
+            "on all tokens. Write trainer.use_v1=True, or entropy_fork=off."
+        )
+    if correction and correction.get("bypass_mode", False):
+        raise EntropyForkError(
+            "algorithm.rollout_correction.bypass_mode=True skips the log-prob pass that computes the old policy's "
+            "entropies, and its loss ignores token weights. Write bypass_mode=False, or entropy_fork=off."
+        )
+    if loss_mode not in MASKABLE_LOSSES:
+        reason = "is not known to multiply token weights into its gradient"
+        if loss_mode == "geo_mean":
+            reason = "takes the logarithm of token weights, and a zero poisons the sequence"
+        raise EntropyForkError(
+            f"actor.policy_loss.loss_mode={loss_mode} {reason}. Use one of {', '.join(MASKABLE_LOSSES)}, "
+            f"or entropy_fork=off."
+        )
+    if (
+        fork_config.denominator == "kept"
+        and averages_by_sequence(loss_mode, verl.__version__)
+        and actor.loss_agg_mode != SEQ_MEAN_TOKEN_MEAN
+    ):
+        raise EntropyForkError(
+            f"verl {verl.__version__} takes the mean of loss_mode={loss_mode} as seq-mean-token-mean whatever "
+            f"actor.loss_agg_mode={actor.loss_agg_mode} says, and the weights would be made for another mean. Write "
+            f"actor_rollout_ref.actor.loss_agg_mode={SEQ_MEAN_TOKEN_MEAN}, which changes nothing else."
+        )
+    if actor.loss_agg_mode not in LOSS_AGG_MODES:
+        raise EntropyForkError(f"actor.loss_agg_mode={actor.loss_agg_mode} is not known to entropy_fork.")
+    if fork_config.in_worker(actor.shuffle) and actor.strategy not in MASKED_STRATEGIES:
+        raise EntropyForkError(
+            f"entropy=current, pool=micro_batch and actor.shuffle=True select in the worker, which works in verl's "
+            f"engines {', '.join(MASKED_STRATEGIES)}, and actor.strategy={actor.strategy}. Write {NODE}.entropy=old "
+            f"{NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False (the preset "
+            f"{NODE}=global says so), which works in every engine."
+        )
+    if OmegaConf.select(config, "distillation.enabled", default=False):
+        raise EntropyForkError(
+            "distillation.enabled=True replaces the policy loss by one that is not masked. Switch one of the two off."
+        )
+
+
+def check_dumpable(config: DictConfig) -> None:
+    """Refuse a dump of tokens where there would be none: in an all-token baseline, which is not checked for a mask.
+
+    Raises:
+        EntropyForkError: a trainer or an option with which nothing would be dumped.
+    """
+    fork_config = read_node(config)
+    if fork_config is None or fork_config.dump_every == 0:
+        return
+    wanted = f"{NODE}.dump_every={fork_config.dump_every} writes"
+    if not config.trainer.use_v1:
+        raise EntropyForkError(f"{wanted} in verl's V1 trainers. Write trainer.use_v1=True, or {NODE}.dump_every=0.")
+    if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode", default=False):
+        raise EntropyForkError(
+            f"{wanted} entropies of verl's log-prob pass, which algorithm.rollout_correction.bypass_mode=True skips. "
+            f"Write bypass_mode=False, or {NODE}.dump_every=0."
+        )
