@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from rows import jagged, make_rows
 from tensordict import NonTensorStack, TensorDict
 
-from entropy_fork.core.responses import Rows
+from entropy_fork.core.responses import Responses
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig
 
@@ -39,7 +39,7 @@ def run_hook(
     importance: float | None = None,
     with_entropy: bool = True,
     trainer_class: type | None = None,
-    rows: Rows | None = None,
+    rows: Responses | None = None,
     spec: EntropyForkConfig | None = None,
     loss_agg_mode: str = "token-mean",
     keys: list[str] | None = None,

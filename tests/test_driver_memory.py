@@ -10,7 +10,7 @@ from hook import NUM_ROWS, Masked, run_hook
 from live_bytes import LiveBytesWithNumpy
 from rows import jagged
 
-from entropy_fork.core.responses import Rows
+from entropy_fork.core.responses import Responses
 from entropy_fork.core.selection import MANY
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig
@@ -69,7 +69,7 @@ def peaks_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, floa
     # Most are exactly 0, as a policy that is sure of itself has them, and τ is among them.
     entropy = torch.rand(total, generator=random).mul_(5).sub_(4.2).clamp_(min=0)
     order = torch.arange(NUM_ROWS)
-    rows = Rows(entropy, torch.ones(total, dtype=torch.int64), torch.full((NUM_ROWS,), ROW_LENGTH), order, order)
+    rows = Responses(entropy, torch.ones(total, dtype=torch.int64), torch.full((NUM_ROWS,), ROW_LENGTH), order, order)
     peaks = {}
 
     class Measured(Masked):

@@ -17,7 +17,7 @@ from tensordict import NonTensorStack, TensorDict
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.identity import Identity, row_order, row_seeds
-from entropy_fork.core.responses import Rows
+from entropy_fork.core.responses import Responses
 from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig
 
@@ -161,9 +161,11 @@ def test_a_batch_without_prompts_is_refused() -> None:
         trainer._identities(batch)
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, update: int | None = None, **settings: Any) -> tuple[Rows, dict[str, float]]:
+def seen(
+    monkeypatch: pytest.MonkeyPatch, update: int | None = None, **settings: Any
+) -> tuple[Responses, dict[str, float]]:
     """The rows that the hook selects from, and its metrics; 4 prompts of 4 answers, all of them with the index 0."""
-    kept: list[Rows] = []
+    kept: list[Responses] = []
     select = trainer.select_in_pools
 
     class OfAnUpdate(Masked):
@@ -172,9 +174,9 @@ def seen(monkeypatch: pytest.MonkeyPatch, update: int | None = None, **settings:
                 self.local_trigger_step = update
             return super()._write_token_weights(batch, metrics)
 
-    def selecting(rows: Rows, *arguments: Any) -> Any:
-        kept.append(rows)
-        return select(rows, *arguments)
+    def selecting(responses: Responses, *arguments: Any) -> Any:
+        kept.append(responses)
+        return select(responses, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "select_in_pools", selecting)

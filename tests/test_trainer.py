@@ -22,7 +22,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.core.responses import Responses, Rule, pool_of_responses, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.tally import Pool
 from entropy_fork.verl import trainer
@@ -42,8 +42,8 @@ def weights_by_row(
     entropies: list[torch.Tensor], masks: list[torch.Tensor], mini_batch: torch.Tensor, order: torch.Tensor, rule: Rule
 ) -> tuple[list[torch.Tensor], list[Pool]]:
     lengths = torch.tensor([len(row) for row in entropies])
-    rows = Rows(torch.cat(entropies), torch.cat(masks), lengths, order, seeds=order)
-    kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
+    rows = Responses(torch.cat(entropies), torch.cat(masks), lengths, order, seeds=order)
+    kept, pools = select_in_pools(rows, pool_of_responses(rule.pool, mini_batch), rule.selector)
     return list(weigh_mini_batches(rows, kept, mini_batch, rule).split(lengths.tolist())), pools
 
 

@@ -28,7 +28,7 @@ from verl.workers.utils.padding import response_from_nested
 from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.core.flat import count_per_row
 from entropy_fork.core.ranks import Ranks, select_over_ranks
-from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools
+from entropy_fork.core.responses import Responses, Rule, pool_of_responses, select_in_pools
 from entropy_fork.core.selection import exact_count
 from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import Counts, token_weights
@@ -105,52 +105,58 @@ class GradientStep:
     def _weights_before(self, data: TensorDict) -> Tensor:
         old = data["entropy"].values().cpu() if "entropy" in data else None
         if self.rule.entropy == "current":
-            rows = _rows(data, self._entropy_of_a_pass(data))
+            responses = _responses_of(data, self._entropy_of_a_pass(data))
         elif old is not None:
-            rows = _rows(data, old)
+            responses = _responses_of(data, old)
         else:
             raise EntropyForkError(f"a mask was asked for, but the batch has no entropies in {process_name()}.")
         if KEPT in data:
             kept, pools = data[KEPT].values().cpu().bool(), list[Pool]()
         else:
-            kept, pools = self._select(rows)
+            kept, pools = self._select(responses)
         by_old = None
         if self.rule.entropy == "current" and old is not None:
-            by_old, _ = self._select(replace(rows, entropy=old))
-        self._count(data, rows, kept, pools, by_old)
-        soft_entropy = rows.entropy if self.rule.weight == "soft" else None
-        counts = self.ranks.sum_counts(Counts.of(kept, rows.eligible, soft_entropy))
-        return self._weigh(rows, kept, counts)
+            by_old, _ = self._select(replace(responses, entropy=old))
+        self._count(data, responses, kept, pools, by_old)
+        soft_entropy = responses.entropy if self.rule.weight == "soft" else None
+        counts = self.ranks.sum_counts(Counts.of(kept, responses.eligible, soft_entropy))
+        return self._weigh(responses, kept, counts)
 
     def _weights_in_loss(self, data: TensorDict, entropy: Tensor) -> Tensor:
-        rows = _rows(data, entropy.cpu())
-        one_pool = torch.zeros_like(rows.lengths)
-        kept, pools = select_in_pools(rows, one_pool, self.rule.selector)
+        responses = _responses_of(data, entropy.cpu())
+        one_pool = torch.zeros_like(responses.lengths)
+        kept, pools = select_in_pools(responses, one_pool, self.rule.selector)
         by_old = None
         if "entropy" in data:
-            old = replace(rows, entropy=data["entropy"].values().cpu())
+            old = replace(responses, entropy=data["entropy"].values().cpu())
             by_old, _ = select_in_pools(old, one_pool, self.rule.selector)
-        self._count(data, rows, kept, pools, by_old)
-        return self._weigh(rows, kept, self._counts)
+        self._count(data, responses, kept, pools, by_old)
+        return self._weigh(responses, kept, self._counts)
 
-    def _select(self, rows: Rows) -> tuple[Tensor, list[Pool]]:
+    def _select(self, responses: Responses) -> tuple[Tensor, list[Pool]]:
         if self.rule.pool == "mini_batch":
-            kept, pool = select_over_ranks(rows, self.rule.selector, self.ranks)
+            kept, pool = select_over_ranks(responses, self.rule.selector, self.ranks)
             return kept, [pool]
-        micro_batch = torch.zeros_like(rows.lengths)
+        micro_batch = torch.zeros_like(responses.lengths)
         for number, members in enumerate(self._micro_batches):
             micro_batch[members] = number
-        one_mini_batch = torch.zeros_like(rows.lengths)
-        return select_in_pools(rows, pool_of_rows(self.rule.pool, one_mini_batch, micro_batch), self.rule.selector)
+        one_mini_batch = torch.zeros_like(responses.lengths)
+        return select_in_pools(
+            responses, pool_of_responses(self.rule.pool, one_mini_batch, micro_batch), self.rule.selector
+        )
 
-    def _weigh(self, rows: Rows, kept: Tensor, counts: Counts) -> Tensor:
-        soft_entropy = rows.entropy if self.rule.weight == "soft" else None
+    def _weigh(self, responses: Responses, kept: Tensor, counts: Counts) -> Tensor:
+        soft_entropy = responses.entropy if self.rule.weight == "soft" else None
         mode, denominator = self.rule.loss_agg_mode, self.rule.denominator
-        return token_weights(kept, rows.eligible, rows.lengths, mode, denominator, soft_entropy, counts)
+        return token_weights(kept, responses.eligible, responses.lengths, mode, denominator, soft_entropy, counts)
 
-    def _count(self, data: TensorDict, rows: Rows, kept: Tensor, pools: list[Pool], by_old: Tensor | None) -> None:
+    def _count(
+        self, data: TensorDict, responses: Responses, kept: Tensor, pools: list[Pool], by_old: Tensor | None
+    ) -> None:
         advantages = data["advantages"].values().cpu()
-        self._tallies.append(Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages, by_old))
+        self._tallies.append(
+            Tally.of(kept, responses.entropy, responses.eligible, responses.lengths, pools, advantages, by_old)
+        )
 
     def _entropy_of_a_pass(self, data: TensorDict) -> Tensor:
         head = tu.get_non_tensor_data(data, key=HEAD, default=EVERYWHERE)
@@ -201,12 +207,12 @@ def _without_training(engine: Any) -> Iterator[None]:
             module.training = was_training
 
 
-def _rows(data: TensorDict, entropy: Tensor) -> Rows:
+def _responses_of(data: TensorDict, entropy: Tensor) -> Responses:
     mask = data["response_mask"]
     if entropy.numel() != mask.values().numel():
         raise EntropyForkError(f"{entropy.numel()} entropies for {mask.values().numel()} response tokens")
     order, seeds = data[ROW_IDENTITY].values().cpu().view(-1, 2).unbind(1)
-    return Rows(entropy, mask.values().cpu(), mask.offsets().diff().cpu(), order, seeds)
+    return Responses(entropy, mask.values().cpu(), mask.offsets().diff().cpu(), order, seeds)
 
 
 def _multiply_into(data: TensorDict, weights: Tensor) -> None:

@@ -32,7 +32,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.core.identity import Identity, RowKey, identify, row_order, row_seeds
-from entropy_fork.core.responses import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.core.responses import Responses, pool_of_responses, select_in_pools, weigh_mini_batches
 from entropy_fork.core.tally import Tally, draws
 from entropy_fork.verl.config import (
     NODE,
@@ -169,7 +169,7 @@ class TokenWeights:
             written[ROW_IDENTITY] = _nested(torch.stack([rows.order, rows.seeds], dim=1).flatten(), 2)
         if not in_worker or rule.pool == "batch":  # a worker sees no more than its mini-batch
             mini_batch = torch.zeros_like(rows.lengths) if in_worker else self._mini_batch_of_row(len(batch))
-            kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
+            kept, pools = select_in_pools(rows, pool_of_responses(rule.pool, mini_batch), rule.selector)
             advantages = _fetch(batch, "advantages").values()
             tally = Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages)
             metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
@@ -192,7 +192,7 @@ class TokenWeights:
             fields=TensorDict(written, batch_size=len(batch)),
         )
 
-    def _rows(self, batch: Any, metrics: dict[str, Any]) -> tuple[Rows, torch.Tensor]:
+    def _rows(self, batch: Any, metrics: dict[str, Any]) -> tuple[Responses, torch.Tensor]:
         """The rows of the batch, and where each begins and ends, int64, shape (num_rows + 1,).
 
         With ``select=random`` the number of distinct draws is added to the metrics.
@@ -216,7 +216,7 @@ class TokenWeights:
         # separate_async takes several batches in one step
         update = getattr(self, "local_trigger_step", 0)
         seeds = row_seeds(identities, self.entropy_fork.seed, self.global_steps, update)  # type: ignore[attr-defined]
-        rows = Rows(entropy.values(), eligible, offsets.diff(), row_order(identities), seeds)
+        rows = Responses(entropy.values(), eligible, offsets.diff(), row_order(identities), seeds)
         if self.entropy_fork.select == "random":
             counts = draws(seeds, eligible, rows.lengths)
             metrics.update({f"{NODE}/{name}": value for name, value in counts.items()})
