@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transfer_queue as tq
 from hook import Masked, Stock, run_hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.responses import Responses, Rule, pool_of_responses, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.tally import Pool
-from entropy_fork.verl import trainer
+from entropy_fork.verl import masking, trainer
 from entropy_fork.verl.config import EntropyForkConfig, guarded_name
 from entropy_fork.verl.policy_loss import weights_written
 
@@ -86,9 +87,7 @@ def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
     for rank in range(dp_size):
         for share in shares:
             layout.extend(share[rank])
-    worker = SimpleNamespace(_query_dispatch_info=lambda name: list(range(dp_size)))
-    this = SimpleNamespace(config=actor_config(rows_per_pool + 4), actor_rollout_wg=worker)
-    mini_batch = trainer.TokenWeights._mini_batch_of_row(this, len(layout))  # type: ignore[arg-type]
+    mini_batch = masking.mini_batch_of_row(len(layout), rows_per_pool + 4, 1, dp_size)
     padded = [torch.tensor([5.0]) if row is None else entropies[row] for row in layout]
     padded_masks = [torch.tensor([0]) if row is None else masks[row] for row in layout]
     order = torch.tensor([10**6 + i if row is None else row for i, row in enumerate(layout)])
@@ -105,20 +104,11 @@ def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
         assert statistics.num_kept == max(1, math.ceil(tokens / 5))
 
 
-def actor_config(rows: int) -> SimpleNamespace:
-    section = SimpleNamespace(
-        actor=SimpleNamespace(ppo_mini_batch_size=rows, loss_agg_mode="token-mean"), rollout=SimpleNamespace(n=1)
-    )
-    return SimpleNamespace(actor_rollout_ref=section)
-
-
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 def test_mini_batches_are_those_that_verls_worker_cuts(dp_size: int) -> None:
     """Against verl's own iterator over the contiguous part of each rank (engine_workers.py: train_mini_batch)."""
     num_rows, mini_batch_rows = 48, 16
-    worker = SimpleNamespace(_query_dispatch_info=lambda name: list(range(dp_size)))
-    this = SimpleNamespace(config=actor_config(mini_batch_rows), actor_rollout_wg=worker)
-    ours = trainer.TokenWeights._mini_batch_of_row(this, num_rows)  # type: ignore[arg-type]
+    ours = masking.mini_batch_of_row(num_rows, mini_batch_rows // 2, 2, dp_size)
     for rank in range(dp_size):
         rows = torch.arange(num_rows).chunk(dp_size)[rank]
         part = tu.get_tensordict({"row": rows, "ours": ours[rows]})
@@ -128,10 +118,8 @@ def test_mini_batches_are_those_that_verls_worker_cuts(dp_size: int) -> None:
 
 
 def test_rows_that_cannot_be_cut_are_refused() -> None:
-    worker = SimpleNamespace(_query_dispatch_info=lambda name: [0, 1])
-    this = SimpleNamespace(config=actor_config(16), actor_rollout_wg=worker)
-    with pytest.raises(EntropyForkError, match="50 rows cannot be cut"):
-        trainer.TokenWeights._mini_batch_of_row(this, 50)  # type: ignore[arg-type]
+    with pytest.raises(EntropyForkError, match="50 rows cannot be cut into mini-batches of 8 prompts × 2 responses"):
+        masking.mini_batch_of_row(50, prompts=8, answers=2, num_ranks=2)
 
 
 def test_verls_older_trainer_refuses_a_mask() -> None:
@@ -195,7 +183,7 @@ def test_verls_methods_stay_verls_for_whoever_looks_at_them() -> None:
     bare._load_checkpoint()  # a config that is not OmegaConf's
     assert bare.global_steps == 0
     bare.config = OmegaConf.create({"trainer": {"critic_warmup": 0}})
-    bare.token_dump = "a folder"  # an attribute of the user's own
+    bare.entropy_fork = bare.token_dump = "a folder"  # attributes of the user's own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stock, "_compute_advantage", lambda self, batch, metrics: batch)
         assert bare._compute_advantage("batch", {}) == "batch"
@@ -224,7 +212,8 @@ def test_a_trainer_whose_advantages_are_its_own_stops(monkeypatch: pytest.Monkey
             return batch
 
     this = Theirs.__new__(Theirs)
-    this.entropy_fork, this.weighed_keys = EntropyForkConfig(), []
+    config = OmegaConf.create({"actor_rollout_ref": {"actor": {"shuffle": False}}})
+    this._entropy_fork_masking = masking.masking_of(config, EntropyForkConfig())
     batch = SimpleNamespace(keys=["u_0_0"], extra_info={})
     with pytest.raises(EntropyForkError, match=r"Theirs in .* pid \d+.*no token weights.*super\(\)._compute_advantage"):
         this._update_actor(this._compute_advantage(batch, {}), {})
@@ -240,7 +229,7 @@ def test_a_trainer_that_writes_over_the_weights_stops(
     class Updating(Stock):
         def _update_actor(self, batch: Any, metrics: dict[str, float]) -> Any:
             """Metrics as the guarded loss gives them."""
-            fields = trainer.tq.kv_batch_get(keys=batch.keys, select_fields=["response_mask", "rollout_is_weights"])
+            fields = tq.kv_batch_get(keys=batch.keys, select_fields=["response_mask", "rollout_is_weights"])
             mask, weights = (fields[name].values()[None] for name in ("response_mask", "rollout_is_weights"))
             with weights_written():
                 _, said = get_policy_loss_fn(guarded_name("vanilla"))(

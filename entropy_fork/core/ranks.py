@@ -1,8 +1,8 @@
 """The same selection on any number of ranks: what one mini-batch's ranks must tell each other.
 
-A threshold that each rank takes for itself depends on how many ranks there are; and a collective on tensors whose
-length differs by rank hangs or reads garbage. Here every rank gathers the responses of all, selects from the same tokens and
-takes its own part. A rank without a single eligible token takes part like any other.
+If each rank took a threshold of its own, the selection would depend on how many ranks there are. And a collective on
+tensors whose length differs by rank hangs or reads garbage. So every rank gathers the responses of all ranks, selects
+from the same tokens and takes its own part. A rank without a single eligible token takes part like any other.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Selection in the worker: the mask of one gradient step, made where the mini-batch is.
+"""Token weights in the worker: the mask of one gradient step, made where the mini-batch is.
 
-The driver cannot select before the update what is only known during it: the current policy's entropies, what shares a
-micro-batch, and mini-batches that are shuffled in the worker. Then it sends the :class:`Rule` along with the batch, and
-the engine (see ``engine.py``) makes the mask before, or in, each gradient step:
+Some masks can only be made during the update (see ``masking.py``). For these the driver sends the :class:`Rule` along
+with the batch, and the engine (see ``engine.py``) makes the mask before each gradient step, or in it:
 
-- Entropies that are known before the step (the old policy's, or the current one's by a pass without gradients) give
-  weights that are written into the batch before it is cut into micro-batches.
-- The current policy's over a micro-batch need no pass of their own: the loss sees them (``model_output["entropy"]``).
-  How many tokens *all* micro-batches on all ranks will keep follows from their sizes, so the denominator is exact.
+- Before it, if the entropies are known then: the old policy's, or the current policy's from a pass without gradients.
+  The weights are written into the mini-batch before it is cut into micro-batches.
+- In it, if the current policy's entropies are taken over a micro-batch: the loss sees them (:data:`ENTROPY_OF_MASK`),
+  so they need no pass of their own. How many tokens *all* micro-batches on all ranks will keep follows from their
+  sizes, so the denominator is exact.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import Counts, token_weights
 from entropy_fork.verl.config import NODE
 from entropy_fork.verl.policy_loss import weights_written
-from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK, EVERYWHERE, HEAD, RESPONSES
+from entropy_fork.verl.sparse_head import AT_RESPONSES, ENTROPY_OF_MASK, EVERYWHERE, HEAD, SparseHead
 
-#: what the driver sends: the rule; per row its order and its seed; and, where it could select itself, the kept tokens
+#: the flag that the driver sends with the batch: the rule
 RULE = "entropy_fork_rule"
-ROW_IDENTITY = "entropy_fork_row_identity"
-KEPT = "entropy_fork_kept"
 
-#: the number of a row in its mini-batch, by which a micro-batch is recognised
+#: the field that the driver writes: order and seed of each row, int64, shape (num_rows, 2)
+ROW_IDENTITY = "entropy_fork_row_identity"
+#: the field that the driver writes if it has selected: 1 for a kept token, else 0; uint8, shape (num_tokens,), flat
+KEPT_TOKENS = "entropy_fork_kept"
+
+#: the field that the worker writes: the number of a row in its mini-batch, by which a micro-batch is recognised
 ROW = "entropy_fork_row"
 
 
@@ -49,9 +52,9 @@ class GradientStep:
     """The mask of one gradient step on one rank.
 
     Args:
-        engine: verl's engine; its data-parallel ranks must all make their step.
+        engine: verl's engine with our mixin. All its data-parallel ranks must make their step.
         data: this rank's rows of the mini-batch, in verl's layout without padding. Weights are multiplied into its
-            field ``rollout_is_weights`` here, unless they are made in the loss.
+            field ``rollout_is_weights`` at once, unless they are made in the loss.
         rule: what to keep.
         loss_function: verl's.
 
@@ -60,11 +63,10 @@ class GradientStep:
         ValueError: an entropy that is not finite.
     """
 
-    def __init__(self, engine: Any, data: TensorDict, rule: Rule, loss_function: Callable[..., Any]):
+    def __init__(self, engine: SparseHead, data: TensorDict, rule: Rule, loss_function: Callable[..., Any]):
         self.rule = rule
         self.loss_function = loss_function
         self.ranks = Ranks(engine.get_data_parallel_group(), get_device_name())
-        self.entropy_wanted: bool = tu.get_non_tensor_data(data, key="calculate_entropy", default=False)
         self._engine = engine
         self._tallies: list[Tally] = []
         self.in_loss = rule.selected_in_loss
@@ -90,7 +92,7 @@ class GradientStep:
 
     @contextmanager
     def selecting_in_loss(self) -> Iterator[None]:
-        """Where the mask is made in the loss, let the engine hand it the entropies; it keeps no graph of them."""
+        """If the mask is made in the loss, let the engine give the loss the entropies, without a graph."""
         self._engine.selects_in_loss = self.in_loss
         try:
             yield
@@ -98,7 +100,7 @@ class GradientStep:
             self._engine.selects_in_loss = False
 
     def metrics(self) -> dict[str, list[float]]:
-        """The :class:`Tally` of the step over all ranks, as verl collects metrics; see :func:`tally_of`."""
+        """The :class:`Tally` of the step over all ranks, in the form of verl's metrics; see :func:`tally_of`."""
         tally = self.ranks.merge_tallies(Tally.merged(self._tallies))
         return {f"{NODE}/{name}": [value] for name, value in asdict(tally).items()}
 
@@ -110,8 +112,8 @@ class GradientStep:
             responses = _responses_of(data, old)
         else:
             raise EntropyForkError(f"a mask was asked for, but the batch has no entropies in {process_name()}.")
-        if KEPT in data:
-            kept, pools = data[KEPT].values().cpu().bool(), list[Pool]()
+        if KEPT_TOKENS in data:
+            kept, pools = data[KEPT_TOKENS].values().cpu().bool(), list[Pool]()
         else:
             kept, pools = self._select(responses)
         by_old = None
@@ -161,13 +163,13 @@ class GradientStep:
     def _entropy_of_a_pass(self, data: TensorDict) -> Tensor:
         head = tu.get_non_tensor_data(data, key=HEAD, default=EVERYWHERE)
         asked = data.copy()
-        tu.assign_non_tensor(asked, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else RESPONSES})
+        tu.assign_non_tensor(asked, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else AT_RESPONSES})
         with _without_training(self._engine):
             output = self._engine.infer_batch(asked)["model_output"]
         return response_from_nested(output["entropy"], data["response_mask"]).values().cpu()
 
     def _counts_of(self, response_mask: Tensor) -> Counts:
-        """Kept and eligible tokens of the mini-batch, before any of its entropies is known."""
+        """Kept and eligible tokens of the mini-batch on all ranks, before any of its entropies is known."""
         mask: Any = response_mask
         per_row = count_per_row(mask.values(), mask.offsets().diff())
         sizes = [int(per_row[members].sum()) for members in self._micro_batches]
@@ -185,16 +187,21 @@ class GradientStep:
 
 
 def tally_of(metrics: dict[str, float], num_mini_batches: int) -> Tally:
-    """The tally of a training step from the metrics that :meth:`GradientStep.metrics` gave, averaged by verl."""
+    """The tally of a training step.
+
+    Args:
+        metrics: what :meth:`GradientStep.metrics` returned, averaged by verl over ranks and mini-batches.
+        num_mini_batches: how many mini-batches were averaged.
+    """
     average = Tally(**{name: metrics[f"{NODE}/{name}"] for name in asdict(Tally())})
     return Tally.merged([average] * num_mini_batches)
 
 
 @contextmanager
-def _without_training(engine: Any) -> Iterator[None]:
+def _without_training(engine: SparseHead) -> Iterator[None]:
     """Switch to verl's eval mode for one pass during training: no dropout, no activation offload.
 
-    Weights and optimizer stay on the device. Afterwards, also after an error, all is as before.
+    Weights and optimizer stay on the device. Afterwards everything is as before, also after an error.
     """
     mode = engine.mode
     training = [(module, module.training) for module in engine.module.modules()]
@@ -230,8 +237,8 @@ def _multiply_into(data: TensorDict, weights: Tensor) -> None:
     )
 
 
-def _cut(engine: Any, data: TensorDict) -> list[list[int]]:
-    """The rows of each micro-batch, in order: verl's own function on what it looks at, so not on the whole batch."""
+def _cut(engine: SparseHead, data: TensorDict) -> list[list[int]]:
+    """The rows of each micro-batch, in order: by verl's own function, on only the fields that it looks at."""
     settings = ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "force_group_size")
     light = tu.get_tensordict(
         {"input_ids": data["input_ids"], ROW: data[ROW]},

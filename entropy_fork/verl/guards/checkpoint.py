@@ -22,7 +22,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch.distributed as dist
@@ -32,18 +32,21 @@ from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.output_folder import UNFINISHED
 from entropy_fork.verl.config import MASKED_STRATEGIES, check_resumable, read_guards, read_node
 from entropy_fork.verl.guards.resume import FILE, LATEST, MIXED, checkpoint_to_resume, says, write_selection
+from entropy_fork.verl.verl_types import StockTrainer
+
+if TYPE_CHECKING:
+    Base = StockTrainer
+else:
+    Base = object  # trainer.py puts the mixin in front of verl's own methods
 
 #: the names of a rank's files by what ``checkpoint.load_contents`` asks for (verl's ``FSDPCheckpointManager``)
 SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(Base):
     """Mixin below verl's V1 trainers; see ``trainer.py: install``."""
 
     __slots__ = ()
-
-    config: Any
-    global_steps: int
 
     def _save_checkpoint(self) -> None:
         node, guarded = read_node(self.config), read_guards(self.config).checkpoints
@@ -63,7 +66,7 @@ class WholeCheckpoints:
                 write_selection(folder, node.selection() if is_new or says(folder, node.selection()) else MIXED)
             else:  # what a run with the node has left in a folder that is used again
                 (folder / FILE).unlink(missing_ok=True)
-            super()._save_checkpoint()  # type: ignore[misc]
+            super()._save_checkpoint()
             if node is not None and not is_new:
                 write_selection(folder, node.selection())
             if guarded:
@@ -81,7 +84,7 @@ class WholeCheckpoints:
             print(f"entropy_fork: {line}", flush=True)
         if read_guards(self.config).checkpoints:
             self._check_whole()
-        super()._load_checkpoint()  # type: ignore[misc]
+        super()._load_checkpoint()
 
     def _check_whole(self) -> None:
         """Raise for a checkpoint that verl would resume from and that is not whole."""
@@ -112,9 +115,9 @@ class WholeCheckpoints:
         if (folder / UNFINISHED).exists():
             return [f"{folder} was not written to its end (the file '{UNFINISHED}' is in it)"]
         config = self.config
-        groups = [("actor", config.actor_rollout_ref.actor, self.actor_rollout_wg)]  # type: ignore[attr-defined]
-        if self.use_critic:  # type: ignore[attr-defined]
-            groups.append(("critic", config.critic, self.critic_wg))  # type: ignore[attr-defined]
+        groups = [("actor", config.actor_rollout_ref.actor, self.actor_rollout_wg)]
+        if self.use_critic:
+            groups.append(("critic", config.critic, self.critic_wg))
         looks = []
         for role, of_role, group in groups:
             if of_role.strategy in MASKED_STRATEGIES:
