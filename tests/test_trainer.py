@@ -28,7 +28,8 @@ from entropy_fork.core.selection import Selector
 from entropy_fork.core.tally import Pool
 from entropy_fork.verl import masking, trainer
 from entropy_fork.verl.config import EntropyForkConfig, guarded_name
-from entropy_fork.verl.policy_loss import weights_written
+from entropy_fork.verl.gradient_step import KEPT_TOKENS, ROW_IDENTITY, RULE
+from entropy_fork.verl.policy_loss import WEIGHED, weights_written
 
 
 def make_rows(num_rows: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -150,6 +151,12 @@ def test_every_trainer_of_verls_is_masked_whoever_derives_it() -> None:
             first = next(kind for kind in PPOTrainer.__mro__[1:] if name in vars(kind))
             assert first.__module__.startswith("entropy_fork."), name
 
+    for mixin in (trainer.TokenWeights, trainer.WholeCheckpoints, trainer.WatchedWaiting):
+        assert mixin.__bases__ == (object,), "a base for the type checker is none at run time"
+        ours = {name for name in vars(mixin) if not name.startswith("__")} - set(trainer.EXTENDED)
+        # any other name may be that of an attribute of a derived trainer
+        assert all(name.startswith("_entropy_fork_") for name in ours)
+
     class Asked(Derived):
         def __init__(self) -> None:  # as tests of verl's make a trainer
             self.config = OmegaConf.create({"entropy_fork": {"top_ratio": 7}})
@@ -217,6 +224,55 @@ def test_a_trainer_whose_advantages_are_its_own_stops(monkeypatch: pytest.Monkey
     batch = SimpleNamespace(keys=["u_0_0"], extra_info={})
     with pytest.raises(EntropyForkError, match=r"Theirs in .* pid \d+.*no token weights.*super\(\)._compute_advantage"):
         this._update_actor(this._compute_advantage(batch, {}), {})
+
+
+@pytest.mark.parametrize(
+    ("node", "shuffle", "made", "written", "sent"),
+    [
+        ({}, False, masking.SelectOnDriver, {"rollout_is_weights"}, {WEIGHED}),
+        ({"pool": "batch"}, False, masking.SelectOnDriver, {"rollout_is_weights"}, {WEIGHED}),
+        ({}, True, masking.SelectInWorker, {ROW_IDENTITY}, {WEIGHED, RULE}),
+        ({"entropy": "current"}, False, masking.SelectInWorker, {ROW_IDENTITY}, {WEIGHED, RULE}),
+        ({"pool": "micro_batch"}, False, masking.SelectInWorker, {ROW_IDENTITY}, {WEIGHED, RULE}),
+        (
+            {"pool": "batch"},
+            True,
+            masking.SelectOnDriverWeighInWorker,
+            {ROW_IDENTITY, KEPT_TOKENS},
+            {WEIGHED, RULE},
+        ),
+    ],
+)
+def test_where_a_mask_is_made_and_what_the_workers_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+    node: dict[str, Any],
+    shuffle: bool,
+    made: type[masking.Masking],
+    written: set[str],
+    sent: set[str],
+) -> None:
+    trainers = []
+
+    class Shuffling(Masked):
+        def __init__(self, config: Any):
+            config.actor_rollout_ref.actor.shuffle = shuffle
+            super().__init__(config)
+            trainers.append(self)
+
+    before, _ = run_hook(monkeypatch, trainer_class=Masked)
+    fields, metrics = run_hook(monkeypatch, trainer_class=Shuffling, fork_config=EntropyForkConfig(**node))
+    how = trainers[0]._entropy_fork_masking
+    assert type(how) is made
+    assert fields.keys() - (before.keys() - {"rollout_is_weights"}) == written
+    flags = how.flags_to_send(step=1)
+    assert flags.keys() == sent
+    assert flags[WEIGHED] is (made is masking.SelectOnDriver)
+    # the one that selects reports
+    assert ("entropy_fork/kept_ratio" in metrics) is (made is not masking.SelectInWorker)
+    if how.selected_field is not None:
+        eligible = fields["response_mask"].values().bool()
+        selected = (fields[how.selected_field].values() != 0)[eligible]
+        assert metrics["entropy_fork/kept_ratio"] == int(selected.sum()) / int(eligible.sum())
 
 
 @pytest.mark.parametrize("importance", [None, 0.5])

@@ -83,48 +83,50 @@ class WholeCheckpoints(Base):
         if line := check_resumable(self.config):
             print(f"entropy_fork: {line}", flush=True)
         if read_guards(self.config).checkpoints:
-            self._check_whole()
+            _check_whole(self)
         super()._load_checkpoint()
 
-    def _check_whole(self) -> None:
-        """Raise for a checkpoint that verl would resume from and that is not whole."""
-        folder = checkpoint_to_resume(self.config.trainer)
-        if folder is None:
-            return
-        step = folder.name.removeprefix("global_step_")
-        named = self.config.trainer.resume_mode != "auto" or step.isdecimal()
-        wrong = self._wrong_with(folder) if named else [f"{folder.parent / LATEST} names no step but {step!r}"]
-        if not wrong:
-            return
-        whole = next((other for other in _newest_first(folder.parent) if not self._wrong_with(other)), None)
-        way_on = (
-            f"No other checkpoint in {folder.parent} is whole. Write"
-            if whole is None
-            else f"{whole} is whole: write trainer.resume_mode=resume_path trainer.resume_from_path={whole}, or"
-        )
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise EntropyForkError(
-            f"the checkpoint to go on from is not whole: {'; '.join(wrong[:3])}{more}. {way_on} "
-            f"trainer.resume_mode=disable to begin again."
-        )
 
-    def _wrong_with(self, folder: Path) -> list[str]:
-        """What keeps a folder from being a whole checkpoint of this run's; every rank looks for its own files."""
-        if not folder.is_dir():
-            return [f"{folder} is not there"]
-        if (folder / UNFINISHED).exists():
-            return [f"{folder} was not written to its end (the file '{UNFINISHED}' is in it)"]
-        config = self.config
-        groups = [("actor", config.actor_rollout_ref.actor, self.actor_rollout_wg)]
-        if self.use_critic:
-            groups.append(("critic", config.critic, self.critic_wg))
-        looks = []
-        for role, of_role, group in groups:
-            if of_role.strategy in MASKED_STRATEGIES:
-                contents = list(of_role.checkpoint.load_contents)
-                looks += [w.__ray_call__.remote(wrong_shards, str(folder / role), contents) for w in group.workers]
-        wrong = [wrong for of_rank in ray.get(looks) for wrong in of_rank]
-        return wrong + _wrong_with_file(folder / "data.pt")
+def _check_whole(trainer: StockTrainer) -> None:
+    """Raise for a checkpoint that verl would resume from and that is not whole."""
+    folder = checkpoint_to_resume(trainer.config.trainer)
+    if folder is None:
+        return
+    step = folder.name.removeprefix("global_step_")
+    named = trainer.config.trainer.resume_mode != "auto" or step.isdecimal()
+    wrong = _wrong_with(trainer, folder) if named else [f"{folder.parent / LATEST} names no step but {step!r}"]
+    if not wrong:
+        return
+    whole = next((other for other in _newest_first(folder.parent) if not _wrong_with(trainer, other)), None)
+    way_on = (
+        f"No other checkpoint in {folder.parent} is whole. Write"
+        if whole is None
+        else f"{whole} is whole: write trainer.resume_mode=resume_path trainer.resume_from_path={whole}, or"
+    )
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise EntropyForkError(
+        f"the checkpoint to go on from is not whole: {'; '.join(wrong[:3])}{more}. {way_on} "
+        f"trainer.resume_mode=disable to begin again."
+    )
+
+
+def _wrong_with(trainer: StockTrainer, folder: Path) -> list[str]:
+    """What keeps a folder from being a whole checkpoint of this run's; every rank looks for its own files."""
+    if not folder.is_dir():
+        return [f"{folder} is not there"]
+    if (folder / UNFINISHED).exists():
+        return [f"{folder} was not written to its end (the file '{UNFINISHED}' is in it)"]
+    config = trainer.config
+    groups = [("actor", config.actor_rollout_ref.actor, trainer.actor_rollout_wg)]
+    if trainer.use_critic:
+        groups.append(("critic", config.critic, trainer.critic_wg))
+    looks = []
+    for role, of_role, group in groups:
+        if of_role.strategy in MASKED_STRATEGIES:
+            contents = list(of_role.checkpoint.load_contents)
+            looks += [w.__ray_call__.remote(wrong_shards, str(folder / role), contents) for w in group.workers]
+    wrong = [wrong for of_rank in ray.get(looks) for wrong in of_rank]
+    return wrong + _wrong_with_file(folder / "data.pt")
 
 
 def wrong_shards(_: Any, folder: str, contents: list[str]) -> list[str]:
