@@ -146,14 +146,12 @@ def driver(overrides: list[str], keys: list[str], ranks: int, beside: bool) -> d
     import verl.trainer.ppo.v1  # noqa: F401  (brings our trainers with it)
     from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 
-    from entropy_fork.verl import trainer as ours
+    from entropy_fork.verl import masking, queued_batch
     from entropy_fork.verl.config import read_config
 
     tq.init()
     this: Any = object.__new__(TRAINER_REGISTRY["sync"])  # without a model, without workers
     this.config = compose(overrides)
-    this.entropy_fork = read_config(this.config)
-    this.entropy_fork_dump = None
     this.global_steps = 1
     this.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda _: range(ranks))
     fields = ["advantages", "entropy", "index", "old_log_probs", "prompts", "response_mask", "rm_scores", "uid"]
@@ -165,16 +163,19 @@ def driver(overrides: list[str], keys: list[str], ranks: int, beside: bool) -> d
             batch = PPOTrainer._compute_advantage(this, batch, metrics)
         return {"stages": meter.stages, "peak": meter.peak, "seconds": meter.stages[0][1], "kept": None}
 
+    fork_config = read_config(this.config)
+    assert fork_config is not None
+    how = masking.masking_of(this.config, fork_config)
     meter = Meter()
-    get, write = ours.tq.kv_batch_get, ours.tq.kv_batch_put
-    ours.tq.kv_batch_get = meter.timed(lambda **call: f"fetch {', '.join(call['select_fields'])}", get)
-    ours.tq.kv_batch_put = meter.timed("write", write)
-    ours.identify = meter.timed("identify", ours.identify)
-    ours.select_in_pools = meter.timed("select", ours.select_in_pools)
-    ours.weigh_mini_batches = meter.timed("weigh", ours.weigh_mini_batches)
-    ours.Tally.of = meter.timed("count", ours.Tally.of)
+    get, write = tq.kv_batch_get, tq.kv_batch_put
+    tq.kv_batch_get = meter.timed(lambda **call: f"fetch {', '.join(call['select_fields'])}", get)
+    tq.kv_batch_put = meter.timed("write", write)
+    queued_batch.identify = meter.timed("identify", queued_batch.identify)
+    masking.select_in_pools = meter.timed("select", masking.select_in_pools)
+    masking.weigh_mini_batches = meter.timed("weigh", masking.weigh_mini_batches)
+    masking.Tally.of = meter.timed("count", masking.Tally.of)
     start = time.perf_counter()
-    this._write_token_weights(batch, metrics)
+    this._entropy_fork_write_weights(how, batch, masking.Update(1, 0, this.actor_rollout_wg), metrics)
     seconds = time.perf_counter() - start
     meter._restart()
     return {

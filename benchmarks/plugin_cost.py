@@ -67,7 +67,7 @@ def main(
         entries = [line.split() for file in Path(folder).iterdir() for line in file.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as folder, task("run of stock verl"):
         stock = train(["~entropy_fork", "~entropy_fork_guards"], world, steps, Path(folder))
-    driver = [float(seconds) for name, seconds in entries if name == "_write_token_weights"][SKIP:]
+    driver = [float(seconds) for name, seconds in entries if name == "_entropy_fork_write_weights"][SKIP:]
     loss = [float(seconds) for name, seconds in entries if name == "kept_sums"]
     per_step = len(loss) / steps  # micro-batches; the demo's one rank has them all
     in_loss = statistics.median(loss) * per_step

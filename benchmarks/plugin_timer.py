@@ -26,7 +26,7 @@ def timed(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
 
 
 def _time_driver(module: Any) -> None:
-    module.TokenWeights._write_token_weights = timed(module.TokenWeights._write_token_weights)
+    module.TokenWeights._entropy_fork_write_weights = timed(module.TokenWeights._entropy_fork_write_weights)
 
 
 def _time_loss(module: Any) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from entropy_fork.common.progress import track
-from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.core.responses import Responses, Rule, pool_of_responses, select_in_pools, weigh_mini_batches
 from entropy_fork.core.selection import Selector
 from entropy_fork.core.tally import Tally
 
@@ -47,7 +47,7 @@ def main(
     # half of the tokens near zero, a long tail: the shape that the paper reports
     entropy = torch.empty(int(lengths.sum())).exponential_(generator=random).pow_(3).mul_(0.1)
     order = torch.arange(responses)
-    rows = Rows(entropy, torch.ones(entropy.numel(), dtype=torch.bool), lengths, order, seeds=order)
+    batch = Responses(entropy, torch.ones(entropy.numel(), dtype=torch.bool), lengths, order, seeds=order)
     mini_batch = order * mini_batches // responses
     advantages = torch.randn(entropy.numel(), generator=random)
     before = _peak_gib()
@@ -57,11 +57,11 @@ def main(
         table.add_column(column, justify="left" if column == "rule" else "right")
     for name, rule in track("rules", RULES.items()):
         times = [time.perf_counter()]
-        kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
+        kept, pools = select_in_pools(batch, pool_of_responses(rule.pool, mini_batch), rule.selector)
         times.append(time.perf_counter())
-        weigh_mini_batches(rows, kept, mini_batch, rule)
+        weigh_mini_batches(batch, kept, mini_batch, rule)
         times.append(time.perf_counter())
-        tally = Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages)
+        tally = Tally.of(kept, batch.entropy, batch.eligible, batch.lengths, pools, advantages)
         times.append(time.perf_counter())
         seconds = [f"{after - start:.2f}" for start, after in pairwise(times)]
         table.add_row(name, *seconds, f"{tally.num_kept / tally.num_tokens:.4f}")

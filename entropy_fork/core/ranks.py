@@ -1,8 +1,8 @@
 """The same selection on any number of ranks: what one mini-batch's ranks must tell each other.
 
-A threshold that each rank takes for itself depends on how many ranks there are; and a collective on tensors whose
-length differs by rank hangs or reads garbage. Here every rank gathers the rows of all, selects from the same tokens and
-takes its own part. A rank without a single eligible token takes part like any other.
+If each rank took a threshold of its own, the selection would depend on how many ranks there are. And a collective on
+tensors whose length differs by rank hangs or reads garbage. So every rank gathers the responses of all ranks, selects
+from the same tokens and takes its own part. A rank without a single eligible token takes part like any other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_fork.core.responses import Rows, select_in_pools
+from entropy_fork.core.responses import Responses, select_in_pools
 from entropy_fork.core.rule import Selector
 from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import Counts
@@ -72,11 +72,11 @@ class Ranks:
         return Tally.merged(Tally(*part[0].tolist()) for part in parts)
 
 
-def select_over_ranks(rows: Rows, selector: Selector, ranks: Ranks) -> tuple[Tensor, Pool]:
+def select_over_ranks(responses: Responses, selector: Selector, ranks: Ranks) -> tuple[Tensor, Pool]:
     """Keep a share of the tokens that all ranks have together.
 
     Args:
-        rows: this rank's.
+        responses: this rank's.
         selector: what to keep; the same on all ranks.
         ranks: who takes part. All must call.
 
@@ -86,9 +86,9 @@ def select_over_ranks(rows: Rows, selector: Selector, ranks: Ranks) -> tuple[Ten
     Raises:
         ValueError: on every rank, if an eligible entropy of any of them is not finite.
     """
-    tokens = [ranks.gather(values) for values in (rows.entropy, rows.eligible.to(torch.uint8))]
-    per_row = [ranks.gather(values) for values in (rows.lengths, rows.order, rows.seeds)]
-    everything = Rows(*(torch.cat(parts) for parts in tokens + per_row))
+    tokens = [ranks.gather(values) for values in (responses.entropy, responses.eligible.to(torch.uint8))]
+    per_response = [ranks.gather(values) for values in (responses.lengths, responses.order, responses.seeds)]
+    everything = Responses(*(torch.cat(parts) for parts in tokens + per_response))
     one_pool = torch.zeros(everything.lengths.numel(), dtype=torch.int64)
     kept, pools = select_in_pools(everything, one_pool, selector)
     return kept.split([part.numel() for part in tokens[0]])[ranks.rank], pools[0]

@@ -1,7 +1,7 @@
 """A whole batch at once: select in each pool, weigh in each mini-batch.
 
-The two need not be the same. What is selected is pooled over a response, a micro-batch, a mini-batch or the batch; what
-verl divides by is always counted over the mini-batch, because that is what a gradient step is taken on.
+A pool and a mini-batch need not be the same. A pool is a response, a micro-batch, a mini-batch or the whole batch. What
+verl divides by is always counted over the mini-batch, because a gradient step is taken on a mini-batch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from entropy_fork.core.weighting import token_weights
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The responses of a batch or of a part of it, behind one another, without padding between them.
+class Responses:
+    """The responses of a batch, or of a part of it: one behind the other, without padding between them.
 
     Attributes:
         entropy: float, shape (num_tokens,), nats.
         eligible: bool or int, shape (num_tokens,): the response mask.
-        lengths: int64, shape (num_rows,): tokens per row.
-        order: int64, shape (num_rows,): decides between equal tokens; see
+        lengths: int64, shape (num_responses,): tokens per response.
+        order: int64, shape (num_responses,): decides between equal tokens; see
             :func:`entropy_fork.core.selection.select_tokens`.
-        seeds: int64, shape (num_rows,): what the draws of ``select=random`` are derived from.
+        seeds: int64, shape (num_responses,): what the draws of ``select=random`` are derived from.
     """
 
     entropy: Tensor
@@ -38,13 +38,13 @@ class Rows:
     seeds: Tensor
 
 
-def pool_of_rows(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = None) -> Tensor:
-    """Which pool each row belongs to, int64, shape (num_rows,).
+def pool_of_responses(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = None) -> Tensor:
+    """Which pool each response belongs to, int64, shape (num_responses,).
 
     Args:
         pool: one of :data:`entropy_fork.core.rule.POOLS`.
-        mini_batch: int, shape (num_rows,): the mini-batch of each row.
-        micro_batch: int, shape (num_rows,): its micro-batch, where that is known.
+        mini_batch: int, shape (num_responses,): the mini-batch of each response.
+        micro_batch: int, shape (num_responses,): its micro-batch, where that is known.
 
     Raises:
         ValueError: no such pool, or ``micro_batch`` without the micro-batches.
@@ -60,12 +60,12 @@ def pool_of_rows(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = Non
     raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
 
 
-def select_in_pools(rows: Rows, pool_of_row: Tensor, selector: Selector) -> tuple[Tensor, list[Pool]]:
+def select_in_pools(responses: Responses, pool_of_response: Tensor, selector: Selector) -> tuple[Tensor, list[Pool]]:
     """Keep a share of each pool.
 
     Args:
-        rows: the responses.
-        pool_of_row: int64, shape (num_rows,), see :func:`pool_of_rows`.
+        responses: of the batch.
+        pool_of_response: int64, shape (num_responses,), see :func:`pool_of_responses`.
         selector: what to keep of each pool.
 
     Returns:
@@ -74,29 +74,29 @@ def select_in_pools(rows: Rows, pool_of_row: Tensor, selector: Selector) -> tupl
     Raises:
         ValueError: see :func:`entropy_fork.core.selection.select_tokens`.
     """
-    kept = torch.zeros(rows.entropy.numel(), dtype=torch.bool)
+    kept = torch.zeros(responses.entropy.numel(), dtype=torch.bool)
     pools = []
-    for members, tokens in _groups(pool_of_row, rows.lengths):
+    for members, tokens in _groups(pool_of_response, responses.lengths):
         selection = select_tokens(
-            _gather(rows.entropy, tokens),
-            _gather(rows.eligible, tokens),
-            rows.lengths[members],
+            _gather(responses.entropy, tokens),
+            _gather(responses.eligible, tokens),
+            responses.lengths[members],
             selector,
-            rows.order[members],
-            rows.seeds[members],
+            responses.order[members],
+            responses.seeds[members],
         )
         _scatter(kept, tokens, selection.kept)
         pools.append(Pool(selection.num_tokens, selection.num_kept, selection.threshold))
     return kept, pools
 
 
-def weigh_mini_batches(rows: Rows, kept: Tensor, mini_batch: Tensor, rule: Rule) -> Tensor:
+def weigh_mini_batches(responses: Responses, kept: Tensor, mini_batch: Tensor, rule: Rule) -> Tensor:
     """The token weights of a selection: see :func:`~entropy_fork.core.weighting.token_weights`.
 
     Args:
-        rows: the responses.
+        responses: of the batch.
         kept: bool, shape (num_tokens,), see :func:`select_in_pools`.
-        mini_batch: int, shape (num_rows,): the mini-batch of each row.
+        mini_batch: int, shape (num_responses,): the mini-batch of each response.
         rule: its ``loss_agg_mode``, ``denominator`` and ``weight`` are used.
 
     Returns:
@@ -105,34 +105,34 @@ def weigh_mini_batches(rows: Rows, kept: Tensor, mini_batch: Tensor, rule: Rule)
     Raises:
         ValueError: a ``loss_agg_mode`` or a ``denominator`` that there is not.
     """
-    weights = torch.zeros(rows.entropy.numel(), dtype=torch.float32)
-    for members, tokens in _groups(mini_batch, rows.lengths):
+    weights = torch.zeros(responses.entropy.numel(), dtype=torch.float32)
+    for members, tokens in _groups(mini_batch, responses.lengths):
         # without a name, which would keep the weights of one mini-batch while the next are made
         _scatter(
             weights,
             tokens,
             token_weights(
                 _gather(kept, tokens),
-                _gather(rows.eligible, tokens),
-                rows.lengths[members],
+                _gather(responses.eligible, tokens),
+                responses.lengths[members],
                 rule.loss_agg_mode,
                 rule.denominator,
-                _gather(rows.entropy, tokens) if rule.weight == "soft" else None,
+                _gather(responses.entropy, tokens) if rule.weight == "soft" else None,
             ),
         )
     return weights
 
 
-def _groups(group_of_row: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, list[slice]]]:
-    """The rows of each group, and where their tokens lie; neighbouring rows are one slice."""
+def _groups(group_of_response: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, list[slice]]]:
+    """The responses of each group, and where their tokens lie; neighbouring responses are one slice."""
     ends = lengths.cumsum(0)
-    order = torch.argsort(group_of_row, stable=True)
-    for rows in order.split(torch.bincount(group_of_row).tolist()):
-        if rows.numel() == 0:
+    order = torch.argsort(group_of_response, stable=True)
+    for members in order.split(torch.bincount(group_of_response).tolist()):
+        if members.numel() == 0:
             continue
-        breaks = (rows.diff() != 1).nonzero().squeeze(1) + 1
-        runs = rows.tensor_split(breaks)
-        yield rows, [slice(int(ends[run[0]] - lengths[run[0]]), int(ends[run[-1]])) for run in runs]
+        breaks = (members.diff() != 1).nonzero().squeeze(1) + 1
+        runs = members.tensor_split(breaks)
+        yield members, [slice(int(ends[run[0]] - lengths[run[0]]), int(ends[run[-1]])) for run in runs]
 
 
 def _gather(values: Tensor, tokens: list[slice]) -> Tensor:

@@ -106,7 +106,7 @@ def _critic_values(name: str) -> Tensor:
 
 
 @wrapt.decorator
-def _remembering_values(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+def _remembering_values(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
     data, estimator = args[0], kwargs["adv_estimator"]
     token = _values.set(data.batch["values"] if estimator in NEED_CRITIC and "values" in data.batch else None)
     try:

@@ -1,8 +1,9 @@
 """verl's FSDP engines, with the mask of each gradient step where it can only be made in the worker.
 
-Hook: verl's public ``EngineRegistry``. It looks for an engine under (device, vendor) before it looks under the device
-alone, and verl registers its own under the device: so these subclasses are found first, and no entry is replaced. A
-batch without a rule (every pass but the masked actor's update) goes straight to verl's own method.
+Hook: verl's public ``EngineRegistry``. It looks for an engine under (device, vendor) first, and then under the device
+alone. verl registers its own engines under the device. So our subclasses, registered under (device, vendor), are found
+first, and no entry is replaced. A batch without a rule goes straight to verl's own method: that is every pass but the
+update of an actor whose mask is made in the worker.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from verl.workers.engine.base import EngineRegistry
 
 from entropy_fork.common.errors import EntropyForkError, process_name
 
-# As a module: where importing it is what imported verl's engines, it is half-way through at this moment.
+# As modules: if importing one of them is what imported verl's engines, its names are not all there at this moment.
 from entropy_fork.verl import gradient_step, policy_loss, sparse_head
 from entropy_fork.verl.config import MASKED_STRATEGIES, NODE
 
-#: vendors of verl's own platforms, which register no engine of their own; another vendor's plugin may, and keeps it
+#: vendors of verl's own platforms: no engine is registered for them. Another vendor's plugin may have one; it keeps it.
 VENDORS = ("nvidia", "amd", "huawei", "cpu")
 
 
@@ -33,10 +34,10 @@ class ForkingTokens(sparse_head.SparseHead):
         """One gradient step; with a rule in ``data``, on the tokens that it keeps."""
         rule = tu.get_non_tensor_data(data, key=gradient_step.RULE, default=None)
         if rule is None:
-            return super().train_batch(data, loss_function)  # type: ignore[misc]
+            return super().train_batch(data, loss_function)
         step = gradient_step.GradientStep(self, data, rule, loss_function)
         with step.selecting_in_loss():
-            outputs = super().train_batch(data, step.loss)  # type: ignore[misc]
+            outputs = super().train_batch(data, step.loss)
         outputs["metrics"].update(step.metrics())
         return outputs
 
@@ -54,14 +55,14 @@ def install() -> None:
 
 
 def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
-    """Run in each training worker before the first rollout: let its loss run on what the driver has weighed.
+    """Run in each training worker before the first rollout: let its loss run on batches that the driver has weighed.
 
-    A worker without this plugin cannot even unpickle this function.
+    A worker without this plugin cannot even unpickle this function, so its run stops.
 
     Args:
         worker: verl's, as Ray holds it.
         loss_mode: the guarded loss that it will be asked for.
-        in_worker: whether its engine makes the selection.
+        in_worker: whether its engine must write the token weights.
 
     Raises:
         EntropyForkError: the worker has no actor that takes a loss function, or its engine does not select.
@@ -81,7 +82,7 @@ def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
 
 
 def _actor_of(worker: Any) -> Any:
-    """What trains the policy in a worker: a worker of verl's may hold those of several roles."""
+    """What trains the policy in a worker. One worker of verl's may hold the workers of several roles."""
     for held in (worker, *getattr(worker, "worker_dict", {}).values()):
         actor = getattr(held, "actor", None)
         if callable(getattr(actor, "set_loss_fn", None)) and getattr(actor, "loss_fn", None) is not None:

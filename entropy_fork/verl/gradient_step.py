@@ -1,13 +1,13 @@
-"""Selection in the worker: the mask of one gradient step, made where the mini-batch is.
+"""Token weights in the worker: the mask of one gradient step, made where the mini-batch is.
 
-The driver cannot select before the update what is only known during it: the current policy's entropies, what shares a
-micro-batch, and mini-batches that are shuffled in the worker. Then it sends the :class:`Rule` along with the batch, and
-the engine (see ``engine.py``) makes the mask before, or in, each gradient step:
+Some masks can only be made during the update (see ``masking.py``). For these the driver sends the :class:`Rule` along
+with the batch, and the engine (see ``engine.py``) makes the mask before each gradient step, or in it:
 
-- Entropies that are known before the step (the old policy's, or the current one's by a pass without gradients) give
-  weights that are written into the batch before it is cut into micro-batches.
-- The current policy's over a micro-batch need no pass of their own: the loss sees them (``model_output["entropy"]``).
-  How many tokens *all* micro-batches on all ranks will keep follows from their sizes, so the denominator is exact.
+- Before it, if the entropies are known then: the old policy's, or the current policy's from a pass without gradients.
+  The weights are written into the mini-batch before it is cut into micro-batches.
+- In it, if the current policy's entropies are taken over a micro-batch: the loss sees them (:data:`ENTROPY_OF_MASK`),
+  so they need no pass of their own. How many tokens *all* micro-batches on all ranks will keep follows from their
+  sizes, so the denominator is exact.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ from verl.workers.utils.padding import response_from_nested
 from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.core.flat import count_per_row
 from entropy_fork.core.ranks import Ranks, select_over_ranks
-from entropy_fork.core.responses import Rows, pool_of_rows, select_in_pools
+from entropy_fork.core.responses import Responses, pool_of_responses, select_in_pools
 from entropy_fork.core.rule import Rule
 from entropy_fork.core.selection import exact_count
 from entropy_fork.core.tally import Pool, Tally
 from entropy_fork.core.weighting import Counts, token_weights
 from entropy_fork.verl.config import NODE
 from entropy_fork.verl.policy_loss import weights_written
-from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK, EVERYWHERE, HEAD, RESPONSES
+from entropy_fork.verl.sparse_head import AT_RESPONSES, ENTROPY_OF_MASK, EVERYWHERE, HEAD, SparseHead
 
-#: what the driver sends: the rule; per row its order and its seed; and, where it could select itself, the kept tokens
+#: the flag that the driver sends with the batch: the rule
 RULE = "entropy_fork_rule"
-ROW_IDENTITY = "entropy_fork_row_identity"
-KEPT = "entropy_fork_kept"
 
-#: the number of a row in its mini-batch, by which a micro-batch is recognised
+#: the field that the driver writes: order and seed of each row, int64, shape (num_rows, 2)
+ROW_IDENTITY = "entropy_fork_row_identity"
+#: the field that the driver writes if it has selected: 1 for a kept token, else 0; uint8, shape (num_tokens,), flat
+KEPT_TOKENS = "entropy_fork_kept"
+
+#: the field that the worker writes: the number of a row in its mini-batch, by which a micro-batch is recognised
 ROW = "entropy_fork_row"
 
 
@@ -50,9 +53,9 @@ class GradientStep:
     """The mask of one gradient step on one rank.
 
     Args:
-        engine: verl's engine; its data-parallel ranks must all make their step.
+        engine: verl's engine with our mixin. All its data-parallel ranks must make their step.
         data: this rank's rows of the mini-batch, in verl's layout without padding. Weights are multiplied into its
-            field ``rollout_is_weights`` here, unless they are made in the loss.
+            field ``rollout_is_weights`` at once, unless they are made in the loss.
         rule: what to keep.
         loss_function: verl's.
 
@@ -61,11 +64,10 @@ class GradientStep:
         ValueError: an entropy that is not finite.
     """
 
-    def __init__(self, engine: Any, data: TensorDict, rule: Rule, loss_function: Callable[..., Any]):
+    def __init__(self, engine: SparseHead, data: TensorDict, rule: Rule, loss_function: Callable[..., Any]):
         self.rule = rule
         self.loss_function = loss_function
         self.ranks = Ranks(engine.get_data_parallel_group(), get_device_name())
-        self.entropy_wanted: bool = tu.get_non_tensor_data(data, key="calculate_entropy", default=False)
         self._engine = engine
         self._tallies: list[Tally] = []
         self.in_loss = rule.selected_in_loss
@@ -91,7 +93,7 @@ class GradientStep:
 
     @contextmanager
     def selecting_in_loss(self) -> Iterator[None]:
-        """Where the mask is made in the loss, let the engine hand it the entropies; it keeps no graph of them."""
+        """If the mask is made in the loss, let the engine give the loss the entropies, without a graph."""
         self._engine.selects_in_loss = self.in_loss
         try:
             yield
@@ -99,70 +101,76 @@ class GradientStep:
             self._engine.selects_in_loss = False
 
     def metrics(self) -> dict[str, list[float]]:
-        """The :class:`Tally` of the step over all ranks, as verl collects metrics; see :func:`tally_of`."""
+        """The :class:`Tally` of the step over all ranks, in the form of verl's metrics; see :func:`tally_of`."""
         tally = self.ranks.merge_tallies(Tally.merged(self._tallies))
         return {f"{NODE}/{name}": [value] for name, value in asdict(tally).items()}
 
     def _weights_before(self, data: TensorDict) -> Tensor:
         old = data["entropy"].values().cpu() if "entropy" in data else None
         if self.rule.entropy == "current":
-            rows = _rows(data, self._entropy_of_a_pass(data))
+            responses = _responses_of(data, self._entropy_of_a_pass(data))
         elif old is not None:
-            rows = _rows(data, old)
+            responses = _responses_of(data, old)
         else:
             raise EntropyForkError(f"a mask was asked for, but the batch has no entropies in {process_name()}.")
-        if KEPT in data:
-            kept, pools = data[KEPT].values().cpu().bool(), list[Pool]()
+        if KEPT_TOKENS in data:
+            kept, pools = data[KEPT_TOKENS].values().cpu().bool(), list[Pool]()
         else:
-            kept, pools = self._select(rows)
+            kept, pools = self._select(responses)
         by_old = None
         if self.rule.entropy == "current" and old is not None:
-            by_old, _ = self._select(replace(rows, entropy=old))
-        self._count(data, rows, kept, pools, by_old)
-        soft_entropy = rows.entropy if self.rule.weight == "soft" else None
-        counts = self.ranks.sum_counts(Counts.of(kept, rows.eligible, soft_entropy))
-        return self._weigh(rows, kept, counts)
+            by_old, _ = self._select(replace(responses, entropy=old))
+        self._count(data, responses, kept, pools, by_old)
+        soft_entropy = responses.entropy if self.rule.weight == "soft" else None
+        counts = self.ranks.sum_counts(Counts.of(kept, responses.eligible, soft_entropy))
+        return self._weigh(responses, kept, counts)
 
     def _weights_in_loss(self, data: TensorDict, entropy: Tensor) -> Tensor:
-        rows = _rows(data, entropy.cpu())
-        one_pool = torch.zeros_like(rows.lengths)
-        kept, pools = select_in_pools(rows, one_pool, self.rule.selector)
+        responses = _responses_of(data, entropy.cpu())
+        one_pool = torch.zeros_like(responses.lengths)
+        kept, pools = select_in_pools(responses, one_pool, self.rule.selector)
         by_old = None
         if "entropy" in data:
-            old = replace(rows, entropy=data["entropy"].values().cpu())
+            old = replace(responses, entropy=data["entropy"].values().cpu())
             by_old, _ = select_in_pools(old, one_pool, self.rule.selector)
-        self._count(data, rows, kept, pools, by_old)
-        return self._weigh(rows, kept, self._counts)
+        self._count(data, responses, kept, pools, by_old)
+        return self._weigh(responses, kept, self._counts)
 
-    def _select(self, rows: Rows) -> tuple[Tensor, list[Pool]]:
+    def _select(self, responses: Responses) -> tuple[Tensor, list[Pool]]:
         if self.rule.pool == "mini_batch":
-            kept, pool = select_over_ranks(rows, self.rule.selector, self.ranks)
+            kept, pool = select_over_ranks(responses, self.rule.selector, self.ranks)
             return kept, [pool]
-        micro_batch = torch.zeros_like(rows.lengths)
+        micro_batch = torch.zeros_like(responses.lengths)
         for number, members in enumerate(self._micro_batches):
             micro_batch[members] = number
-        one_mini_batch = torch.zeros_like(rows.lengths)
-        return select_in_pools(rows, pool_of_rows(self.rule.pool, one_mini_batch, micro_batch), self.rule.selector)
+        one_mini_batch = torch.zeros_like(responses.lengths)
+        return select_in_pools(
+            responses, pool_of_responses(self.rule.pool, one_mini_batch, micro_batch), self.rule.selector
+        )
 
-    def _weigh(self, rows: Rows, kept: Tensor, counts: Counts) -> Tensor:
-        soft_entropy = rows.entropy if self.rule.weight == "soft" else None
+    def _weigh(self, responses: Responses, kept: Tensor, counts: Counts) -> Tensor:
+        soft_entropy = responses.entropy if self.rule.weight == "soft" else None
         mode, denominator = self.rule.loss_agg_mode, self.rule.denominator
-        return token_weights(kept, rows.eligible, rows.lengths, mode, denominator, soft_entropy, counts)
+        return token_weights(kept, responses.eligible, responses.lengths, mode, denominator, soft_entropy, counts)
 
-    def _count(self, data: TensorDict, rows: Rows, kept: Tensor, pools: list[Pool], by_old: Tensor | None) -> None:
+    def _count(
+        self, data: TensorDict, responses: Responses, kept: Tensor, pools: list[Pool], by_old: Tensor | None
+    ) -> None:
         advantages = data["advantages"].values().cpu()
-        self._tallies.append(Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages, by_old))
+        self._tallies.append(
+            Tally.of(kept, responses.entropy, responses.eligible, responses.lengths, pools, advantages, by_old)
+        )
 
     def _entropy_of_a_pass(self, data: TensorDict) -> Tensor:
         head = tu.get_non_tensor_data(data, key=HEAD, default=EVERYWHERE)
         asked = data.copy()
-        tu.assign_non_tensor(asked, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else RESPONSES})
+        tu.assign_non_tensor(asked, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else AT_RESPONSES})
         with _without_training(self._engine):
             output = self._engine.infer_batch(asked)["model_output"]
         return response_from_nested(output["entropy"], data["response_mask"]).values().cpu()
 
     def _counts_of(self, response_mask: Tensor) -> Counts:
-        """Kept and eligible tokens of the mini-batch, before any of its entropies is known."""
+        """Kept and eligible tokens of the mini-batch on all ranks, before any of its entropies is known."""
         mask: Any = response_mask
         per_row = count_per_row(mask.values(), mask.offsets().diff())
         sizes = [int(per_row[members].sum()) for members in self._micro_batches]
@@ -180,16 +188,21 @@ class GradientStep:
 
 
 def tally_of(metrics: dict[str, float], num_mini_batches: int) -> Tally:
-    """The tally of a training step from the metrics that :meth:`GradientStep.metrics` gave, averaged by verl."""
+    """The tally of a training step.
+
+    Args:
+        metrics: what :meth:`GradientStep.metrics` returned, averaged by verl over ranks and mini-batches.
+        num_mini_batches: how many mini-batches were averaged.
+    """
     average = Tally(**{name: metrics[f"{NODE}/{name}"] for name in asdict(Tally())})
     return Tally.merged([average] * num_mini_batches)
 
 
 @contextmanager
-def _without_training(engine: Any) -> Iterator[None]:
+def _without_training(engine: SparseHead) -> Iterator[None]:
     """Switch to verl's eval mode for one pass during training: no dropout, no activation offload.
 
-    Weights and optimizer stay on the device. Afterwards, also after an error, all is as before.
+    Weights and optimizer stay on the device. Afterwards everything is as before, also after an error.
     """
     mode = engine.mode
     training = [(module, module.training) for module in engine.module.modules()]
@@ -202,12 +215,12 @@ def _without_training(engine: Any) -> Iterator[None]:
             module.training = was_training
 
 
-def _rows(data: TensorDict, entropy: Tensor) -> Rows:
+def _responses_of(data: TensorDict, entropy: Tensor) -> Responses:
     mask = data["response_mask"]
     if entropy.numel() != mask.values().numel():
         raise EntropyForkError(f"{entropy.numel()} entropies for {mask.values().numel()} response tokens")
     order, seeds = data[ROW_IDENTITY].values().cpu().view(-1, 2).unbind(1)
-    return Rows(entropy, mask.values().cpu(), mask.offsets().diff().cpu(), order, seeds)
+    return Responses(entropy, mask.values().cpu(), mask.offsets().diff().cpu(), order, seeds)
 
 
 def _multiply_into(data: TensorDict, weights: Tensor) -> None:
@@ -225,8 +238,8 @@ def _multiply_into(data: TensorDict, weights: Tensor) -> None:
     )
 
 
-def _cut(engine: Any, data: TensorDict) -> list[list[int]]:
-    """The rows of each micro-batch, in order: verl's own function on what it looks at, so not on the whole batch."""
+def _cut(engine: SparseHead, data: TensorDict) -> list[list[int]]:
+    """The rows of each micro-batch, in order: by verl's own function, on only the fields that it looks at."""
     settings = ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "force_group_size")
     light = tu.get_tensordict(
         {"input_ids": data["input_ids"], ROW: data[ROW]},

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 import wrapt
@@ -38,13 +37,13 @@ def _checking_first(run_ppo: Callable[..., Any]) -> Callable[..., Any]:
     return checking
 
 
-def extend_run_ppo(module: ModuleType) -> None:
+def extend_run_ppo(module: Any) -> None:
     """Wrap ``run_ppo`` of verl's module ``main_ppo``, before a program imports it from there."""
-    module.run_ppo = _checking_first(module.run_ppo)  # type: ignore[attr-defined]
+    module.run_ppo = _checking_first(module.run_ppo)
 
 
 @wrapt.decorator
-def _with_guard(wrapped, instance: DictConfig, args, kwargs):  # type: ignore[no-untyped-def]
+def _with_guard(wrapped: Callable[..., Any], instance: DictConfig, args: Any, kwargs: Any) -> Any:
     if in_config(instance) and not is_guarded(instance):
         make_typed(instance)
         if read_config(instance) is not None:
@@ -54,4 +53,5 @@ def _with_guard(wrapped, instance: DictConfig, args, kwargs):  # type: ignore[no
 
 def guard_pickling() -> None:
     """Wrap what pickles an ``OmegaConf`` mapping."""
+    # mypy: a method of a class may not be assigned. OmegaConf has no hook for pickling, so it is.
     DictConfig.__getstate__ = _with_guard(DictConfig.__getstate__)  # type: ignore[method-assign]

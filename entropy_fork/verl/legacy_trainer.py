@@ -7,6 +7,9 @@ stops it instead of training on all tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import wrapt
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
@@ -15,7 +18,7 @@ from entropy_fork.verl.config import read_config
 
 
 @wrapt.decorator
-def _refusing_a_mask(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+def _refusing_a_mask(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
     if read_config(kwargs["config"] if "config" in kwargs else args[0]) is not None:
         raise EntropyForkError(
             f"{type(instance).__name__} in {process_name()} has no token weights and would train on all tokens. Use "

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import verl
@@ -61,8 +60,8 @@ def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..
     return validate
 
 
-def _extend_validation(module: ModuleType) -> None:
-    module.validate_config = _also_check_entropy_fork(module.validate_config)  # type: ignore[attr-defined]
+def _extend_validation(module: Any) -> None:
+    module.validate_config = _also_check_entropy_fork(module.validate_config)
 
 
 def register_on_import(extended: str, ours: str) -> None:

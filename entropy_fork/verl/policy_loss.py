@@ -1,16 +1,16 @@
 """The guard in the worker: verl's policy losses, which refuse to run on a batch that has no token weights of ours.
 
 Hook: verl's public registry of policy losses (``verl/trainer/ppo/core_algos.py: register_policy_loss``). A masked run
-sends its workers the loss ``entropy_fork/NAME`` in the place of ``NAME`` (see ``trainer.py``, ``launch.py``). It
+tells its workers to use the loss ``entropy_fork/NAME`` instead of ``NAME`` (see ``trainer.py``, ``launch.py``). It
 computes what verl's loss computes. A worker without this plugin does not know the name and stops. A worker with the
-plugin runs it only inside of :func:`weights_written`. The field ``rollout_is_weights`` proves nothing by itself, since
+plugin runs the loss only inside :func:`weights_written`. The field ``rollout_is_weights`` alone proves nothing, since
 rollout correction writes its importance weights there. Two callers open that context:
 
 - :func:`weighed_by_driver`, around the worker's loss function, for batches with the driver's flag :data:`WEIGHED`;
-- ``gradient_step.py``, where the worker itself makes the selection.
+- ``gradient_step.py``, if the worker itself writes the token weights.
 
-``reinforce`` is a loss of our own, so that each form of Ψ_t can be run as it stands in the books: -Ψ_t log π, without a
-ratio and without clipping. verl's ``gpg`` is that formula.
+``reinforce`` is a loss of our own: -Ψ_t log π, without a ratio and without clipping. With it, each form of Ψ_t can be
+run as textbooks write it. verl's ``gpg`` is that formula.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def weights_written() -> Iterator[None]:
 
 
 def weighed_by_driver(loss_function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same loss function, inside of :func:`weights_written` where the batch has the flag :data:`WEIGHED`."""
+    """The same loss function, inside :func:`weights_written` if the batch has the flag :data:`WEIGHED`."""
 
     def loss(**arguments: Any) -> Any:
         if not tu.get_non_tensor_data(arguments["data"], key=WEIGHED, default=False):
@@ -58,7 +58,7 @@ def weighed_by_driver(loss_function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def seeing_kept_only(loss_function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same loss function, with metrics over the kept tokens: dropped ones have no log-probability of their own."""
+    """The same loss function, with metrics over the kept tokens, because dropped tokens have no new log-probability."""
 
     def loss(**arguments: Any) -> Any:
         token = _sees_kept_only.set(True)
@@ -86,7 +86,7 @@ def _guarded(name: str) -> Callable[..., Any]:
                 f"train on all tokens, so it stops here. Token weights come from verl's PPOTrainer: a trainer of your "
                 f"own must call its _compute_advantage and _update_actor."
             )
-        # Looked up at every call, so that a loss which somebody registers anew under verl's name is the one used.
+        # Looked up at every call: if somebody registers another loss under verl's name, that one is used.
         loss, metrics = get_policy_loss_fn(name)(
             old_log_prob=old_log_prob,
             log_prob=log_prob,
@@ -117,9 +117,9 @@ def kept_sums(
     """What verl's ``pg_clipfrac`` and ``ppo_kl`` would be on the kept tokens, as sums over a micro-batch.
 
     verl averages a loss's metrics over the micro-batches and ranks of a mini-batch, whatever their sizes, and then over
-    mini-batches. Of sums that leaves their ratio right (see :func:`kept_means`): exactly in a mini-batch, and in a step
-    whose mini-batches are cut into equally many micro-batches. With dynamic batch sizes they may not be, and one that
-    is cut into more counts for less.
+    mini-batches. The ratio of two averaged sums is still right (see :func:`kept_means`): exactly in a mini-batch, and
+    in a step whose mini-batches are cut into equally many micro-batches. With dynamic batch sizes the numbers of
+    micro-batches may differ; a mini-batch with more of them then counts for less.
 
     Args:
         old_log_prob: float, shape (rows, response_length), nats.
@@ -129,8 +129,8 @@ def kept_sums(
         config: verl's ``ActorConfig``, for its clip range.
 
     Returns:
-        The number of kept tokens; how many of them PPO's clip would take out of the gradient (whether or not this loss
-        clips); and their summed ``old_log_prob - log_prob``.
+        The number of kept tokens; how many of them PPO's clip would remove from the gradient (whether or not this loss
+        clips); and the sum of ``old_log_prob - log_prob`` over them.
     """
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high

@@ -1,34 +1,34 @@
-"""The LM head where the loss looks, in verl's FSDP engines: at response positions, or at those with a weight.
+"""The LM head only where the loss looks, in verl's FSDP engines: at response positions, or at those with a weight.
 
-Hook: a mixin in front of the engines that ``engine.py`` registers; ``forward_step`` and the two methods that it calls
-are extended, and a micro-batch without the flag :data:`HEAD` goes straight through. In the model nothing is replaced
-but, while such a micro-batch is under way, what the LM head returns:
+Hook: a mixin in front of the engines that ``engine.py`` registers. It extends ``forward_step`` and the two methods that
+``forward_step`` calls. A micro-batch without the flag :data:`HEAD` goes straight through. While a micro-batch with the
+flag is under way, two things of the model change:
 
-- a forward hook of the decoder hands on the hidden states of the wanted positions alone, so whatever computes logits
-  from them, the model's own head or verl's fused ones, does it for these rows;
-- the head, a linear layer, then returns log-probabilities in the place of logits: they must be computed *inside* of the
-  model's forward pass, where FSDP has its weight gathered.
+- A forward hook of the decoder hands on only the hidden states of the wanted positions. Whatever computes logits from
+  them, the model's own head or one of verl's fused ones, then does it for these positions.
+- The head, a linear layer, returns log-probabilities instead of logits. They must be computed *inside* the model's
+  forward pass, because only there FSDP has gathered the head's weight.
 
-transformers' ``logits_to_keep`` cannot take the place of the hook: of padded rows it keeps the same columns in every
-row, and verl's fused forward passes ignore it. Nor can it take the place of the head's forward: the log-prob pass must
-not hold the logits of all response tokens.
+transformers' ``logits_to_keep`` cannot replace the hook: of padded rows it keeps the same columns in every row, and
+verl's fused forward passes ignore it. It cannot replace the head's forward either: the log-prob pass must not hold the
+logits of all response tokens.
 
-Scattered back to all positions the results look as verl's do. What a loss must not look at has the old log-probability,
-a ratio of 1.
+The results are put back to their positions, so they have verl's shapes. At a position that the loss must not look at,
+the old log-probability is filled in: a ratio of 1.
 
-**On-policy the ratio is one.** Both passes compute a log-probability as verl's dense pass does, by verl's own function
-and in its order of roundings: logits in the model's type, divided in that type by the temperature rounded to it. With
-unchanged weights a new log-probability then is the old one, whichever of the passes were sparse.
+**On-policy the ratio is 1.** Both passes compute a log-probability as verl's dense pass does: by verl's own function
+and in verl's order of roundings. Logits are in the model's type; they are divided in that type by the temperature,
+rounded to it. So with unchanged weights a new log-probability equals the old one, whichever of the passes were sparse.
 
-**Entropies that a mask looks at** are computed here in every pass of a masked run, the dense ones included: float32,
-from the logits that the log-probabilities are made of. So the same policy gives the same entropies, and the same mask.
-(verl's own are in 16 bits on a CPU, and by another formula on a GPU.)
+**Entropies that a mask looks at** are computed here in every pass of a masked run, in dense passes as well: in float32,
+from the logits that the log-probabilities are made of. So the same policy gives the same entropies and the same mask.
+(verl's own entropies have 16 bits on a CPU, and another formula on a GPU.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict
@@ -39,6 +39,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import logprobs_from_logits
 
 from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.common.verl_types import StockEngine
 from entropy_fork.core.entropy import entropies
 from entropy_fork.core.lm_head import (
     CHUNK,
@@ -52,19 +53,28 @@ from entropy_fork.core.lm_head import (
 from entropy_fork.verl import policy_loss
 from entropy_fork.verl.config import NODE
 
-#: what the trainer sends with a batch: where the head is wanted
-HEAD = "entropy_fork_head"
-EVERYWHERE, RESPONSES, KEPT = "everywhere", "responses", "kept"
+if TYPE_CHECKING:
+    Base = StockEngine
+else:
+    Base = object  # engine.py puts the mixin in front of verl's own methods
 
-#: what the loss of a mask that is made in it gets beside verl's: entropies of verl's shapes, detached
+#: the flag that the trainer sends with a batch: where the head is wanted
+HEAD = "entropy_fork_head"
+#: its values: at every position, at those of the responses, at those with a token weight that is not 0
+EVERYWHERE, AT_RESPONSES, AT_KEPT = "everywhere", "responses", "kept"
+
+#: in verl's ``output_args``: the positions in the packed sequence that the head was computed at
+HEAD_POSITIONS = "entropy_fork_head_positions"
+
+#: in verl's model output, for a mask that is made in the loss: entropies of verl's shapes, detached
 ENTROPY_OF_MASK = "entropy_fork_entropy"
 
 
 class RowsOfHead:
-    """What is installed in a causal LM: idle, unless ``rows`` is set.
+    """What is installed in a causal LM. It is idle unless ``rows`` is set.
 
     Attributes:
-        rows: int64, shape (num_rows,): positions in the decoder's flattened output.
+        rows: int64, shape (num_rows,): which positions of the decoder's flattened output the head computes.
         labels: int64, shape (num_rows,).
         temperature: T.
         log_probs: what the head returned last, shape (1, num_rows, 1).
@@ -129,8 +139,9 @@ class RowsOfHead:
 def log_probs_with_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of the labels, as verl's dense pass computes them.
 
-    It keeps the logits of up to :data:`ROWS_KEPT` rows. Of more, it computes them a second time for the backward pass,
-    so many at once: the gradient of the weight, a sum over all rows, is then rounded as rarely as can be.
+    Keeps the logits of up to :data:`ROWS_KEPT` rows. If there are more rows, computes the logits again in the backward
+    pass, :data:`ROWS_KEPT` rows at once. The gradient of the weight is a sum over all rows; with so many rows at once
+    it is rounded as rarely as possible.
 
     Args:
         hidden: float, shape (num_rows, hidden_size).
@@ -154,8 +165,8 @@ def log_probs_with_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, temp
 def log_probs_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The same log-probabilities without a gradient, and the entropies of the whole distributions (the paper's Eq. 1).
 
-    An entropy of 16-bit sums is a difference of two numbers around 20, which bfloat16 tells apart in steps of 0.125;
-    here it is made of the same logits in float32 or better.
+    An entropy is the difference of two numbers around 20. bfloat16 has steps of 0.125 there, so the entropy is computed
+    from the same logits in float32 or better.
 
     Args:
         hidden: float, shape (num_rows, hidden_size), one row or more.
@@ -192,11 +203,11 @@ def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return logits.div_(temperature.clamp(min=1e-8).to(logits.dtype).unsqueeze(-1))
 
 
-class SparseHead:
+class SparseHead(Base):
     """Mixin in front of verl's FSDP engine with an LM head.
 
     Attributes:
-        selects_in_loss: a mask is made in the loss, which needs :data:`ENTROPY_OF_MASK` in the model's output.
+        selects_in_loss: whether a mask is made in the loss, which needs :data:`ENTROPY_OF_MASK` in the model's output.
     """
 
     selects_in_loss = False
@@ -209,27 +220,27 @@ class SparseHead:
     ) -> Any:
         """verl's, with the head only where the batch says."""
         self._where = self._where_wanted(micro_batch)
-        if self._where == KEPT and loss_function is not None:
+        if self._where == AT_KEPT and loss_function is not None:
             loss_function = policy_loss.seeing_kept_only(loss_function)
         try:
-            return super().forward_step(micro_batch, loss_function, forward_only)  # type: ignore[misc]
-        finally:  # also after an error: whoever calls the model next may not come by here
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        finally:  # also after an error: the next call of the model may not come by here
             self._where = None
             if self._rows_of_head is not None:
                 self._rows_of_head.forget()
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
-        """verl's, and for the head the rows that are wanted of it."""
-        model_inputs, output_args = super().prepare_model_inputs(micro_batch)  # type: ignore[misc]
+        """verl's; and tells the head which rows are wanted."""
+        model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         if self._rows_of_head is None:
             return model_inputs, output_args
         self._rows_of_head.rows = None
         if self._where is not None:
             following = output_args["input_ids_rmpad_rolled"]
             positions = self._local(micro_batch, self._where, len(following))
-            if not len(positions):  # Every rank must run the head: row 0, whose result is not used.
+            if not len(positions):  # Every rank must run the head: here at position 0, whose result is not used.
                 positions = positions.new_zeros(1)
-            output_args[HEAD] = positions
+            output_args[HEAD_POSITIONS] = positions
             if _is_fused(micro_batch):  # verl's own products, see core/lm_head.py: FEWEST_ROWS
                 positions = torch.cat([positions, positions[:1].expand(max(0, FEWEST_ROWS - len(positions)))])
             self._rows_of_head.rows = _in_output(positions, micro_batch, model_inputs["input_ids"].shape[1])
@@ -242,18 +253,18 @@ class SparseHead:
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, Tensor]:
-        """verl's, of verl's shapes; of a head that saw some rows, the same for all positions."""
-        if HEAD in output_args:
+        """verl's. If the head computed only some rows, the same names and shapes, with all positions filled."""
+        if HEAD_POSITIONS in output_args:
             return self._of_some_rows(output, output_args, micro_batch)
         is_wanted = tu.get_non_tensor_data(micro_batch, key="calculate_entropy", default=False)
         is_pass = is_wanted and HEAD in micro_batch and not torch.is_grad_enabled()
         if not is_pass and not self.selects_in_loss:
-            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[misc]
-        # verl's own entropies: for an entropy bonus, and those of its fused kernels, which make no logits
+            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        # verl computes entropies for an entropy bonus, and in its fused kernels, which make no logits.
         is_fused = _is_fused(micro_batch)
         micro_batch = micro_batch.copy()
         tu.assign_non_tensor(micro_batch, calculate_entropy=is_fused or (is_wanted and not is_pass))
-        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)  # type: ignore[misc]
+        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         if is_fused:
             entropy = model_output["entropy"].detach() if is_wanted else model_output.pop("entropy").detach()
         else:
@@ -262,7 +273,7 @@ class SparseHead:
         return model_output
 
     def _of_some_rows(self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict) -> dict[str, Tensor]:
-        """Log-probabilities and perhaps entropies of the wanted rows, at all positions."""
+        """Log-probabilities, and entropies if asked for, of the rows that the head computed, at all positions."""
         head = self._rows_of_head
         assert head is not None
         if _is_fused(micro_batch):
@@ -275,9 +286,9 @@ class SparseHead:
                     f"{NODE}.sparse_head does not know, in {process_name()}. Write {NODE}.sparse_head=false."
                 )
         head.forget()
-        positions = output_args[HEAD]
+        positions = output_args[HEAD_POSITIONS]
         model_output = {"log_probs": self._everywhere(log_probs, positions, output_args, micro_batch)}
-        if self._where == KEPT:
+        if self._where == AT_KEPT:
             model_output["log_probs"] = _with_old_elsewhere(model_output["log_probs"], micro_batch)
         if tu.get_non_tensor_data(micro_batch, key="calculate_entropy", default=False):
             assert entropy is not None
@@ -286,8 +297,8 @@ class SparseHead:
 
     @torch.no_grad()
     def _entropy(self, logits: Tensor, output_args: dict[str, Any], micro_batch: TensorDict) -> Tensor:
-        """Entropies at response positions from the logits of all, 0 elsewhere."""
-        positions = self._local(micro_batch, RESPONSES, len(output_args["input_ids_rmpad_rolled"]))
+        """Entropies at response positions, from the logits of all positions; 0 elsewhere."""
+        positions = self._local(micro_batch, AT_RESPONSES, len(output_args["input_ids_rmpad_rolled"]))
         rows = _in_output(positions, micro_batch, logits.shape[1])
         if "temperature_rmpad" in output_args:
             temperature = output_args["temperature_rmpad"][positions]
@@ -299,7 +310,10 @@ class SparseHead:
         return self._everywhere(entropy, positions, output_args, micro_batch)
 
     def _where_wanted(self, micro_batch: TensorDict) -> str | None:
-        """What the batch asks for; None for every position, also where this worker cannot do it, which is said once."""
+        """Where the batch wants the head; None for every position.
+
+        Also None if this worker cannot compute single positions. The reason is printed once.
+        """
         where = tu.get_non_tensor_data(micro_batch, key=HEAD, default=EVERYWHERE)
         if where == EVERYWHERE:
             return None
@@ -312,7 +326,7 @@ class SparseHead:
         return None
 
     def _reason_against(self, micro_batch: TensorDict, where: str) -> str | None:
-        needed = ("response_mask", "rollout_is_weights") if where == KEPT else ("response_mask",)
+        needed = ("response_mask", "rollout_is_weights") if where == AT_KEPT else ("response_mask",)
         if missing := [name for name in needed if name not in micro_batch]:
             return f"the batch has no {missing[0]}"
         for name in ("calculate_sum_pi_squared", "distillation_use_topk"):
@@ -321,53 +335,60 @@ class SparseHead:
         if isinstance(micro_batch["temperature"], Tensor):
             return "each sample has a temperature of its own"
         if self._rows_of_head is None:
-            model = _causal_lm(self.module)  # type: ignore[attr-defined]
+            model = _causal_lm(self.module)
             if reason := RowsOfHead.unsuitable(model):
                 return reason
             self._rows_of_head = RowsOfHead(model)
         return None
 
     def _local(self, micro_batch: TensorDict, where: str, num_local: int) -> Tensor:
-        """The wanted positions of this rank: under sequence parallelism it has a part of the packed sequence."""
+        """The wanted positions in this rank's part of the packed sequence: all of it without sequence parallelism."""
         wanted = _wanted(micro_batch, where)
-        if not self.use_ulysses_sp:  # type: ignore[attr-defined]
+        if not self.use_ulysses_sp:
             return wanted
-        wanted = wanted - num_local * self.ulysses_device_mesh["sp"].get_local_rank()  # type: ignore[attr-defined]
+        wanted = wanted - num_local * self.ulysses_device_mesh["sp"].get_local_rank()
         return wanted[(wanted >= 0) & (wanted < num_local)]
 
     def _everywhere(
         self, values: Tensor, positions: Tensor, output_args: dict[str, Any], micro_batch: TensorDict
     ) -> Tensor:
-        """Values at these positions (more values are dropped), 0 at all others; of all sequence-parallel ranks."""
+        """Values at these positions, 0 at all others, of all sequence-parallel ranks; nested as the input.
+
+        Args:
+            values: float, shape (num_positions or more,); those beyond ``num_positions`` are dropped.
+            positions: int64, shape (num_positions,), in this rank's part of the packed sequence.
+            output_args: verl's.
+            micro_batch: verl's.
+        """
         zeros = values.new_zeros(len(output_args["input_ids_rmpad_rolled"]))
         everywhere = zeros.index_put((positions,), values[: len(positions)])
-        if "pad_size" in output_args:  # else rows were padded, and the values are not
-            everywhere = self._gather_and_unpad_packed(everywhere, output_args["pad_size"])  # type: ignore[attr-defined]
+        if "pad_size" in output_args:  # if not, verl padded the rows, and these values have no padding
+            everywhere = self._gather_and_unpad_packed(everywhere, output_args["pad_size"])
         return torch.nested.nested_tensor_from_jagged(everywhere, micro_batch["input_ids"].offsets())
 
 
 def _wanted(micro_batch: TensorDict, where: str) -> Tensor:
-    """Positions in the packed sequence, ascending."""
+    """The wanted positions in the packed sequence, ascending: int64, shape (num_positions,)."""
     mask: Any = micro_batch["response_mask"]
     positions = response_positions(micro_batch["input_ids"].offsets(), mask.offsets().diff())
-    if where == RESPONSES:
+    if where == AT_RESPONSES:
         return positions
     return positions[(micro_batch["rollout_is_weights"].values() != 0) & mask.values().bool()]
 
 
 def _in_output(positions: Tensor, micro_batch: TensorDict, width: int) -> Tensor:
-    """Where packed positions are in the model's output of shape (rows, width, …), its first two dimensions as one."""
+    """Where packed positions are in the model's output of shape (rows, width, …), flattened to (rows * width, …)."""
     if tu.get_non_tensor_data(micro_batch, key="use_remove_padding", default=True):
         return positions
     return padded_positions(positions, micro_batch["input_ids"].offsets(), width)
 
 
 def _with_old_elsewhere(log_probs: Any, micro_batch: TensorDict) -> Tensor:
-    """The old log-probability where the head was not asked, as if the policy had not moved there; nested."""
+    """These log-probabilities at kept positions, the old ones at other response positions: a ratio of 1; nested."""
     values, old = log_probs.values(), micro_batch["old_log_probs"].values()
-    everywhere = old.new_zeros(len(values)).index_put((_wanted(micro_batch, RESPONSES),), old)
+    everywhere = old.new_zeros(len(values)).index_put((_wanted(micro_batch, AT_RESPONSES),), old)
     is_kept = torch.zeros_like(everywhere, dtype=torch.bool)
-    is_kept[_wanted(micro_batch, KEPT)] = True
+    is_kept[_wanted(micro_batch, AT_KEPT)] = True
     return torch.nested.nested_tensor_from_jagged(torch.where(is_kept, values, everywhere), log_probs.offsets())
 
 
@@ -380,6 +401,6 @@ def _is_of_fsdp(hook: Any) -> bool:
 
 
 def _causal_lm(module: Any) -> Any:
-    """The model under FSDP's and PEFT's wrappers."""
+    """The model without FSDP's and PEFT's wrappers."""
     module = getattr(module, "_fsdp_wrapped_module", module)
     return module.get_base_model() if hasattr(module, "peft_config") and hasattr(module, "get_base_model") else module

@@ -1,23 +1,22 @@
 """``entropy_fork.dump_every``: the training run itself writes the tokens of a few answers, to see how forks move.
 
-Hook: ``trainer.py`` calls :meth:`TokenDump.write` on the driver right after the token weights of a batch were written.
-What is selected is read back from the field that the workers will get, so the dump says what is trained on and not what
-somebody believes. Where the workers select by themselves the driver does not know, and writes null.
+Hook: ``trainer.py`` calls :meth:`TokenDump.write` on the driver, right after it wrote the token weights of a batch. The
+selection is read back from the field that the workers will get, so the dump says what is trained on. If the workers
+select, the driver does not know the selection, and the dump says null.
 
-The folder is the one of ``entropy_fork/tokens/store.py``: a part per dumped step, numbered by it.
+The folder has the layout of ``entropy_fork/tokens/store.py``: one part per dumped step, with the step as its number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transfer_queue as tq
+from torch import Tensor
 
 from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.common.verl_types import BatchDescription
 from entropy_fork.tokens.store import (
     MANIFEST,
     AnswerTokens,
@@ -29,22 +28,36 @@ from entropy_fork.tokens.store import (
     write_part,
 )
 from entropy_fork.verl.config import ANSWERS_PER_STEP, EntropyForkConfig, read_node
-from entropy_fork.verl.gradient_step import KEPT
+from entropy_fork.verl.masking import Masking
+from entropy_fork.verl.queued_batch import QueuedBatch
+
+#: of an answer, one number per token, in this order: its tokens, what of them the policy wrote, entropies, log-probs
+PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs")
+#: of an answer as well
+PER_ANSWER = ("prompts", "rm_scores", "reward_model", "data_source")
 
 
 class TokenDump:
-    """Writes the tokens of ``dump_answers`` answers of every ``dump_every``-th step that updates the actor."""
+    """Writes the tokens of ``dump_answers`` answers of every ``dump_every``-th step that updates the actor.
 
-    def __init__(self, config: Any, fork_config: EntropyForkConfig):
-        self.config, self.fork_config = config, fork_config
+    Args:
+        config: the root of verl's config.
+        fork_config: ours.
+        masking: how the mask of the run is made; None for a run that trains on every token.
+    """
+
+    def __init__(self, config: Any, fork_config: EntropyForkConfig, masking: Masking | None):
+        self._config, self._fork_config, self._masking = config, fork_config, masking
         self.folder = Path(fork_config.dump_dir or Path(config.trainer.default_local_dir) / "tokens")
-        self.first = True
+        self._is_first = True
 
     @classmethod
-    def asked_for(cls, config: Any) -> TokenDump | None:
-        """The dump of a run; None where ``dump_every`` is 0."""
+    def asked_for(cls, config: Any, masking: Masking | None) -> TokenDump | None:
+        """The dump of a run; None where ``dump_every`` is 0. Arguments as of the class."""
         fork_config = read_node(config)
-        return cls(config, fork_config) if fork_config is not None and fork_config.dump_every > 0 else None
+        if fork_config is None or fork_config.dump_every == 0:
+            return None
+        return cls(config, fork_config, masking)
 
     def start(self) -> None:
         """Make the folder, so that one that cannot be written to stops the run before its first step.
@@ -57,7 +70,7 @@ class TokenDump:
                 f"{self.folder} holds other tokens than those of a training run, which would be mixed with this run's: "
                 f"write entropy_fork.dump_dir=FOLDER with another folder."
             )
-        fork_config, model = self.fork_config, self.config.actor_rollout_ref
+        fork_config, model = self._fork_config, self._config.actor_rollout_ref
         manifest = {
             "source": "training",
             "model": str(model.model.path),
@@ -79,8 +92,8 @@ class TokenDump:
                 f"entropy_fork.dump_every=0."
             ) from error
 
-    def write(self, batch: Any, step: int, tokenizer: Any) -> None:
-        """Write the part of a step, where it is one that is dumped.
+    def write(self, batch: BatchDescription, step: int, tokenizer: Any) -> None:
+        """Write the part of a step, if the step is one that is dumped.
 
         A dump that fails later on (a full disk) says so and does not end the training.
 
@@ -89,97 +102,72 @@ class TokenDump:
             step: of training, from 1.
             tokenizer: the model's.
         """
-        if step % self.fork_config.dump_every:
+        if step % self._fork_config.dump_every:
             return
         try:
-            if self.first:
-                self._forget_from(step)
-            write_part(self.folder, step, self._answers(batch, step, tokenizer))
-            self.first = False
+            if self._is_first:
+                self._delete_from(step)
+            write_part(self.folder, step, self._answers(QueuedBatch(batch), step, tokenizer))
+            self._is_first = False
         except OSError as error:
             print(f"entropy_fork: the tokens of step {step} could not be dumped: {error}", flush=True)
 
-    def _forget_from(self, step: int) -> None:
-        """A run that goes on from a checkpoint takes the steps after it once more; those of before never led here."""
+    def _delete_from(self, step: int) -> None:
+        """Delete the parts from ``step`` on: a run that was abandoned wrote them, and this run takes these steps."""
         for number in parts(self.folder):
             if number >= step:
                 delete_part(self.folder, number)
 
-    def _answers(self, batch: Any, step: int, tokenizer: Any) -> list[AnswerTokens]:
-        selected = self._selected_field()
-        fields = ["prompts", "responses", "response_mask", "entropy", "old_log_probs", "rm_scores"]
-        fields += ["reward_model", "data_source", *([selected] if selected else [])]
-        data = tq.kv_batch_get(keys=self._keys(batch), partition_id=batch.partition_id, select_fields=fields)
-        if "entropy" not in data:
+    def _answers(self, batch: QueuedBatch, step: int, tokenizer: Any) -> list[AnswerTokens]:
+        selected_field = self._masking.selected_field if self._masking is not None else None
+        names = [*PER_TOKEN, *PER_ANSWER, *([selected_field] if selected_field else [])]
+        columns = batch.fetch_rows(names, self._rows(batch))
+        if "entropy" not in columns:
             raise EntropyForkError(
                 f"entropy_fork.dump_every was asked for, but this step's batch has no entropies in {process_name()}: "
                 f"verl's log-prob pass did not write them. entropy_fork.dump_every=0 trains without."
             )
-        columns = {name: _rows(data.get(name, None)) for name in fields}
-        longest = self.config.data.max_response_length
+        longest = self._config.data.max_response_length
         answers = []
-        for row, mask in enumerate(columns["response_mask"] or []):
-            ours = mask.astype(bool)  # what a tool wrote is no token of the policy's
-            values = {name: _at(columns[name], row) for name in fields}
-            token_ids = values["responses"][ours].astype(np.int32)
-            weights = np.ones(len(mask)) if self._everything else values.get(selected or "")
+        for number in range(len(columns["response_mask"])):
+            values = {name: _as_numpy(column[number]) for name, column in columns.items()}
+            ours = values["response_mask"].astype(bool)  # the policy did not write the tokens of a tool
+            token_ids, prompt_ids = (values[name].astype(np.int32) for name in ("responses", "prompts"))
+            selected = np.ones(len(ours)) if self._masking is None else values.get(selected_field or "")
+            scores = values.get("rm_scores")
             answers.append(
                 AnswerTokens(
-                    prompt=tokenizer.decode(values["prompts"].tolist(), skip_special_tokens=False),
-                    text=tokenizer.decode(token_ids.tolist(), skip_special_tokens=True),
-                    token_ids=token_ids,
-                    pieces=token_pieces(tokenizer, token_ids),
+                    prompt=tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=False),
+                    text=tokenizer.decode(token_ids[ours].tolist(), skip_special_tokens=True),
+                    token_ids=token_ids[ours],
+                    pieces=token_pieces(tokenizer, token_ids[ours]),
                     entropy=values["entropy"][ours],
                     log_prob=values["old_log_probs"][ours],
-                    selected=None if weights is None else weights[ours] != 0,
-                    answer=step * ANSWERS_PER_STEP + row,
+                    selected=None if selected is None else selected[ours] != 0,
+                    answer=step * ANSWERS_PER_STEP + number,
                     step=step,
-                    data_source=_text(values["data_source"]),
-                    ground_truth=_text((values["reward_model"] or {}).get("ground_truth")),
-                    score=None if values["rm_scores"] is None else float(values["rm_scores"].sum()),
-                    truncated=len(mask) >= longest and int(values["responses"][-1]) != tokenizer.eos_token_id,
-                    prompt_ids=values["prompts"].astype(np.int32),
+                    data_source=_text(values.get("data_source")),
+                    ground_truth=_text((values.get("reward_model") or {}).get("ground_truth")),
+                    score=None if scores is None else float(scores.sum()),
+                    truncated=len(ours) >= longest and int(token_ids[-1]) != tokenizer.eos_token_id,
+                    prompt_ids=prompt_ids,
                 )
             )
         return answers
 
-    @property
-    def _everything(self) -> bool:
-        """Whether verl trains on every token, as it does without us."""
-        return not self.fork_config.enabled
-
-    def _selected_field(self) -> str | None:
-        """The field of the batch that says what is trained on; None where there is none on the driver."""
-        if self._everything:
-            return None
-        if not self.fork_config.in_worker(self.config.actor_rollout_ref.actor.shuffle):
-            return "rollout_is_weights"
-        return KEPT if self.fork_config.pool == "batch" else None
-
-    def _keys(self, batch: Any) -> list[str]:
-        """Which answers: the first of each prompt, then the second; in an order that the data gives, not the run."""
-        real = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
-        index = tq.kv_batch_get(keys=real, partition_id=batch.partition_id, select_fields=["index"]).get("index", None)
-        indices = [""] * len(real) if index is None else [str(value) for value in index.tolist()]
-
-        def place(row: int) -> tuple[int, int, str, str]:
-            uid, number, output = real[row].rsplit("_", 2)
-            return int(number), int(output), indices[row], uid
-
-        return [real[row] for row in sorted(range(len(real)), key=place)[: self.fork_config.dump_answers]]
+    def _rows(self, batch: QueuedBatch) -> list[int]:
+        """Which rows to dump: first the first answer of each prompt, then the second of each; the same in every run."""
+        identities, is_padding = batch.identities(), batch.is_padding()
+        real = [row for row in range(len(identities)) if not is_padding[row]]
+        real.sort(key=lambda row: (identities[row].session, identities[row].output, identities[row]))
+        return real[: self._fork_config.dump_answers]
 
 
-def _rows(field: Any) -> Sequence[Any] | None:
-    """A field of the batch, row by row: nested tensors, and what the TransferQueue makes of other values."""
-    if field is None:
-        return None
-    if isinstance(field, torch.Tensor):
-        return [row.float().numpy() if row.is_floating_point() else row.numpy() for row in field.unbind()]
-    return field.tolist() if hasattr(field, "tolist") else list(field)
-
-
-def _at(rows: Sequence[Any] | None, row: int) -> Any:
-    return None if rows is None else rows[row]
+def _as_numpy(value: Any) -> Any:
+    """A tensor as an array, of float32 if it is of a float type; any other object as it is."""
+    if isinstance(value, Tensor):
+        return value.float().numpy() if value.is_floating_point() else value.numpy()
+    return value
 
 
 def _text(value: Any) -> str | None:

@@ -1,280 +1,151 @@
-"""The advantage hook: token weights of a whole batch, written on the driver before the actor's update.
+"""The trainer hook: when verl's trainer does what, and what we do then.
 
 Hook: verl's base class of V1 trainers (``verl/trainer/ppo/v1/trainer_base.py: PPOTrainer``). verl has no hook between
-the advantages and the update, and a registry of trainers cannot serve: verl's own classes stay importable, so a task
-runner that derives its trainer from one of them would train without the mask. So :func:`install` puts our mixins
-*below* ``PPOTrainer``: its own version of each method that a mixin extends moves into a base class behind them, and
-what it keeps under that name calls the mixins. Whoever builds or derives a trainer, under whatever name, comes by here.
-The mixins do nothing unless the config asks for it.
+the advantages and the update. A registry of trainers cannot serve, because verl's own classes can still be imported: a
+task runner that derives its trainer from one of them would train without the mask. So :func:`install` puts our mixins
+*below* ``PPOTrainer``. verl's own version of each method that a mixin extends moves into a base class behind the
+mixins; the method that stays in ``PPOTrainer`` calls the mixins. So every trainer comes by here, whoever builds or
+derives it and whatever its name is. The mixins do nothing unless the config asks for it.
 
-At the moment of the hook everything is on the driver's side: verl has computed the old policy's log-probs *and* its
-entropies over all ranks (``_compute_old_log_prob``), and has laid the rows out so that each data-parallel rank gets one
-contiguous part (``_balance_batch``), which its worker cuts into mini-batches in order
-(``engine_workers.py: train_mini_batch``). The weights go into the field ``rollout_is_weights``, which verl's policy
-losses multiply into the loss of each token; importance weights that already stand there are multiplied, not replaced.
+When verl has computed the advantages, everything that a mask needs is there. verl has computed the old policy's
+log-probs and entropies over all ranks (``_compute_old_log_prob``). It has ordered the rows so that each data-parallel
+rank gets one contiguous part (``_balance_batch``), which the worker cuts into mini-batches in order
+(``engine_workers.py: train_mini_batch``). So the token weights are written then, into the field ``rollout_is_weights``.
+verl's policy losses multiply that field into the loss of each token. Importance weights that already stand there are
+multiplied, not replaced.
 
-What cannot be selected here (the current policy's entropies, micro-batches, shuffled mini-batches) is selected in the
-worker: see ``gradient_step.py``. The driver then sends the rule, and who each row is.
+What is written, and by whom, is decided in ``masking.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial, wraps
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
-import transfer_queue as tq
-from tensordict import TensorDict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from entropy_fork.common.errors import EntropyForkError, process_name
-from entropy_fork.core.identity import Identity, RowKey, identify, row_order, row_seeds
-from entropy_fork.core.responses import Rows, pool_of_rows, select_in_pools, weigh_mini_batches
+from entropy_fork.common.verl_types import BatchDescription, StockTrainer
 from entropy_fork.core.rule import TOKEN_MEAN
-from entropy_fork.core.tally import Tally, draws
 from entropy_fork.verl.checks import check_maskable
 from entropy_fork.verl.config import NODE, EntropyForkConfig, guard_loss, read_config
 from entropy_fork.verl.engine import admit_worker
-from entropy_fork.verl.gradient_step import KEPT, ROW_IDENTITY, RULE, tally_of
 from entropy_fork.verl.guards.checkpoint import WholeCheckpoints
 from entropy_fork.verl.guards.waiting import WatchedWaiting
-from entropy_fork.verl.policy_loss import WEIGHED, kept_means
-from entropy_fork.verl.sparse_head import EVERYWHERE, HEAD, RESPONSES
-from entropy_fork.verl.sparse_head import KEPT as KEPT_POSITIONS
+from entropy_fork.verl.masking import Masking, Update, masking_of
+from entropy_fork.verl.policy_loss import kept_means
+from entropy_fork.verl.queued_batch import QueuedBatch
+from entropy_fork.verl.sparse_head import AT_KEPT, AT_RESPONSES, EVERYWHERE, HEAD
 from entropy_fork.verl.token_dump import TokenDump
 
+if TYPE_CHECKING:
+    Base = StockTrainer
+else:
+    Base = object  # install() puts the mixins in front of verl's own methods
 
-class TokenWeights:
-    """Mixin below verl's trainer: after the advantages, the token weights."""
 
-    # Python lets :func:`install` change __bases__ only if the mixins add no slots. (mypy would apply () to verl.)
-    __slots__ = tuple[str, ...]()
+class TokenWeights(Base):
+    """Mixin below verl's trainer: token weights after the advantages.
 
-    entropy_fork: EntropyForkConfig | None = None
-    entropy_fork_dump: TokenDump | None = None
+    Its attributes and methods begin with ``_entropy_fork``, so that they meet none of a trainer that somebody derives.
+    """
+
+    __slots__ = ()  # Python lets :func:`install` change __bases__ only if the mixins add no slots.
+
+    _entropy_fork_masking: Masking | None = None
+    _entropy_fork_dump: TokenDump | None = None
+    _entropy_fork_weighed_keys: Sequence[str] = ()  # the rows of the batch that has token weights
 
     def __init__(self, config: Any):
-        self.entropy_fork = read_config(config)
-        self.weighed_keys: list[str] = []  # the rows of the batch that has weights
-        self.num_dropped = 0  # of its tokens, those of weight 0, where the driver has written the weights
-        if self.entropy_fork is not None:
-            check_maskable(config, self.entropy_fork)
+        fork_config = read_config(config)
+        if fork_config is not None:
+            check_maskable(config, fork_config)
             guard_loss(config)  # what the workers will be given
-            print(f"entropy_fork: {_in_words(self.entropy_fork)} is active in {process_name()}", flush=True)
-            reason = self.entropy_fork.dense_because(config, self.entropy_fork.selector_at(1).kept_share)
+            words = _in_words(fork_config, config.actor_rollout_ref.actor.loss_agg_mode)
+            print(f"entropy_fork: {words} is active in {process_name()}", flush=True)
+            reason = fork_config.dense_because(config, fork_config.selector_at(1).kept_share)
             where = "kept positions only" if reason is None else f"every position, because {reason}"
             print(f"entropy_fork: the LM head of an update computes {where}", flush=True)
-        self.entropy_fork_dump = TokenDump.asked_for(config)
-        super().__init__(config)  # type: ignore[call-arg]
+            self._entropy_fork_masking = masking_of(config, fork_config)
+        self._entropy_fork_dump = TokenDump.asked_for(config, self._entropy_fork_masking)
+        super().__init__(config)
 
     def _setup(self) -> None:
         """verl's setup. Then each worker says, before the first rollout, whether it can apply the mask."""
-        super()._setup()  # type: ignore[misc]
-        if self.entropy_fork is not None:
-            actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
-            needs = (actor.policy_loss.loss_mode, self.entropy_fork.in_worker(actor.shuffle))
-            workers = self.actor_rollout_wg.workers  # type: ignore[attr-defined]
-            ray.get([worker.__ray_call__.remote(admit_worker, *needs) for worker in workers])
-        if self.entropy_fork_dump is not None:
-            self.entropy_fork_dump.start()
+        super()._setup()
+        if self._entropy_fork_masking is not None:
+            loss_mode = self.config.actor_rollout_ref.actor.policy_loss.loss_mode
+            needs = (loss_mode, self._entropy_fork_masking.in_worker)
+            ray.get([worker.__ray_call__.remote(admit_worker, *needs) for worker in self.actor_rollout_wg.workers])
+        if self._entropy_fork_dump is not None:
+            self._entropy_fork_dump.start()
 
-    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        self._ask_for_head(batch)
-        return super()._compute_old_log_prob(batch, metrics)  # type: ignore[misc]
+    def _compute_old_log_prob(self, batch: BatchDescription, metrics: dict[str, Any]) -> BatchDescription:
+        self._entropy_fork_ask_for_head(batch)
+        return super()._compute_old_log_prob(batch, metrics)
 
-    def _compute_ref_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        self._ask_for_head(batch)
-        return super()._compute_ref_log_prob(batch, metrics)  # type: ignore[misc]
+    def _compute_ref_log_prob(self, batch: BatchDescription, metrics: dict[str, Any]) -> BatchDescription:
+        self._entropy_fork_ask_for_head(batch)
+        return super()._compute_ref_log_prob(batch, metrics)
 
-    def _ask_for_head(self, batch: Any, is_update: bool = False) -> None:
-        """Say with the batch where the LM head is wanted. Where nothing is dropped, say nothing: stock verl."""
-        spec = self.entropy_fork
-        if spec is None:
-            return
-        kept_share = spec.selector_at(self.global_steps).kept_share  # type: ignore[attr-defined]
-        if kept_share == 1:
-            batch.extra_info.pop(HEAD, None)
-        elif is_update:
-            reason = spec.dense_because(self.config, kept_share)  # type: ignore[attr-defined]
-            batch.extra_info[HEAD] = KEPT_POSITIONS if reason is None else EVERYWHERE
-        else:
-            batch.extra_info[HEAD] = RESPONSES if spec.sparse_head else EVERYWHERE
-
-    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
-        updates_actor = self.config.trainer.critic_warmup <= self.global_steps  # type: ignore[attr-defined]
-        if self.entropy_fork is not None and updates_actor:
-            batch = self._write_token_weights(batch, metrics)
-        # of the updates that separate_async takes in one step the first, whose policy the answers came from
-        if self.entropy_fork_dump is not None and updates_actor and getattr(self, "local_trigger_step", 0) == 0:
-            self.entropy_fork_dump.write(batch, self.global_steps, self.tokenizer)  # type: ignore[attr-defined]
+    def _compute_advantage(self, batch: BatchDescription, metrics: dict[str, Any]) -> BatchDescription:
+        batch = super()._compute_advantage(batch, metrics)
+        if self.config.trainer.critic_warmup > self.global_steps:  # the actor is not updated yet
+            return batch
+        number = getattr(self, "local_trigger_step", 0)  # separate_async takes several updates in one step
+        if self._entropy_fork_masking is not None:
+            update = Update(self.global_steps, number, self.actor_rollout_wg)
+            batch = self._entropy_fork_write_weights(self._entropy_fork_masking, batch, update, metrics)
+        # the first of these updates: the answers came from its policy
+        if self._entropy_fork_dump is not None and number == 0:
+            self._entropy_fork_dump.write(batch, self.global_steps, self.tokenizer)
         return batch
 
-    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        if self.entropy_fork is None:
-            return super()._update_actor(batch, metrics)  # type: ignore[misc]
-        if batch.keys != self.weighed_keys:
+    def _update_actor(self, batch: BatchDescription, metrics: dict[str, Any]) -> BatchDescription:
+        masking = self._entropy_fork_masking
+        if masking is None:
+            return super()._update_actor(batch, metrics)
+        if batch.keys != self._entropy_fork_weighed_keys:
             raise EntropyForkError(
                 f"a mask was asked for, but {type(self).__name__} in {process_name()} sends the actor a batch that has "
                 f"no token weights: its _compute_advantage does not call verl's, or its _update_actor is given another "
                 f"batch. Call super()._compute_advantage(batch, metrics) there, or write entropy_fork=off."
             )
-        config = self.config.actor_rollout_ref  # type: ignore[attr-defined]
-        in_worker = self.entropy_fork.in_worker(config.actor.shuffle)
-        batch.extra_info[WEIGHED] = not in_worker
-        if in_worker:
-            rule = self.entropy_fork.rule_at(self.global_steps, config.actor.loss_agg_mode)  # type: ignore[attr-defined]
-            batch.extra_info[RULE] = rule
-        self._ask_for_head(batch, is_update=True)
+        batch.extra_info.update(masking.flags_to_send(self.global_steps))
+        self._entropy_fork_ask_for_head(batch, is_update=True)
         num_rows = len(batch)
-        batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
+        batch = super()._update_actor(batch, metrics)
         prefix = f"actor/{NODE}/"
-        ours = {key.removeprefix("actor/"): metrics.pop(key) for key in list(metrics) if key.startswith(prefix)}
-        metrics.update(kept_means(ours))
-        if self.num_dropped and not ours[f"{NODE}/loss_dropped"]:
-            raise EntropyForkError(
-                f"{self.num_dropped} tokens of this batch were given the weight 0, but the actor's update of step "
-                f"{self.global_steps} trained on all of them: something wrote the field rollout_is_weights again after "  # type: ignore[attr-defined]
-                f"verl's _compute_advantage. Write importance weights of your own before it, or multiply them in."
-            )
-        if in_worker and self.entropy_fork.pool != "batch":  # which was selected, and reported, on the driver
-            tally = tally_of(ours, num_rows // (config.actor.ppo_mini_batch_size * config.rollout.n))
-            metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
+        returned = {key.removeprefix("actor/"): metrics.pop(key) for key in list(metrics) if key.startswith(prefix)}
+        metrics.update(kept_means(returned))
+        metrics.update(masking.metrics_of_update(returned, num_rows, self.global_steps))
         return batch
 
-    def _write_token_weights(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Select in each pool, write ``rollout_is_weights``, and report what was kept.
+    def _entropy_fork_write_weights(
+        self, masking: Masking, batch: BatchDescription, update: Update, metrics: dict[str, Any]
+    ) -> BatchDescription:
+        """Write into the batch what the workers need, and return verl's description of it with that."""
+        queued = QueuedBatch(batch)
+        written = masking.fields_to_write(queued, update, metrics)
+        self._entropy_fork_weighed_keys = list(batch.keys)
+        return queued.put(written)
 
-        Where the selection is made in the worker, what is written is what that needs: who each row is.
-
-        Returns the batch as the TransferQueue describes it after the write. Workers fetch the fields that the
-        description names and no others, so with the old one the weights would not reach them. (Where importance
-        weights already stood in the field, what workers fetch under its name is the product written here.)
-        """
-        assert self.entropy_fork is not None
-        actor = self.config.actor_rollout_ref.actor  # type: ignore[attr-defined]
-        rule = self.entropy_fork.rule_at(self.global_steps, actor.loss_agg_mode)  # type: ignore[attr-defined]
-        rows, offsets = self._rows(batch, metrics)
-        metrics[f"{NODE}/top_ratio"] = rule.selector.top_ratio
-        in_worker = self.entropy_fork.in_worker(actor.shuffle)
-        written, num_dropped = {}, 0
-        if in_worker:
-            written[ROW_IDENTITY] = _nested(torch.stack([rows.order, rows.seeds], dim=1).flatten(), 2)
-        if not in_worker or rule.pool == "batch":  # a worker sees no more than its mini-batch
-            mini_batch = torch.zeros_like(rows.lengths) if in_worker else self._mini_batch_of_row(len(batch))
-            kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
-            advantages = _fetch(batch, "advantages").values()
-            tally = Tally.of(kept, rows.entropy, rows.eligible, rows.lengths, pools, advantages)
-            metrics.update({f"{NODE}/{name}": value for name, value in tally.metrics().items()})
-            del advantages
-            if in_worker:
-                written[KEPT] = torch.nested.nested_tensor_from_jagged(kept.to(torch.uint8), offsets)
-            else:
-                num_dropped = int(tally.num_tokens - tally.num_kept)
-                weights = weigh_mini_batches(rows, kept, mini_batch, rule)
-                del rows, kept
-                importance = _fetch(batch, "rollout_is_weights")
-                if importance is not None:
-                    weights *= importance.values()
-                    del importance
-                written["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(weights, offsets)
-        self.weighed_keys, self.num_dropped = list(batch.keys), num_dropped
-        return tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=TensorDict(written, batch_size=len(batch)),
-        )
-
-    def _rows(self, batch: Any, metrics: dict[str, Any]) -> tuple[Rows, torch.Tensor]:
-        """The rows of the batch, and where each begins and ends, int64, shape (num_rows + 1,).
-
-        With ``select=random`` the number of distinct draws is added to the metrics.
-
-        Raises:
-            EntropyForkError: there are no entropies, or not one for each token; or no prompts.
-        """
-        assert self.entropy_fork is not None
-        identities = _identities(batch)  # first: it may fetch answers, which are as large as all of the rest
-        mask = _fetch(batch, "response_mask")
-        offsets, eligible = mask.offsets(), mask.values().bool()
-        del mask
-        entropy = _fetch(batch, "entropy")
-        if entropy is None:
-            raise EntropyForkError(
-                f"a mask was asked for, but this step's batch has no entropies in {process_name()}: verl's log-prob "
-                f"pass did not write them. Without them the run would train on all tokens, so it stops here."
-            )
-        if not torch.equal(entropy.offsets(), offsets):
-            raise EntropyForkError("entropies and response masks of the batch have different lengths")
-        # separate_async takes several batches in one step
-        update = getattr(self, "local_trigger_step", 0)
-        seeds = row_seeds(identities, self.entropy_fork.seed, self.global_steps, update)  # type: ignore[attr-defined]
-        rows = Rows(entropy.values(), eligible, offsets.diff(), row_order(identities), seeds)
-        if self.entropy_fork.select == "random":
-            counts = draws(seeds, eligible, rows.lengths)
-            metrics.update({f"{NODE}/{name}": value for name, value in counts.items()})
-        return rows, offsets
-
-    def _mini_batch_of_row(self, num_rows: int) -> torch.Tensor:
-        """Which mini-batch each row of the batch is trained in, shape (num_rows,).
-
-        Rank r of dp gets the r-th contiguous part and cuts it, in order, into parts of ``mini_batch / dp`` rows: the
-        j-th of these, over all ranks, is mini-batch j.
-        """
-        config = self.config.actor_rollout_ref  # type: ignore[attr-defined]
-        dp_size = max(self.actor_rollout_wg._query_dispatch_info("actor")) + 1  # type: ignore[attr-defined]
-        rows_per_rank, remainder = divmod(num_rows, dp_size)
-        mini_batch_size, rest = divmod(config.actor.ppo_mini_batch_size * config.rollout.n, dp_size)
-        if remainder or rest or rows_per_rank % mini_batch_size:
-            raise EntropyForkError(
-                f"{num_rows} rows cannot be cut into mini-batches of {config.actor.ppo_mini_batch_size} prompts × "
-                f"{config.rollout.n} responses over {dp_size} ranks as verl does it."
-            )
-        return (torch.arange(num_rows) % rows_per_rank) // mini_batch_size
-
-
-def _fetch(batch: Any, name: str) -> Any:
-    """One field of the batch, None where it has none.
-
-    One at a time: while the TransferQueue puts a field together it takes twice the field's size, and verl's mask of
-    eight bytes for each token is what no other part of a selection comes near.
-    """
-    if name not in batch.fields:
-        return None
-    # get, because an item that is no tensor comes as a mere list
-    return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[name]).get(name)
-
-
-def _identities(batch: Any) -> list[Identity]:
-    """Who each row is; see ``core/identity.py``. Fetches one prompt per group, and answers only where groups collide.
-
-    Raises:
-        EntropyForkError: the batch has no prompts.
-    """
-    if "prompts" not in batch.fields:
-        raise EntropyForkError(
-            f"the batch has no field 'prompts' in {process_name()}, so draws and ties cannot follow the data. verl's "
-            f"agent loops write it; one of your own must write it too."
-        )
-    index = _fetch(batch, "index")
-    indices = [""] * len(batch.keys) if index is None else [str(value) for value in index.tolist()]
-    keys = []
-    for key, data_index, tag in zip(batch.keys, indices, batch.tags, strict=True):
-        uid, session, output = key.rsplit("_", 2)
-        keys.append(RowKey(uid, int(session), int(output), data_index, tag.get("is_padding", False)))
-
-    def tokens(name: str, rows: list[int]) -> Any:
-        some = [batch.keys[row] for row in rows]
-        return tq.kv_batch_get(keys=some, partition_id=batch.partition_id, select_fields=[name])[name].unbind()
-
-    return identify(keys, partial(tokens, "prompts"), partial(tokens, "responses"))
-
-
-def _nested(values: torch.Tensor, per_row: int) -> torch.Tensor:
-    return torch.nested.nested_tensor_from_jagged(values, torch.arange(0, values.numel() + 1, per_row))
+    def _entropy_fork_ask_for_head(self, batch: BatchDescription, is_update: bool = False) -> None:
+        """Say with the batch where the LM head is wanted. Where nothing is dropped, say nothing: stock verl."""
+        if self._entropy_fork_masking is None:
+            return
+        fork_config = self._entropy_fork_masking.fork_config
+        kept_share = fork_config.selector_at(self.global_steps).kept_share
+        if kept_share == 1:
+            batch.extra_info.pop(HEAD, None)
+        elif is_update:
+            reason = fork_config.dense_because(self.config, kept_share)
+            batch.extra_info[HEAD] = AT_KEPT if reason is None else EVERYWHERE
+        else:
+            batch.extra_info[HEAD] = AT_RESPONSES if fork_config.sparse_head else EVERYWHERE
 
 
 def _in_words(fork_config: EntropyForkConfig, loss_agg_mode: str = TOKEN_MEAN) -> str:

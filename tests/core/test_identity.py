@@ -17,9 +17,10 @@ from tensordict import NonTensorStack, TensorDict
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.identity import Identity, row_order, row_seeds
-from entropy_fork.core.responses import Rows
-from entropy_fork.verl import trainer
+from entropy_fork.core.responses import Responses
+from entropy_fork.verl import masking
 from entropy_fork.verl.config import EntropyForkConfig
+from entropy_fork.verl.queued_batch import QueuedBatch, tq
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def padding_rows(number: int, of: Row) -> list[Row]:
 def identities_of(
     monkeypatch: pytest.MonkeyPatch, rows: list[Row], with_index: bool = True
 ) -> tuple[list[Identity], dict[str, int]]:
-    """Through the trainer's function, with the rows in the place of the TransferQueue; and the rows that it fetched."""
+    """Through the trainer's class, with the rows in the place of the TransferQueue; and the rows that it fetched."""
     of_key = {f"{row.uid}_{row.session}_{row.output}": row for row in rows}
     assert len(of_key) == len(rows)
     fetched: dict[str, int] = Counter()
@@ -82,11 +83,11 @@ def identities_of(
         return TensorDict({name: fields[name] for name in select_fields}, batch_size=len(asked))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.tq, "kv_batch_get", get)
+        patch.setattr(tq, "kv_batch_get", get)
         names = ["prompts", "responses", *(["index"] if with_index else [])]
         tags = [{"is_padding": True} if row.is_padding else {} for row in rows]
         batch = SimpleNamespace(keys=list(of_key), tags=tags, partition_id="train", fields=names)
-        return trainer._identities(batch), fetched
+        return QueuedBatch(batch).identities(), fetched
 
 
 def by_content(rows: list[Row], values: list[Any]) -> dict[tuple, list[Any]]:
@@ -158,30 +159,34 @@ def test_ties_between_rows_follow_the_data_not_the_run(monkeypatch: pytest.Monke
 def test_a_batch_without_prompts_is_refused() -> None:
     batch = SimpleNamespace(keys=["u_0_0"], tags=[{}], partition_id="train", fields=["index"])
     with pytest.raises(EntropyForkError, match=r"no field 'prompts' in .* pid \d+"):
-        trainer._identities(batch)
+        QueuedBatch(batch).identities()
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, update: int | None = None, **settings: Any) -> tuple[Rows, dict[str, float]]:
+def seen(
+    monkeypatch: pytest.MonkeyPatch, update: int | None = None, **settings: Any
+) -> tuple[Responses, dict[str, float]]:
     """The rows that the hook selects from, and its metrics; 4 prompts of 4 answers, all of them with the index 0."""
-    kept: list[Rows] = []
-    select = trainer.select_in_pools
+    kept: list[Responses] = []
+    select = masking.select_in_pools
 
     class OfAnUpdate(Masked):
-        def _write_token_weights(self, batch: Any, metrics: dict) -> Any:
+        def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
             if update is not None:
                 self.local_trigger_step = update
-            return super()._write_token_weights(batch, metrics)
+            return super()._compute_advantage(batch, metrics)
 
-    def selecting(rows: Rows, *arguments: Any) -> Any:
-        kept.append(rows)
-        return select(rows, *arguments)
+    def selecting(responses: Responses, *arguments: Any) -> Any:
+        kept.append(responses)
+        return select(responses, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "select_in_pools", selecting)
+        patch.setattr(masking, "select_in_pools", selecting)
         keys = [f"{'abcd'[row // 4]}_{row % 4}_0" for row in range(NUM_ROWS)]
         prompts = jagged(torch.arange(NUM_ROWS) // 4, torch.ones(NUM_ROWS, dtype=torch.int64))
-        spec = EntropyForkConfig(**settings)
-        _, metrics = run_hook(patch, spec=spec, trainer_class=OfAnUpdate, keys=keys, fields={"prompts": prompts})
+        fork_config = EntropyForkConfig(**settings)
+        _, metrics = run_hook(
+            patch, fork_config=fork_config, trainer_class=OfAnUpdate, keys=keys, fields={"prompts": prompts}
+        )
     return kept[0], metrics
 
 
@@ -191,7 +196,7 @@ def test_the_number_of_distinct_draws_is_logged(monkeypatch: pytest.MonkeyPatch)
     # one row is padding
     assert metrics["entropy_fork/distinct_draws"] == metrics["entropy_fork/responses"] == NUM_ROWS - 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "row_seeds", lambda identities, *_: torch.tensor([row.session for row in identities]))
+        patch.setattr(masking, "row_seeds", lambda identities, *_: torch.tensor([row.session for row in identities]))
         assert seen(patch, select="random")[1]["entropy_fork/distinct_draws"] == 4, "what the old seeds would have said"
     assert "entropy_fork/distinct_draws" not in seen(monkeypatch)[1]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from entropy_fork.core.responses import pool_of_rows
+from entropy_fork.core.responses import pool_of_responses
 from entropy_fork.core.rule import POOLS, Rule, Selector
 
 
@@ -44,6 +44,6 @@ SHARING = {
 def test_which_rows_share_a_pool(pool: str) -> None:
     """A new value of ``pool`` needs a line in ``SHARING``."""
     assert pool in SHARING, f"say in SHARING which rows share a pool with pool={pool}"
-    pool_of_row = pool_of_rows(pool, torch.tensor(MINI_BATCH), torch.tensor(MICRO_BATCH)).tolist()
+    pool_of_row = pool_of_responses(pool, torch.tensor(MINI_BATCH), torch.tensor(MICRO_BATCH)).tolist()
     sharing = [[row for row in range(8) if pool_of_row[row] == number] for number in dict.fromkeys(pool_of_row)]
     assert sharing == SHARING[pool]

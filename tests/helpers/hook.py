@@ -10,8 +10,8 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import NonTensorStack, TensorDict
 
-from entropy_fork.core.responses import Rows
-from entropy_fork.verl import trainer
+from entropy_fork.core.responses import Responses
+from entropy_fork.verl import queued_batch, trainer
 from entropy_fork.verl.config import EntropyForkConfig
 from helpers.rows import jagged, make_rows
 
@@ -39,8 +39,8 @@ def run_hook(
     importance: float | None = None,
     with_entropy: bool = True,
     trainer_class: type | None = None,
-    rows: Rows | None = None,
-    spec: EntropyForkConfig | None = None,
+    rows: Responses | None = None,
+    fork_config: EntropyForkConfig | None = None,
     loss_agg_mode: str = "token-mean",
     keys: list[str] | None = None,
     fields: dict[str, torch.Tensor] | None = None,
@@ -52,7 +52,7 @@ def run_hook(
         importance: the weight of every token that rollout correction has left there already; none if not given.
         with_entropy: whether verl's log-prob pass wrote its entropies.
         trainer_class: the masked trainer, where it is another one.
-        rows, spec, loss_agg_mode: in the place of the rows, of the preset and of verl's aggregation.
+        rows, fork_config, loss_agg_mode: in the place of the rows, of the preset and of verl's aggregation.
         keys, fields: in the place of the rows' keys, which make them answers to one prompt; and further fields, or
             others in the place of those that are there. The data set's index is 0 for every row.
 
@@ -88,7 +88,7 @@ def run_hook(
                 fields[name] = NonTensorStack(*[0] * len(asked))
         return TensorDict(fields, batch_size=len(asked))
 
-    monkeypatch.setattr(trainer.tq, "kv_batch_get", get)
+    monkeypatch.setattr(queued_batch.tq, "kv_batch_get", get)
 
     class Batch(SimpleNamespace):
         def __len__(self) -> int:
@@ -105,8 +105,8 @@ def run_hook(
         data.update({name: jagged(field.values(), field.offsets().diff()) for name, field in fields.items()})
         return batch
 
-    monkeypatch.setattr(trainer.tq, "kv_batch_put", put)
-    monkeypatch.setattr(trainer, "read_config", lambda config: spec or EntropyForkConfig())
+    monkeypatch.setattr(queued_batch.tq, "kv_batch_put", put)
+    monkeypatch.setattr(trainer, "read_config", lambda config: fork_config or EntropyForkConfig())
     monkeypatch.setattr(trainer, "check_maskable", lambda *_: None)
     config = {
         "actor_rollout_ref": {

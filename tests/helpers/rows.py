@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from entropy_fork.core.ranks import Ranks, select_over_ranks
-from entropy_fork.core.responses import Rows
+from entropy_fork.core.responses import Responses
 from entropy_fork.core.rule import SELECTS, Rule, Selector
 from entropy_fork.core.tally import Pool
 from entropy_fork.core.weighting import Counts, token_weights
@@ -23,12 +23,12 @@ SELECTORS = st.sampled_from(
 )
 
 
-def make_rows(seed: int, num_rows: int, eligible: float = 0.8) -> Rows:
+def make_rows(seed: int, num_rows: int, eligible: float = 0.8) -> Responses:
     """Few distinct entropies, so that ties are common, and rows of very different lengths."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 25, (num_rows,), generator=random)
     total = int(lengths.sum())
-    return Rows(
+    return Responses(
         entropy=(torch.rand(total, generator=random) * 6).round() / 3,
         eligible=(torch.rand(total, generator=random) < eligible).long(),
         lengths=lengths,
@@ -42,35 +42,37 @@ def jagged(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.nested.as_nested_tensor(list(values.split(lengths.tolist())), layout=torch.jagged)
 
 
-def take(rows: Rows, members: list[int]) -> Rows:
+def take(responses: Responses, members: list[int]) -> Responses:
     """Some of the rows, in the order given."""
-    entropy, eligible = (values.split(rows.lengths.tolist()) for values in (rows.entropy, rows.eligible))
+    entropy, eligible = (values.split(responses.lengths.tolist()) for values in (responses.entropy, responses.eligible))
     index = torch.tensor(members, dtype=torch.int64)
-    return Rows(
+    return Responses(
         torch.cat([entropy[row] for row in members]),
         torch.cat([eligible[row] for row in members]),
-        rows.lengths[index],
-        rows.order[index],
-        rows.seeds[index],
+        responses.lengths[index],
+        responses.order[index],
+        responses.seeds[index],
     )
 
 
-def with_padding_rows(rows: Rows, number: int, entropy: float = 9.0) -> Rows:
+def with_padding_rows(responses: Responses, number: int, entropy: float = 9.0) -> Responses:
     """With verl's padding rows behind them: one token outside of the mask, of whatever entropy the model gives it."""
-    return Rows(
-        torch.cat([rows.entropy, torch.full((number,), entropy)]),
-        torch.cat([rows.eligible, torch.zeros(number, dtype=torch.int64)]),
-        torch.cat([rows.lengths, torch.ones(number, dtype=torch.int64)]),
-        torch.cat([rows.order, torch.arange(100, 100 + number)]),
-        torch.cat([rows.seeds, torch.arange(number)]),
+    return Responses(
+        torch.cat([responses.entropy, torch.full((number,), entropy)]),
+        torch.cat([responses.eligible, torch.zeros(number, dtype=torch.int64)]),
+        torch.cat([responses.lengths, torch.ones(number, dtype=torch.int64)]),
+        torch.cat([responses.order, torch.arange(100, 100 + number)]),
+        torch.cat([responses.seeds, torch.arange(number)]),
     )
 
 
-def weights_on_rank(_: dict, rows: Rows, rule: Rule) -> tuple[list[torch.Tensor], Pool]:
+def weights_on_rank(_: dict, responses: Responses, rule: Rule) -> tuple[list[torch.Tensor], Pool]:
     """What a rank does, on the rows that it has: the weights of each row, and the pool over all ranks."""
     ranks = Ranks(torch.distributed.group.WORLD)
-    kept, pool = select_over_ranks(rows, rule.selector, ranks)
-    soft = rows.entropy if rule.weight == "soft" else None
-    counts = ranks.sum_counts(Counts.of(kept, rows.eligible, soft))
-    weights = token_weights(kept, rows.eligible, rows.lengths, rule.loss_agg_mode, rule.denominator, soft, counts)
-    return list(weights.split(rows.lengths.tolist())), pool
+    kept, pool = select_over_ranks(responses, rule.selector, ranks)
+    soft = responses.entropy if rule.weight == "soft" else None
+    counts = ranks.sum_counts(Counts.of(kept, responses.eligible, soft))
+    weights = token_weights(
+        kept, responses.eligible, responses.lengths, rule.loss_agg_mode, rule.denominator, soft, counts
+    )
+    return list(weights.split(responses.lengths.tolist())), pool

@@ -49,14 +49,14 @@ def _note_selection(module: Any) -> None:
     @wrapt.decorator
     def noting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
         weights = wrapped(*args, **kwargs)
-        rows, _, mini_batch, _ = args
+        responses, _, mini_batch, _ = args
         _save(
             "selection",
             weights=weights,
             mini_batch=mini_batch,
-            response_mask=rows.eligible,
-            entropy=rows.entropy,
-            lengths=rows.lengths,
+            response_mask=responses.eligible,
+            entropy=responses.entropy,
+            lengths=responses.lengths,
         )
         return weights
 
@@ -67,15 +67,15 @@ def _note_gradient_steps(module: Any) -> None:
     @wrapt.decorator
     def noting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
         weights = wrapped(*args, **kwargs)
-        rows, kept, counts = args
+        responses, kept, counts = args
         _save(
             "step",
             weights=weights,
             kept=kept,
-            response_mask=rows.eligible,
-            entropy=rows.entropy,
-            lengths=rows.lengths,
-            rows=rows.order,
+            response_mask=responses.eligible,
+            entropy=responses.entropy,
+            lengths=responses.lengths,
+            rows=responses.order,
             counts=torch.tensor([counts.num_tokens, counts.num_kept]),
         )
         return weights
@@ -85,5 +85,5 @@ def _note_gradient_steps(module: Any) -> None:
 
 wrapt.register_post_import_hook(_note_loss, "verl.trainer.ppo.core_algos")
 wrapt.register_post_import_hook(_note_advantages, "verl.trainer.ppo.v1.trainer_base")
-wrapt.register_post_import_hook(_note_selection, "entropy_fork.verl.trainer")
+wrapt.register_post_import_hook(_note_selection, "entropy_fork.verl.masking")
 wrapt.register_post_import_hook(_note_gradient_steps, "entropy_fork.verl.gradient_step")

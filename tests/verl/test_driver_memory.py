@@ -10,10 +10,10 @@ from helpers.hook import NUM_ROWS, Masked, run_hook
 from helpers.live_bytes import LiveBytesWithNumpy
 from helpers.rows import jagged
 
-from entropy_fork.core.responses import Rows
+from entropy_fork.core.responses import Responses
 from entropy_fork.core.selection import MANY
-from entropy_fork.verl import trainer
 from entropy_fork.verl.config import EntropyForkConfig
+from entropy_fork.verl.queued_batch import FlatField, QueuedBatch
 
 #: bytes of a token while the TransferQueue puts verl's int64 mask together: eight as they come, eight in one tensor
 FETCHING_MASK = 16.0
@@ -46,8 +46,8 @@ def test_the_bytes_of_a_token(
 ) -> None:
     """The real method on a batch in memory that is fetched as from the TransferQueue: its highest bytes at any time."""
     loss_agg_mode = settings.get("loss_agg_mode", "token-mean")
-    spec = EntropyForkConfig(**{name: value for name, value in settings.items() if name != "loss_agg_mode"})
-    peaks = peaks_of(monkeypatch, importance=importance, spec=spec, loss_agg_mode=loss_agg_mode)
+    fork_config = EntropyForkConfig(**{name: value for name, value in settings.items() if name != "loss_agg_mode"})
+    peaks = peaks_of(monkeypatch, importance=importance, fork_config=fork_config, loss_agg_mode=loss_agg_mode)
     assert peaks.pop("response_mask") == pytest.approx(FETCHING_MASK, abs=0.1)
     assert max(peaks.values()) == pytest.approx(bound, abs=0.1), peaks
 
@@ -69,23 +69,23 @@ def peaks_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, floa
     # Most are exactly 0, as a policy that is sure of itself has them, and τ is among them.
     entropy = torch.rand(total, generator=random).mul_(5).sub_(4.2).clamp_(min=0)
     order = torch.arange(NUM_ROWS)
-    rows = Rows(entropy, torch.ones(total, dtype=torch.int64), torch.full((NUM_ROWS,), ROW_LENGTH), order, order)
+    rows = Responses(entropy, torch.ones(total, dtype=torch.int64), torch.full((NUM_ROWS,), ROW_LENGTH), order, order)
     peaks = {}
 
     class Measured(Masked):
-        def _write_token_weights(self, batch: Any, metrics: dict) -> Any:
-            super()._write_token_weights(batch, metrics)  # what is imported and set up is no matter of tokens
-            live, fetch = LiveBytesWithNumpy(), trainer._fetch
+        def _entropy_fork_write_weights(self, *arguments: Any) -> Any:
+            super()._entropy_fork_write_weights(*arguments)  # what is imported and set up is no matter of tokens
+            live, fetch = LiveBytesWithNumpy(), QueuedBatch.fetch
 
-            def fetch_apart(batch: Any, name: str) -> Any:
+            def fetch_apart(batch: QueuedBatch, name: str) -> FlatField | None:
                 peaks[f"before {name}"] = live.note() / total
                 field = fetch(batch, name)
                 peaks[name] = live.note() / total
                 return field
 
-            monkeypatch.setattr(trainer, "_fetch", fetch_apart)
+            monkeypatch.setattr(QueuedBatch, "fetch", fetch_apart)
             with live:
-                result = super()._write_token_weights(batch, metrics)
+                result = super()._entropy_fork_write_weights(*arguments)
             peaks["write"] = live.note() / total
             return result
 

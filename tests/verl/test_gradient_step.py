@@ -26,7 +26,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from entropy_fork.core.rule import Rule, Selector
 from entropy_fork.verl.config import MASKABLE_LOSSES
 from entropy_fork.verl.gradient_step import tally_of
-from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK, EVERYWHERE, HEAD, RESPONSES
+from entropy_fork.verl.sparse_head import AT_RESPONSES, ENTROPY_OF_MASK, EVERYWHERE, HEAD
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
@@ -579,7 +579,7 @@ def test_with_unchanged_weights_the_current_mask_is_the_old_one(
     world = worlds[1]
     if "fused" in packing:  # verl's fused kernels replace the forward pass of the model's class
         how, world = how | FUSED, Processes(1)
-    cases = itertools.product((0, 1), ("micro_batch", "mini_batch"), (RESPONSES, EVERYWHERE))
+    cases = itertools.product((0, 1), ("micro_batch", "mini_batch"), (AT_RESPONSES, EVERYWHERE))
     try:
         for seed, pool, head in cases:
             rule = Rule(Selector(0.2), "current", pool)

@@ -25,10 +25,10 @@ from entropy_fork.core.entropy import entropies
 from entropy_fork.core.lm_head import log_probs_entropy_and_rank, padded_positions, response_positions
 from entropy_fork.verl.config import MASKABLE_LOSSES, TOKENWISE_LOSSES
 from entropy_fork.verl.sparse_head import (
+    AT_KEPT,
+    AT_RESPONSES,
     EVERYWHERE,
     HEAD,
-    KEPT,
-    RESPONSES,
     RowsOfHead,
     log_probs_and_entropy,
     log_probs_with_gradient,
@@ -278,7 +278,7 @@ def both(
     parts = parts_of(world, name)
     return tuple(
         world(partial(step, **more), [(name, path, dtype, answers, part, where, cut) for part in parts])
-        for where in (KEPT, EVERYWHERE)
+        for where in (AT_KEPT, EVERYWHERE)
     )  # type: ignore[return-value]
 
 
@@ -379,7 +379,7 @@ def test_updated_parameters(models: dict[bool, str], size: int) -> None:
         parts = parts_of(world, "packed, updated")
         sparse, dense = (
             world(updated, [(models[False], answers, part, where, cut) for part in parts])
-            for where in (KEPT, EVERYWHERE)
+            for where in (AT_KEPT, EVERYWHERE)
         )
     finally:
         world.close()
@@ -537,7 +537,7 @@ def test_the_log_prob_pass_skips_prompts(
             log_prob_pass,
             [(name, path, dtype, answers, part, where) for part in parts],
         )
-        for where in (RESPONSES, EVERYWHERE)
+        for where in (AT_RESPONSES, EVERYWHERE)
     )
     for part, whole in zip(sparse, dense, strict=True):
         for mine, verls in zip(part, whole, strict=True):
@@ -581,8 +581,8 @@ def passes(
 
     assert answers.importance is not None
     kept = torch.cat([(w != 0) & (m != 0) for w, m in zip(answers.importance, answers.masks, strict=True)])
-    dense_update, sparse_update = run(EVERYWHERE, update=True), run(KEPT, update=True)
-    old, reference = run(RESPONSES, update=False, entropy=True), run(RESPONSES, update=False)
+    dense_update, sparse_update = run(EVERYWHERE, update=True), run(AT_KEPT, update=True)
+    old, reference = run(AT_RESPONSES, update=False, entropy=True), run(AT_RESPONSES, update=False)
     return {
         "stock": (dense_update, run(EVERYWHERE, update=False, entropy=True)),
         "both sparse": (sparse_update[kept], old[kept]),
@@ -671,7 +671,7 @@ def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            sparse = step(state, "packed", path, "fp32", answers, rows, KEPT, cut)
+            sparse = step(state, "packed", path, "fp32", answers, rows, AT_KEPT, cut)
     except sparse_head.EntropyForkError as error:
         return str(error), False
     dense = step(state, "packed", path, "fp32", answers, rows, EVERYWHERE, cut)

@@ -16,6 +16,7 @@ from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.tokens.store import parts, read_answers, read_manifest
 from entropy_fork.verl import token_dump, trainer
 from entropy_fork.verl.config import EntropyForkConfig
+from entropy_fork.verl.queued_batch import tq
 
 NUM_ROWS, MINI_BATCH_ROWS = 16, 8
 
@@ -61,7 +62,7 @@ class Batch(SimpleNamespace):
 def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Take one step: (number, node of the config) to the fields of the batch as workers would get them."""
 
-    def take(number: int, masked: Any = None, **node: Any) -> dict[str, Any]:
+    def take(number: int, masked: Any = None, layout: list[int] | None = None, **node: Any) -> dict[str, Any]:
         this = masked or make(**node)
         rows = make_rows(seed=number, num_rows=NUM_ROWS, eligible=0.9)
         lengths = rows.lengths.tolist()
@@ -81,6 +82,10 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         }
         keys = [f"u{row // 2}_{row % 2}_0" for row in range(NUM_ROWS)]
         tags = [{"is_padding": row == 4} for row in range(NUM_ROWS)]
+        if layout is not None:  # as another run may have it: with other uids, and the rows in another order
+            data = {name: pick(value, layout) for name, value in data.items()} | {"index": np.zeros(NUM_ROWS, int)}
+            keys = [f"u{layout.index(row // 2 * 2)}_{row % 2}_0" for row in layout]
+            tags = [tags[row] for row in layout]
 
         def get(keys: list[str], select_fields: list[str], **_: Any) -> dict[str, Any]:
             asked = [batch.keys.index(key) for key in keys]
@@ -92,9 +97,8 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             return batch
 
         batch = Batch(keys=keys, tags=tags, partition_id="train", fields=list(data))
-        monkeypatch.setattr(trainer.tq, "kv_batch_get", get)
-        monkeypatch.setattr(trainer.tq, "kv_batch_put", put)
-        assert token_dump.tq is trainer.tq
+        monkeypatch.setattr(tq, "kv_batch_get", get)
+        monkeypatch.setattr(tq, "kv_batch_put", put)
         this.global_steps = number
         this._compute_advantage(batch, {})
         return {**data, "lengths": lengths, "trainer": this}
@@ -153,12 +157,22 @@ def test_what_is_dumped_is_what_the_workers_will_be_given(step: Any, tmp_path: P
     assert (manifest["source"], manifest["top_ratio"], manifest["temperature"]) == ("training", 0.2, 1.0)
 
 
+def test_the_same_answers_in_the_same_order_in_every_run(step: Any, tmp_path: Path) -> None:
+    """Neither verl's random uids nor the layout decide, also where the data set gives every prompt the same index."""
+    dumped = []
+    for run, layout in enumerate((range(NUM_ROWS), range(NUM_ROWS - 1, -1, -1), [*range(6, NUM_ROWS), *range(6)])):
+        step(1, layout=list(layout), dump_every=1, dump_dir=str(tmp_path / str(run)))
+        dumped.append([answer.ground_truth for answer in read_answers(tmp_path / str(run))])
+    assert len(set(dumped[0])) == 3
+    assert dumped == dumped[:1] * 3
+
+
 def test_every_second_step_and_nothing_where_it_is_off(step: Any, tmp_path: Path) -> None:
     masked = step(1, dump_every=2)["trainer"]
     for number in (2, 3, 4):
         step(number, masked)
     assert parts(tmp_path / "run" / "tokens") == [2, 4]
-    assert step(1, dump_every=0)["trainer"].entropy_fork_dump is None
+    assert step(1, dump_every=0)["trainer"]._entropy_fork_dump is None
     masked.local_trigger_step = 1  # a later update of the same step
     step(6, masked)
     assert parts(tmp_path / "run" / "tokens") == [2, 4]
@@ -207,11 +221,13 @@ def test_a_folder_that_cannot_be_written_stops_the_run_and_a_full_disk_does_not(
 
 
 def test_a_batch_without_entropies_is_an_error(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_dump.TokenDump, "_selected_field", lambda _: None)
     masked = step(2, dump_every=1, enabled=False)["trainer"]
-    monkeypatch.setattr(token_dump.tq, "kv_batch_get", lambda **_: {"response_mask": [], "index": None})
+    one = jagged(torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64))
+    data = {"prompts": one, "response_mask": one}
+    monkeypatch.setattr(tq, "kv_batch_get", lambda select_fields, **_: {n: data[n] for n in select_fields if n in data})
+    batch = Batch(keys=["u_0_0"], tags=[{}], partition_id="train", fields=list(data))
     with pytest.raises(EntropyForkError, match=r"no entropies in .*dump_every=0 trains without"):
-        masked.entropy_fork_dump.write(Batch(keys=["u_0_0"], tags=[{}], partition_id="train"), 3, Tokenizer())
+        masked._entropy_fork_dump.write(batch, 3, Tokenizer())
 
 
 def test_the_defaults_dump_nothing() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transfer_queue as tq
 from helpers.hook import Masked, Stock, run_hook
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,12 +23,13 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.core.responses import Rows, Rule, pool_of_rows, select_in_pools, weigh_mini_batches
-from entropy_fork.core.selection import Selector
+from entropy_fork.core.responses import Responses, pool_of_responses, select_in_pools, weigh_mini_batches
+from entropy_fork.core.rule import Rule, Selector
 from entropy_fork.core.tally import Pool
-from entropy_fork.verl import trainer
+from entropy_fork.verl import masking, trainer
 from entropy_fork.verl.config import EntropyForkConfig, guarded_name
-from entropy_fork.verl.policy_loss import weights_written
+from entropy_fork.verl.gradient_step import KEPT_TOKENS, ROW_IDENTITY, RULE
+from entropy_fork.verl.policy_loss import WEIGHED, weights_written
 
 
 def make_rows(num_rows: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -42,8 +44,8 @@ def weights_by_row(
     entropies: list[torch.Tensor], masks: list[torch.Tensor], mini_batch: torch.Tensor, order: torch.Tensor, rule: Rule
 ) -> tuple[list[torch.Tensor], list[Pool]]:
     lengths = torch.tensor([len(row) for row in entropies])
-    rows = Rows(torch.cat(entropies), torch.cat(masks), lengths, order, seeds=order)
-    kept, pools = select_in_pools(rows, pool_of_rows(rule.pool, mini_batch), rule.selector)
+    rows = Responses(torch.cat(entropies), torch.cat(masks), lengths, order, seeds=order)
+    kept, pools = select_in_pools(rows, pool_of_responses(rule.pool, mini_batch), rule.selector)
     return list(weigh_mini_batches(rows, kept, mini_batch, rule).split(lengths.tolist())), pools
 
 
@@ -86,9 +88,7 @@ def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
     for rank in range(dp_size):
         for share in shares:
             layout.extend(share[rank])
-    worker = SimpleNamespace(_query_dispatch_info=lambda name: list(range(dp_size)))
-    this = SimpleNamespace(config=actor_config(rows_per_pool + 4), actor_rollout_wg=worker)
-    mini_batch = trainer.TokenWeights._mini_batch_of_row(this, len(layout))  # type: ignore[arg-type]
+    mini_batch = masking.mini_batch_of_row(len(layout), rows_per_pool + 4, 1, dp_size)
     padded = [torch.tensor([5.0]) if row is None else entropies[row] for row in layout]
     padded_masks = [torch.tensor([0]) if row is None else masks[row] for row in layout]
     order = torch.tensor([10**6 + i if row is None else row for i, row in enumerate(layout)])
@@ -105,20 +105,11 @@ def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
         assert statistics.num_kept == max(1, math.ceil(tokens / 5))
 
 
-def actor_config(rows: int) -> SimpleNamespace:
-    section = SimpleNamespace(
-        actor=SimpleNamespace(ppo_mini_batch_size=rows, loss_agg_mode="token-mean"), rollout=SimpleNamespace(n=1)
-    )
-    return SimpleNamespace(actor_rollout_ref=section)
-
-
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 def test_mini_batches_are_those_that_verls_worker_cuts(dp_size: int) -> None:
     """Against verl's own iterator over the contiguous part of each rank (engine_workers.py: train_mini_batch)."""
     num_rows, mini_batch_rows = 48, 16
-    worker = SimpleNamespace(_query_dispatch_info=lambda name: list(range(dp_size)))
-    this = SimpleNamespace(config=actor_config(mini_batch_rows), actor_rollout_wg=worker)
-    ours = trainer.TokenWeights._mini_batch_of_row(this, num_rows)  # type: ignore[arg-type]
+    ours = masking.mini_batch_of_row(num_rows, mini_batch_rows // 2, 2, dp_size)
     for rank in range(dp_size):
         rows = torch.arange(num_rows).chunk(dp_size)[rank]
         part = tu.get_tensordict({"row": rows, "ours": ours[rows]})
@@ -128,10 +119,8 @@ def test_mini_batches_are_those_that_verls_worker_cuts(dp_size: int) -> None:
 
 
 def test_rows_that_cannot_be_cut_are_refused() -> None:
-    worker = SimpleNamespace(_query_dispatch_info=lambda name: [0, 1])
-    this = SimpleNamespace(config=actor_config(16), actor_rollout_wg=worker)
-    with pytest.raises(EntropyForkError, match="50 rows cannot be cut"):
-        trainer.TokenWeights._mini_batch_of_row(this, 50)  # type: ignore[arg-type]
+    with pytest.raises(EntropyForkError, match="50 rows cannot be cut into mini-batches of 8 prompts × 2 responses"):
+        masking.mini_batch_of_row(50, prompts=8, answers=2, num_ranks=2)
 
 
 def test_verls_older_trainer_refuses_a_mask() -> None:
@@ -161,6 +150,12 @@ def test_every_trainer_of_verls_is_masked_whoever_derives_it() -> None:
         for name in trainer.EXTENDED:
             first = next(kind for kind in PPOTrainer.__mro__[1:] if name in vars(kind))
             assert first.__module__.startswith("entropy_fork."), name
+
+    for mixin in (trainer.TokenWeights, trainer.WholeCheckpoints, trainer.WatchedWaiting):
+        assert mixin.__bases__ == (object,), "a base for the type checker is none at run time"
+        ours = {name for name in vars(mixin) if not name.startswith("__")} - set(trainer.EXTENDED)
+        # any other name may be that of an attribute of a derived trainer
+        assert all(name.startswith("_entropy_fork_") for name in ours)
 
     class Asked(Derived):
         def __init__(self) -> None:  # as tests of verl's make a trainer
@@ -195,7 +190,7 @@ def test_verls_methods_stay_verls_for_whoever_looks_at_them() -> None:
     bare._load_checkpoint()  # a config that is not OmegaConf's
     assert bare.global_steps == 0
     bare.config = OmegaConf.create({"trainer": {"critic_warmup": 0}})
-    bare.token_dump = "a folder"  # an attribute of the user's own
+    bare.entropy_fork = bare.token_dump = "a folder"  # attributes of the user's own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stock, "_compute_advantage", lambda self, batch, metrics: batch)
         assert bare._compute_advantage("batch", {}) == "batch"
@@ -224,10 +219,60 @@ def test_a_trainer_whose_advantages_are_its_own_stops(monkeypatch: pytest.Monkey
             return batch
 
     this = Theirs.__new__(Theirs)
-    this.entropy_fork, this.weighed_keys = EntropyForkConfig(), []
+    config = OmegaConf.create({"actor_rollout_ref": {"actor": {"shuffle": False}}})
+    this._entropy_fork_masking = masking.masking_of(config, EntropyForkConfig())
     batch = SimpleNamespace(keys=["u_0_0"], extra_info={})
     with pytest.raises(EntropyForkError, match=r"Theirs in .* pid \d+.*no token weights.*super\(\)._compute_advantage"):
         this._update_actor(this._compute_advantage(batch, {}), {})
+
+
+@pytest.mark.parametrize(
+    ("node", "shuffle", "made", "written", "sent"),
+    [
+        ({}, False, masking.SelectOnDriver, {"rollout_is_weights"}, {WEIGHED}),
+        ({"pool": "batch"}, False, masking.SelectOnDriver, {"rollout_is_weights"}, {WEIGHED}),
+        ({}, True, masking.SelectInWorker, {ROW_IDENTITY}, {WEIGHED, RULE}),
+        ({"entropy": "current"}, False, masking.SelectInWorker, {ROW_IDENTITY}, {WEIGHED, RULE}),
+        ({"pool": "micro_batch"}, False, masking.SelectInWorker, {ROW_IDENTITY}, {WEIGHED, RULE}),
+        (
+            {"pool": "batch"},
+            True,
+            masking.SelectOnDriverWeighInWorker,
+            {ROW_IDENTITY, KEPT_TOKENS},
+            {WEIGHED, RULE},
+        ),
+    ],
+)
+def test_where_a_mask_is_made_and_what_the_workers_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+    node: dict[str, Any],
+    shuffle: bool,
+    made: type[masking.Masking],
+    written: set[str],
+    sent: set[str],
+) -> None:
+    trainers = []
+
+    class Shuffling(Masked):
+        def __init__(self, config: Any):
+            config.actor_rollout_ref.actor.shuffle = shuffle
+            super().__init__(config)
+            trainers.append(self)
+
+    before, _ = run_hook(monkeypatch, trainer_class=Masked)
+    fields, metrics = run_hook(monkeypatch, trainer_class=Shuffling, fork_config=EntropyForkConfig(**node))
+    how = trainers[0]._entropy_fork_masking
+    assert type(how) is made
+    assert fields.keys() - (before.keys() - {"rollout_is_weights"}) == written
+    flags = how.flags_to_send(step=1)
+    assert flags.keys() == sent
+    assert flags[WEIGHED] is (made is masking.SelectOnDriver)
+    # the one that selects reports
+    assert ("entropy_fork/kept_ratio" in metrics) is (made is not masking.SelectInWorker)
+    if how.selected_field is not None:
+        eligible = fields["response_mask"].values().bool()
+        selected = (fields[how.selected_field].values() != 0)[eligible]
+        assert metrics["entropy_fork/kept_ratio"] == int(selected.sum()) / int(eligible.sum())
 
 
 @pytest.mark.parametrize("importance", [None, 0.5])
@@ -240,7 +285,7 @@ def test_a_trainer_that_writes_over_the_weights_stops(
     class Updating(Stock):
         def _update_actor(self, batch: Any, metrics: dict[str, float]) -> Any:
             """Metrics as the guarded loss gives them."""
-            fields = trainer.tq.kv_batch_get(keys=batch.keys, select_fields=["response_mask", "rollout_is_weights"])
+            fields = tq.kv_batch_get(keys=batch.keys, select_fields=["response_mask", "rollout_is_weights"])
             mask, weights = (fields[name].values()[None] for name in ("response_mask", "rollout_is_weights"))
             with weights_written():
                 _, said = get_policy_loss_fn(guarded_name("vanilla"))(

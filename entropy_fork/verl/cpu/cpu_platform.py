@@ -267,7 +267,7 @@ def _extend_distributed(module: Any) -> None:
     """
 
     @wrapt.decorator
-    def without_duplicates(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    def without_duplicates(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(kwargs.get("backend"), str):
             kwargs["backend"] = ",".join(dict.fromkeys(kwargs["backend"].split(",")))
         result = wrapped(*args, **kwargs)
@@ -302,7 +302,7 @@ def _extend_value_head(module: Any) -> None:
             return AutoModelForTokenClassification.from_pretrained(*args, **kwargs)
 
     @wrapt.decorator
-    def load_with_sdpa(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    def load_with_sdpa(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         import transformers
 
         # verl imports the class inside the function, so it is swapped for the time of the call.
@@ -334,7 +334,7 @@ def _extend_replay_buffer(module: Any) -> None:
     """The driver looks for finished answers every 2 s, with no key to change it: much of a step of a tiny model."""
 
     @wrapt.decorator
-    def polling_faster(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    def polling_faster(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **{"poll_interval": POLL_SECONDS, **kwargs})
 
     buffer = module.ReplayBuffer
@@ -349,7 +349,7 @@ def _extend_fsdp_utils(module: Any) -> None:
     """
 
     @wrapt.decorator
-    def copied(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    def copied(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         state, spec = wrapped(*args, **kwargs)
         return {name: (tensor.clone(), of_tensor) for name, (tensor, of_tensor) in state.items()}, spec
 

@@ -24,12 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread, main_thread
-from types import ModuleType
 from typing import Any
 
 import wrapt
@@ -216,11 +215,11 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def extend_ray(module: ModuleType) -> None:
+def extend_ray(module: Any) -> None:
     """Wrap ``ray.init``."""
 
     @wrapt.decorator
-    def with_fork_server(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
+    def with_fork_server(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         if _chosen is None:
             return wrapped(*args, **kwargs)
         runtime_env = dict(kwargs.get("runtime_env") or {})
@@ -236,7 +235,7 @@ def extend_ray(module: ModuleType) -> None:
             runtime_env["py_executable"] = server.py_executable
         return wrapped(*args, **{**kwargs, "runtime_env": runtime_env})
 
-    module.init = with_fork_server(module.init)  # type: ignore[attr-defined]
+    module.init = with_fork_server(module.init)
 
 
 def make_folder(ray_init: Mapping[str, Any]) -> Path:

@@ -22,7 +22,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from ray.exceptions import RayTaskError
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.output_folder import UNFINISHED
+from entropy_fork.common.verl_types import StockTrainer
 from entropy_fork.verl.config import MASKED_STRATEGIES, read_guards, read_node
 from entropy_fork.verl.guards.resume import (
     FILE,
@@ -41,17 +42,19 @@ from entropy_fork.verl.guards.resume import (
     write_selection,
 )
 
+if TYPE_CHECKING:
+    Base = StockTrainer
+else:
+    Base = object  # trainer.py puts the mixin in front of verl's own methods
+
 #: the names of a rank's files by what ``checkpoint.load_contents`` asks for (verl's ``FSDPCheckpointManager``)
 SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 
 
-class WholeCheckpoints:
+class WholeCheckpoints(Base):
     """Mixin below verl's V1 trainers; see ``trainer.py: install``."""
 
     __slots__ = ()
-
-    config: Any
-    global_steps: int
 
     def _save_checkpoint(self) -> None:
         fork_config, guarded = read_node(self.config), read_guards(self.config).checkpoints
@@ -72,7 +75,7 @@ class WholeCheckpoints:
                 write_selection(folder, selection if is_new or says(folder, selection) else MIXED)
             else:  # what a run with the node has left in a folder that is used again
                 (folder / FILE).unlink(missing_ok=True)
-            super()._save_checkpoint()  # type: ignore[misc]
+            super()._save_checkpoint()
             if fork_config is not None and not is_new:
                 write_selection(folder, fork_config.selection())
             if guarded:
@@ -89,48 +92,50 @@ class WholeCheckpoints:
         if line := check_resumable(self.config):
             print(f"entropy_fork: {line}", flush=True)
         if read_guards(self.config).checkpoints:
-            self._check_whole()
-        super()._load_checkpoint()  # type: ignore[misc]
+            _check_whole(self)
+        super()._load_checkpoint()
 
-    def _check_whole(self) -> None:
-        """Raise for a checkpoint that verl would resume from and that is not whole."""
-        folder = checkpoint_to_resume(self.config.trainer)
-        if folder is None:
-            return
-        step = folder.name.removeprefix("global_step_")
-        named = self.config.trainer.resume_mode != "auto" or step.isdecimal()
-        wrong = self._wrong_with(folder) if named else [f"{folder.parent / LATEST} names no step but {step!r}"]
-        if not wrong:
-            return
-        whole = next((other for other in _newest_first(folder.parent) if not self._wrong_with(other)), None)
-        way_on = (
-            f"No other checkpoint in {folder.parent} is whole. Write"
-            if whole is None
-            else f"{whole} is whole: write trainer.resume_mode=resume_path trainer.resume_from_path={whole}, or"
-        )
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise EntropyForkError(
-            f"the checkpoint to go on from is not whole: {'; '.join(wrong[:3])}{more}. {way_on} "
-            f"trainer.resume_mode=disable to begin again."
-        )
 
-    def _wrong_with(self, folder: Path) -> list[str]:
-        """What keeps a folder from being a whole checkpoint of this run's; every rank looks for its own files."""
-        if not folder.is_dir():
-            return [f"{folder} is not there"]
-        if (folder / UNFINISHED).exists():
-            return [f"{folder} was not written to its end (the file '{UNFINISHED}' is in it)"]
-        config = self.config
-        groups = [("actor", config.actor_rollout_ref.actor, self.actor_rollout_wg)]  # type: ignore[attr-defined]
-        if self.use_critic:  # type: ignore[attr-defined]
-            groups.append(("critic", config.critic, self.critic_wg))  # type: ignore[attr-defined]
-        looks = []
-        for role, of_role, group in groups:
-            if of_role.strategy in MASKED_STRATEGIES:
-                contents = list(of_role.checkpoint.load_contents)
-                looks += [w.__ray_call__.remote(wrong_shards, str(folder / role), contents) for w in group.workers]
-        wrong = [wrong for of_rank in ray.get(looks) for wrong in of_rank]
-        return wrong + _wrong_with_file(folder / "data.pt")
+def _check_whole(trainer: StockTrainer) -> None:
+    """Raise for a checkpoint that verl would resume from and that is not whole."""
+    folder = checkpoint_to_resume(trainer.config.trainer)
+    if folder is None:
+        return
+    step = folder.name.removeprefix("global_step_")
+    named = trainer.config.trainer.resume_mode != "auto" or step.isdecimal()
+    wrong = _wrong_with(trainer, folder) if named else [f"{folder.parent / LATEST} names no step but {step!r}"]
+    if not wrong:
+        return
+    whole = next((other for other in _newest_first(folder.parent) if not _wrong_with(trainer, other)), None)
+    way_on = (
+        f"No other checkpoint in {folder.parent} is whole. Write"
+        if whole is None
+        else f"{whole} is whole: write trainer.resume_mode=resume_path trainer.resume_from_path={whole}, or"
+    )
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise EntropyForkError(
+        f"the checkpoint to go on from is not whole: {'; '.join(wrong[:3])}{more}. {way_on} "
+        f"trainer.resume_mode=disable to begin again."
+    )
+
+
+def _wrong_with(trainer: StockTrainer, folder: Path) -> list[str]:
+    """What keeps a folder from being a whole checkpoint of this run's; every rank looks for its own files."""
+    if not folder.is_dir():
+        return [f"{folder} is not there"]
+    if (folder / UNFINISHED).exists():
+        return [f"{folder} was not written to its end (the file '{UNFINISHED}' is in it)"]
+    config = trainer.config
+    groups = [("actor", config.actor_rollout_ref.actor, trainer.actor_rollout_wg)]
+    if trainer.use_critic:
+        groups.append(("critic", config.critic, trainer.critic_wg))
+    looks = []
+    for role, of_role, group in groups:
+        if of_role.strategy in MASKED_STRATEGIES:
+            contents = list(of_role.checkpoint.load_contents)
+            looks += [w.__ray_call__.remote(wrong_shards, str(folder / role), contents) for w in group.workers]
+    wrong = [wrong for of_rank in ray.get(looks) for wrong in of_rank]
+    return wrong + _wrong_with_file(folder / "data.pt")
 
 
 def wrong_shards(_: Any, folder: str, contents: list[str]) -> list[str]:

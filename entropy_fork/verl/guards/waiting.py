@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from textwrap import shorten
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import transfer_queue.interface
@@ -23,7 +23,13 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from entropy_fork.common.asked_for import GUARDS
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.verl_types import StockTrainer
 from entropy_fork.verl.config import read_guards
+
+if TYPE_CHECKING:
+    Base = StockTrainer
+else:
+    Base = object  # trainer.py puts the mixin in front of verl's own methods
 
 #: between two looks at whether everybody is alive
 LOOK_SECONDS = 2.0
@@ -32,14 +38,14 @@ LOOK_SECONDS = 2.0
 ANSWER_SECONDS = 10.0
 
 
-class WatchedWaiting:
+class WatchedWaiting(Base):
     """Mixin below verl's V1 trainers; see ``trainer.py: install``."""
 
     __slots__ = ()
 
     def _build_replay_buffer(self) -> Any:
-        buffer = super()._build_replay_buffer()  # type: ignore[misc]
-        guards = read_guards(self.config)  # type: ignore[attr-defined]
+        buffer = super()._build_replay_buffer()
+        guards = read_guards(self.config)
         if guards.waiting:
             ask, watch = buffer._sync_metadata_from_transfer_queue, Watch(self, guards.patience_s)
 
@@ -60,7 +66,7 @@ class Watch:
         patience_s: ``entropy_fork_guards.patience_s``.
     """
 
-    def __init__(self, trainer: Any, patience_s: float):
+    def __init__(self, trainer: StockTrainer, patience_s: float):
         self.trainer, self.patience_s = trainer, patience_s
         self._asked: dict[str, Any] = {}  # by name of an actor: its sign of life, which comes or fails
         self._next_look = 0.0
@@ -140,7 +146,7 @@ class Watch:
             )
 
 
-def _actors(trainer: Any) -> Iterator[tuple[str, Any]]:
+def _actors(trainer: StockTrainer) -> Iterator[tuple[str, Any]]:
     """Those whom answers depend on; the parts that a trainer does not have are left out."""
     for name, owner, attribute in (
         ("training worker", "actor_rollout_wg", "workers"),

@@ -26,10 +26,12 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation.checkpoint import Checkpoint
 from entropy_fork.tokens.store import read_answers
-from entropy_fork.verl import token_dump
 from entropy_fork.verl.checks import check_before_training
 from entropy_fork.verl.config import EntropyForkConfig
 from entropy_fork.verl.guards import checkpoint, waiting
+from entropy_fork.verl.masking import masking_of
+from entropy_fork.verl.queued_batch import tq
+from entropy_fork.verl.token_dump import TokenDump
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -591,7 +593,7 @@ def test_a_long_answer_is_dumped_whole(monkeypatch: pytest.MonkeyPatch, tmp_path
         "rollout_is_weights": jagged((ids % 5 == 0).float(), lengths),
         "reward_model": [{"ground_truth": "2"}],
     }
-    monkeypatch.setattr(token_dump.tq, "kv_batch_get", lambda select_fields, **_: columns)
+    monkeypatch.setattr(tq, "kv_batch_get", lambda select_fields, **_: columns)
     config = OmegaConf.create(
         {
             "actor_rollout_ref": {"actor": {"shuffle": False}, "model": {"path": "m"}, "rollout": {"temperature": 1.0}},
@@ -599,9 +601,10 @@ def test_a_long_answer_is_dumped_whole(monkeypatch: pytest.MonkeyPatch, tmp_path
             "trainer": {"default_local_dir": str(tmp_path)},
         }
     )
-    dump = token_dump.TokenDump(config, EntropyForkConfig(dump_every=1, dump_dir=str(tmp_path)))
+    fork_config = EntropyForkConfig(dump_every=1, dump_dir=str(tmp_path))
+    dump = TokenDump(config, fork_config, masking_of(config, fork_config))
     dump.start()
-    dump.write(SimpleNamespace(keys=["u_0_0"], tags=[{}], partition_id="train"), 1, Tokenizer())
+    dump.write(SimpleNamespace(keys=["u_0_0"], tags=[{}], partition_id="train", fields=[*columns]), 1, Tokenizer())
     (answer,) = read_answers(tmp_path)
     assert len(answer.text) == LONG
     assert answer.truncated
