@@ -112,7 +112,7 @@ LATE_OR_NEVER = [
         "actor_rollout_ref.model.use_remove_padding=false",
         "needs packed sequences: write .*use_remove_padding=True",
     ),
-    ("A:fsdp_config.fsdp_size=24", "cannot be cut into shards of .*fsdp_size=24"),
+    ("A:fsdp_config.fsdp_size=24", "cannot be cut into shards of .*fsdp_size=24. Write a divisor of 128, or -1"),
     (
         "R:log_prob_use_dynamic_bsz=false R:log_prob_micro_batch_size_per_gpu=1",
         "log_prob_use_dynamic_bsz=False must be the same",
@@ -122,12 +122,18 @@ LATE_OR_NEVER = [
         "verl needs actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
     ),
     ("actor_rollout_ref.model.use_fused_kernels=true", "reads the shard. Leave use_fused_kernels out"),
-    ("R:tensor_model_parallel_size=3", "128 accelerators cannot be cut into rollout engines of 3"),
+    (
+        "R:tensor_model_parallel_size=3",
+        "128 accelerators cannot be cut into rollout engines of 3 .*Write sizes whose product divides 128",
+    ),
     # … when the rollout engine starts
     ("R:tensor_model_parallel_size=16", "=16 does not divide the model's 40 attention heads"),
-    ("R:max_model_len=40000", "max_model_len=40000 is more than the model's context of 32768"),
-    ("R:max_num_batched_tokens=100", "max_num_batched_tokens .100. must be at least max_num_seqs .256."),
-    ("R:gpu_memory_utilization=1.3", "gpu_memory_utilization=1.3 is a share"),
+    (
+        "R:max_model_len=40000",
+        "max_model_len=40000 is more than the model's context of 32768 tokens. Write .*=32768 or less",
+    ),
+    ("R:max_num_batched_tokens=100", "max_num_batched_tokens .100. must be at least max_num_seqs .256.. Write .*=256"),
+    ("R:gpu_memory_utilization=1.3", "gpu_memory_utilization=1.3 is not a share"),
     ("R:gpu_memory_utilization=0.08", "rollout engine's weights, 6.9 GiB on each of 4 .* share of 6.4 GiB"),
     ("R:gpu_memory_utilization=0.095", "one sequence may have 32768 .*Write .*max_model_len=22528"),
     # … after Ray is up
@@ -153,7 +159,7 @@ LATE_OR_NEVER = [
         "algorithm.filter_groups.enable=true algorithm.filter_groups.metric=acc R:n=1 A:ppo_mini_batch_size=512",
         "no group would ever be kept",
     ),
-    ("R:max_model_len=20000", "longer responses would be cut there, without a word. Write .*=22528"),
+    ("R:max_model_len=20000", "longer responses would be cut there without any message. Write .*=22528"),
     ("data.max_response_length=31000", "the model's context is 32768: .*max_response_length=30720"),
     ("A:ppo_mini_batch_size=1024", "fill the mini-batch with padding rows. Write .*ppo_mini_batch_size=512"),
 ]

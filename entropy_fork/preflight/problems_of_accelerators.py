@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from entropy_fork.preflight.model_shape import ModelShape
@@ -30,7 +31,7 @@ def _check_megatron(run: RunShape, model: ModelShape | None) -> Iterator[Problem
     if model.heads % layout.tensor:
         yield Problem(
             f"{ACTOR}.megatron.tensor_model_parallel_size={layout.tensor} does not divide the model's "
-            f"{model.heads} attention heads.",
+            f"{model.heads} attention heads. Write a divisor of {model.heads}.",
             IN_WORKER,
         )
     if model.layers % (layout.pipeline * virtual) and not run.update.uneven_stages:
@@ -46,7 +47,8 @@ def _check_fsdp(run: RunShape, model: ModelShape | None) -> Iterator[Problem]:
     world, sp = layout.world, layout.sequence
     if world % sp:  # transformer_impl.py: _init_device_mesh
         yield Problem(
-            f"{_accelerators(run)} cannot be cut into groups of {ACTOR}.ulysses_sequence_parallel_size={sp}.",
+            f"{_accelerators(run)} cannot be cut into groups of {ACTOR}.ulysses_sequence_parallel_size={sp}. "
+            f"Write a divisor of {world}.",
             IN_WORKER,
         )
     if sp > 1 and not run.model.packed:  # transformer_impl.py: __init__
@@ -65,7 +67,7 @@ def _check_fsdp(run: RunShape, model: ModelShape | None) -> Iterator[Problem]:
         if model.kv_heads % sp and sp % model.kv_heads:
             yield Problem(
                 f"{ACTOR}.ulysses_sequence_parallel_size={sp} and the model's {model.kv_heads} key-value heads: one "
-                f"must divide the other.",
+                f"must divide the other. Write another ulysses_sequence_parallel_size.",
                 IN_WORKER,
             )
         if run.model.fused and layout.strategy == "fsdp2" and not model.tied:  # fsdp_utils.py: apply_fsdp2
@@ -78,7 +80,8 @@ def _check_fsdp(run: RunShape, model: ModelShape | None) -> Iterator[Problem]:
             )
     if world % layout.shard:  # engine/fsdp/utils.py: create_device_mesh
         yield Problem(
-            f"{_accelerators(run)} cannot be cut into shards of {ACTOR}.fsdp_config.fsdp_size={layout.shard}.",
+            f"{_accelerators(run)} cannot be cut into shards of {ACTOR}.fsdp_config.fsdp_size={layout.shard}. "
+            f"Write a divisor of {world}, or -1 to shard over all of them.",
             IN_WORKER,
         )
     if layout.strategy == "fsdp" and run.update.offload_policy:
@@ -95,20 +98,24 @@ def check_rollout(run: RunShape, model: ModelShape | None) -> Iterator[Problem]:
     if run.layout.world % per_engine:  # engine_workers.py: init_model
         yield Problem(
             f"{run.layout.world} accelerators cannot be cut into rollout engines of {per_engine} "
-            f"({ROLLOUT}.tensor_model_parallel_size={rollout.tensor} × data_parallel_size={rollout.data_parallel}).",
+            f"({ROLLOUT}.tensor_model_parallel_size={rollout.tensor} × data_parallel_size={rollout.data_parallel}). "
+            f"Write sizes whose product divides {run.layout.world}.",
             IN_WORKER,
         )
     if per_engine % min(run.machines.per_node, per_engine):  # rollout/replica.py: RolloutReplica.__init__
         yield Problem(
             f"a rollout engine of {per_engine} accelerators does not fill whole nodes of "
-            f"trainer.n_gpus_per_node={run.machines.per_node}.",
+            f"trainer.n_gpus_per_node={run.machines.per_node}. Write sizes whose product is a multiple of "
+            f"{run.machines.per_node}, or less than it.",
             IN_ENGINE,
         )
     if run.trainer.separate and rollout.nodes > 0:
         separate = rollout.nodes * rollout.per_node
         if separate < per_engine:
             yield Problem(
-                f"{ROLLOUT}.nnodes × n_gpus_per_node = {separate} accelerators make no engine of {per_engine}.", IN_RAY
+                f"{ROLLOUT}.nnodes × n_gpus_per_node = {separate} accelerators are too few for an engine of "
+                f"{per_engine}. Write {ROLLOUT}.nnodes={math.ceil(per_engine / max(1, rollout.per_node))} or more.",
+                IN_RAY,
             )
         elif separate % per_engine:
             yield Problem(
@@ -122,10 +129,16 @@ def check_rollout(run: RunShape, model: ModelShape | None) -> Iterator[Problem]:
     if rollout.name == "vllm" and tokens is not None and sequences is not None and tokens < sequences:
         # vllm/config/scheduler.py
         yield Problem(
-            f"{ROLLOUT}.max_num_batched_tokens ({tokens}) must be at least max_num_seqs ({sequences}).", IN_ENGINE
+            f"{ROLLOUT}.max_num_batched_tokens ({tokens}) must be at least max_num_seqs ({sequences}). "
+            f"Write {ROLLOUT}.max_num_batched_tokens={sequences} or more.",
+            IN_ENGINE,
         )
     if not 0 < rollout.memory_share <= 1:
-        yield Problem(f"{ROLLOUT}.gpu_memory_utilization={rollout.memory_share} is a share, in (0, 1].", IN_ENGINE)
+        yield Problem(
+            f"{ROLLOUT}.gpu_memory_utilization={rollout.memory_share} is not a share of the memory. Write a number "
+            f"above 0 and at most 1.",
+            IN_ENGINE,
+        )
 
 
 def _check_context(run: RunShape, model: ModelShape) -> Iterator[Problem]:
@@ -134,14 +147,14 @@ def _check_context(run: RunShape, model: ModelShape) -> Iterator[Problem]:
     if model.heads % rollout.tensor:  # vllm/config/model.py: verify_with_parallel_config
         yield Problem(
             f"{ROLLOUT}.tensor_model_parallel_size={rollout.tensor} does not divide the model's {model.heads} "
-            f"attention heads.",
+            f"attention heads. Write a divisor of {model.heads}.",
             IN_ENGINE,
         )
     if rollout.context is not None and rollout.context > model.max_positions:
         # vllm_async_server.py: _validate_configs
         yield Problem(
             f"{ROLLOUT}.max_model_len={rollout.context} is more than the model's context of {model.max_positions} "
-            f"tokens.",
+            f"tokens. Write {ROLLOUT}.max_model_len={model.max_positions} or less.",
             IN_ENGINE,
         )
     allowed = min(rollout.context or model.max_positions, model.max_positions)
@@ -155,7 +168,7 @@ def _check_context(run: RunShape, model: ModelShape) -> Iterator[Problem]:
             )
         yield Problem(
             f"prompt + response = {longest} tokens, and {source} is {allowed}: longer responses would be cut "
-            f"there, without a word. Write {way}."
+            f"there without any message. Write {way}."
         )
 
 

@@ -20,7 +20,7 @@ def check_trainer(run: RunShape, _: ModelShape | None = None) -> Iterator[Proble
     elif not run.trainer.hybrid:
         yield Problem(
             f"actor_rollout_ref.hybrid_engine=False needs trainer.v1.trainer_mode=separate_async, and it is "
-            f"{run.trainer.mode}."
+            f"{run.trainer.mode}. Write actor_rollout_ref.hybrid_engine=True, or that mode."
         )
     yield from _check_sampling(run)
     yield from _check_overlong(run)
@@ -40,7 +40,7 @@ def _check_separate(run: RunShape) -> Iterator[Problem]:
         )
     if rollout.nodes < 1 or rollout.per_node < 1:
         yield Problem(
-            f"separate_async has rollout engines on accelerators of their own, and {ROLLOUT}.nnodes="
+            f"separate_async needs accelerators for the rollout engines alone, and there are none: {ROLLOUT}.nnodes="
             f"{rollout.nodes}, n_gpus_per_node={rollout.per_node}. Write {ROLLOUT}.nnodes=1 or more.",
             IN_RAY,
         )
