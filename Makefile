@@ -10,6 +10,8 @@ ROLLOUT ?= transformers
 MINUTES ?= 10
 # Versions of verl for 'make versions'; without, those that are supported and the newest beyond them.
 VERL ?=
+# Pythons for 'make versions', such as "3.12 3.10", with torch whatever build of it there is.
+PYTHON_VERSIONS ?=
 
 VENV := .venv
 VLLM_VENV := .venv-vllm
@@ -74,9 +76,10 @@ fuzz: $(VENV)/.installed-dev
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m fault
 
-# The built wheel on each supported verl, in a clean environment of its own; VERL=0.9.0 takes that one alone.
+# The built wheel on each supported verl, in a clean environment of its own, and on other Pythons. VERL=0.9.0 takes that
+# one alone; PYTHON_VERSIONS=3.12 that Python alone, and installs torch for it (5 GB where there is no CPU build).
 versions: $(VENV)/.installed-dev
-	TORCH="$(TORCH)" $(VENV)/bin/python .ci/versions.py $(VERL)
+	TORCH="$(TORCH)" $(VENV)/bin/python .ci/versions.py $(VERL) $(addprefix --python=,$(PYTHON_VERSIONS))
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
