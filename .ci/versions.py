@@ -25,6 +25,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -107,7 +108,8 @@ class Row:
     def result(self) -> Text:
         """In a word."""
         if not self.failures:
-            return Text("passed", "green")
+            left_out = any(cell.endswith("not run") for cell in self.cells.values())
+            return Text("what was run passed", "yellow") if left_out else Text("passed", "green")
         return Text("FAILED", "red") if self.required else Text("failed (allowed)", "yellow")
 
     def step(self, name: str, function: Callable[[], str]) -> bool:
@@ -157,13 +159,16 @@ def uv(*arguments: str | Path, bytecode: bool = True) -> str:
     return call(find_uv_bin(), *arguments, environment=environment).stdout
 
 
-def resolved(python: Path, *requirements: str) -> list[str]:
-    """``name==version`` of all that would be installed on this Python; of most packages only metadata are fetched."""
-    with tempfile.NamedTemporaryFile("w", suffix=".in") as file:
-        file.write("\n".join(requirements))
-        file.flush()
-        lines = uv("pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", python, file.name)
-    return lines.split("\n")
+def resolved(python: Path, *requirements: str, there: dict[str, str] | None = None) -> dict[str, str]:
+    """Version by name, of all that would be installed on this Python beside what is ``there``. Installs nothing."""
+    with tempfile.TemporaryDirectory() as name:
+        wanted, found = Path(name) / "wanted.in", Path(name) / "found.txt"
+        wanted.write_text("\n".join(requirements))
+        found.write_text("\n".join(f"{name}=={version}" for name, version in (there or {}).items()))  # uv prefers these
+        options = ("--quiet", "--no-header", "--no-annotate", "--output-file", found, "--python", python)
+        uv("pip", "compile", *options, wanted)
+        lines = re.findall(r"^([\w.-]+)(?:==| @ )(\S+)", found.read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in lines}
 
 
 def installed(python: Path) -> dict[str, str]:
@@ -204,9 +209,12 @@ def check(row: Row, interpreter: Path, thoroughly: bool, wheel: Path, folder: Pa
     def beside_vllm() -> str:
         """vLLM for GPUs weighs gigabytes; what would be installed is resolved from the index."""
         theirs = resolved(python, f"verl=={version}", "vllm")
-        added = set(resolved(python, f"entropy-fork @ {wheel.as_uri()}", *theirs)) - set(theirs)
-        vllm = next(line for line in theirs if line.startswith("vllm=="))
-        return f"{vllm}: moves 0, adds {len(added)}"
+        ours = resolved(python, f"verl=={version}", "vllm", f"entropy-fork @ {wheel.as_uri()}", there=theirs)
+        moved = {name: ours.get(name, "removed") for name in theirs if ours.get(name) != theirs[name]}
+        if moved.keys() & set(WATCHED):
+            raise Failed(f"pip would make {said(moved)} of {said({name: theirs[name] for name in moved})}")
+        others = f" ({said({name: f'{theirs[name]} to {moved[name]}' for name in moved})})" if moved else ""
+        return f"vllm {theirs['vllm']}: moves {len(moved)}{others}, adds {len(ours.keys() - theirs.keys())}"
 
     def install() -> str:
         (folder / "overrides").write_text(f"verl=={version}\n")  # the extra's range would move a verl outside it
@@ -290,60 +298,53 @@ def interpreter_of(python: str) -> Path | None:
     if shutil.which("pyenv"):
         folders = sorted(Path(call("pyenv", "root").stdout.strip()).glob("versions/*/bin"))
         environment["PATH"] = os.pathsep.join([*map(str, folders), os.environ["PATH"]])
-    search = (find_uv_bin(), "python", "find", "--quiet", "--system", "--no-python-downloads", python)
+    search = (find_uv_bin(), "python", "find", "--system", "--no-python-downloads", python)
     found = call(*search, check=False, environment=environment)
     return Path(found.stdout.strip()) if found.returncode == 0 else None
 
 
-def on_another_python(python: str, versions: list[str] | None, asked: bool, wheel: Path, folder: Path) -> list[Row]:
-    """What needs no torch; and the rest, where it was asked for or a CPU build of torch can be had."""
-    rows = [Row(version, version in TESTED, python) for version in versions or TESTED[-1:]]
-    row, began = rows[0], time.monotonic()
+def on_another_python(row: Row, asked: bool, wheel: Path, folder: Path) -> Path | None:
+    """What needs no torch. Returns this Python if the rest can run: with torch for CPUs, or if asked with any."""
+    python, began = row.python, time.monotonic()
+    row.step("types", lambda: call(sys.executable, "-m", "mypy", "--python-version", python, cwd=ROOT).stdout.strip())
     interpreter = interpreter_of(python)
     if interpreter is None:
-        row.cells["types"] = f"no Python {python} on this machine: not run"
+        row.cells["modules"] = f"no Python {python} on this machine: not run"
         if asked:
-            row.failures.append(f"no Python {python} on this machine; install one (with uv or pyenv, say)")
-        return rows
+            row.failures.append(f"no Python {python} on this machine: install it, with uv or pyenv for example")
+        return None
     folder.mkdir()
     without_torch(row, interpreter, wheel, folder)
-    torch = ""
 
     def build() -> str:
-        nonlocal torch
         packages = resolved(interpreter, TORCH)
-        torch = next(line for line in packages if line.startswith("torch=="))
-        if not any(line.startswith(("nvidia-", "cuda-")) for line in packages):
+        torch = f"torch {packages['torch']}"
+        if not any(name.startswith(("nvidia-", "cuda-")) for name in packages):
             return torch
-        if asked:
-            return f"{torch}, the build for CUDA"
-        torch = ""
-        return f"no CPU build of torch for Python {python} here: not run"
+        return f"{torch}, the build for CUDA" if asked else f"no CPU build of torch for Python {python} here: not run"
 
-    row.step("with torch", build)
+    installable = "failed" not in (row.cells["dependencies"], row.cells["modules"])
+    there = installable and row.step("with torch", build) and not row.cells["with torch"].endswith("not run")
     row.seconds = time.monotonic() - began
-    if torch:
-        for row in rows:
-            check(row, interpreter, True, wheel, folder / row.version)
-    return rows
+    return interpreter if there else None
 
 
 def without_torch(row: Row, interpreter: Path, wheel: Path, folder: Path) -> None:
-    """Types; that there is a set of versions; every module that needs no torch, and the tests that need none."""
+    """That there is a set of versions; every module that needs no torch, and the tests that need none."""
     python = folder / "environment" / "bin" / "python"
-
-    def types() -> str:
-        return call(sys.executable, "-m", "mypy", "--python-version", row.python, cwd=ROOT).stdout.strip()
 
     def dependencies() -> str:
         """pip says which verl is for this Python: uv overlooks an upper bound of Requires-Python."""
         counts = []
         for version in TESTED:
-            asks = ("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--only-binary", ":all:")
-            pip("install", *asks, "--target", folder / "nothing", "--python-version", row.python, f"verl=={version}")
+            asks = ("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--target", folder / "nothing")
+            try:
+                pip("install", *asks, "--only-binary", ":all:", "--python-version", row.python, f"verl=={version}")
+            except Failed as error:
+                raise Failed(f"pip finds no verl {version} for Python {row.python}\n{error}") from None
             ours = f"entropy-fork[cpu,analysis] @ {wheel.as_uri()}"
             packages = resolved(interpreter, ours, f"verl=={version}", TORCH)
-            counts.append(f"verl {version}: {sum('==' in line for line in packages)} packages")
+            counts.append(f"verl {version}: {len(packages)} packages")
         return ", ".join(counts)
 
     def modules() -> str:
@@ -363,7 +364,6 @@ def without_torch(row: Row, interpreter: Path, wheel: Path, folder: Path) -> Non
         judged = pytest(python, checkout, "-p", "without_torch", *(f"tests/{name}" for name in JUDGE))
         return f"{quick}; the judge: {judged}"
 
-    row.step("types", types)
     row.step("dependencies", dependencies)
     if row.step("modules", modules):
         row.step("without torch", tests)
@@ -440,14 +440,17 @@ def main(
             for version, required, thoroughly in plan:
                 rows.append(Row(version, required))
                 check(rows[-1], Path(sys.executable), thoroughly, wheel, folder / version)
-        if pythons or not versions:
-            for python in pythons or named_pythons():
-                if python != RUNNING:
-                    rows += on_another_python(python, versions, bool(pythons), wheel, folder / f"python-{python}")
+        others = [python for python in pythons or ([] if versions else named_pythons()) if python != RUNNING]
+        first = [Row((versions or TESTED)[-1], True, python) for python in others]
+        with ThreadPoolExecutor() as pool:
+            tried = [pool.submit(on_another_python, row, bool(pythons), wheel, folder / row.python) for row in first]
+        for row, interpreter in zip(first, [future.result() for future in tried], strict=True):
+            rows.append(row)
+            if interpreter is not None:
+                check(row, interpreter, True, wheel, folder / row.python / row.version)
     if here := [row for row in rows if row.python == RUNNING]:
         console.print(table_of("verl", {row.version: row for row in here}, STEPS))
-    if others := [row for row in rows if row.python != RUNNING]:
-        titles = {f"Python {row.python}, verl {row.version}": row for row in others}
+    if titles := {f"Python {row.python}, verl {row.version}": row for row in rows if row.python != RUNNING}:
         console.print(table_of("another Python", titles, ON_ANOTHER_PYTHON))
     for row in rows:
         for failure in row.failures:
