@@ -12,6 +12,8 @@ MINUTES ?= 10
 VERL ?=
 # The version of a release, for 'make changelog'.
 VERSION ?=
+# Pythons for 'make versions', such as "3.12 3.10", with torch whatever build of it there is.
+PYTHON_VERSIONS ?=
 
 VENV := .venv
 VLLM_VENV := .venv-vllm
@@ -76,9 +78,10 @@ fuzz: $(VENV)/.installed-dev
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m fault
 
-# The built wheel on each supported verl, in a clean environment of its own; VERL=0.9.0 takes that one alone.
+# The built wheel on each supported verl, in a clean environment of its own, and on other Pythons. VERL=0.9.0 takes that
+# one alone; PYTHON_VERSIONS=3.12 that Python alone, and installs torch for it (5 GB where there is no CPU build).
 versions: $(VENV)/.installed-dev
-	TORCH="$(TORCH)" $(VENV)/bin/python .ci/versions.py $(VERL)
+	TORCH="$(TORCH)" $(VENV)/bin/python .ci/versions.py $(VERL) $(addprefix --python=,$(PYTHON_VERSIONS))
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -2,10 +2,14 @@
 
     make versions                   the supported versions, and the newest beyond them that the package index has
     make versions VERL=0.10.0rc1    this one; what lies outside the range is allowed to fail
+    make versions PYTHON_VERSIONS="3.12 3.10"       with torch on these Pythons, whatever build of torch there is
 
 An environment is made as its user made it: torch and verl first. What ``pip install`` of the wheel would do there is
 then read from a dry run, and it must move nothing; the same is resolved, not installed, beside vLLM. Then the wheel is
 installed, and tests are run from a folder in which our sources do not lie.
+
+On every other Python that pyproject.toml names all is tested that needs no torch, and the rest where a CPU build of
+torch can be had (that for CUDA weighs gigabytes).
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -61,7 +66,21 @@ TESTS = {
     ),
     "end to end": ("e2e/test_main_ppo.py::test_the_weights_in_the_worker_are_the_ones_selected",),
 }
+#: of the tests that start processes, those that are run on another Python without torch
+JUDGE = (
+    "test_reward.py::test_agreement_with_a_human_grader",
+    "test_reward.py::test_memory_is_bounded",
+    "test_reward.py::test_a_process_is_used_again",
+    "test_reward.py::test_an_endless_answer_is_stopped[tower of exponents]",
+)
+FOR_TESTS = ("hypothesis", "pytest", "pytest-timeout")
 STEPS = ("installed", "dry run", "beside vLLM", *TESTS)
+ON_ANOTHER_PYTHON = ("types", "dependencies", "modules", "without torch", "with torch", *STEPS, "unit tests")
+
+#: the tests of 'make check'
+QUICK = "not process and not e2e and not fault"
+
+RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 
@@ -72,18 +91,25 @@ class Failed(Exception):
 
 @dataclass
 class Row:
-    """What came of one version of verl."""
+    """What came of one version of verl on one Python."""
 
     version: str
     required: bool
+    python: str = RUNNING
     cells: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def title(self) -> str:
+        """What the row is about, in messages."""
+        return f"verl {self.version}" + (f", Python {self.python}" if self.python != RUNNING else "")
+
     def result(self) -> Text:
         """In a word."""
         if not self.failures:
-            return Text("passed", "green")
+            left_out = any(cell.endswith("not run") for cell in self.cells.values())
+            return Text("what was run passed", "yellow") if left_out else Text("passed", "green")
         return Text("FAILED", "red") if self.required else Text("failed (allowed)", "yellow")
 
     def step(self, name: str, function: Callable[[], str]) -> bool:
@@ -93,9 +119,9 @@ class Row:
         except Failed as failure:
             self.cells[name] = "failed"
             self.failures.append(f"{name}: {failure}")
-            console.print(f"verl {self.version}, {name}: {failure}", style="red", markup=False)
+            console.print(f"{self.title}, {name}: {failure}", style="red", markup=False)
             return False
-        console.print(f"verl {self.version}, {name}: {self.cells[name]}", markup=False)
+        console.print(f"{self.title}, {name}: {self.cells[name]}", markup=False)
         return True
 
 
@@ -127,9 +153,22 @@ def folders_of_wheels() -> dict[str, str]:
     return {"UV_FIND_LINKS": ",".join(dict.fromkeys(" ".join(told).split()))} if told else {}
 
 
-def uv(*arguments: str | Path) -> str:
+def uv(*arguments: str | Path, bytecode: bool = True) -> str:
     """What pip does, in a tenth of the time; bytecode too, which no process writes under PYTHONDONTWRITEBYTECODE."""
-    return call(find_uv_bin(), *arguments, environment={"UV_COMPILE_BYTECODE": "1", **folders_of_wheels()}).stdout
+    environment = {"UV_COMPILE_BYTECODE": str(int(bytecode)), **folders_of_wheels()}
+    return call(find_uv_bin(), *arguments, environment=environment).stdout
+
+
+def resolved(python: Path, *requirements: str, there: dict[str, str] | None = None) -> dict[str, str]:
+    """Version by name, of all that would be installed on this Python beside what is ``there``. Installs nothing."""
+    with tempfile.TemporaryDirectory() as name:
+        wanted, found = Path(name) / "wanted.in", Path(name) / "found.txt"
+        wanted.write_text("\n".join(requirements))
+        found.write_text("\n".join(f"{name}=={version}" for name, version in (there or {}).items()))  # uv prefers these
+        options = ("--quiet", "--no-header", "--no-annotate", "--output-file", found, "--python", python)
+        uv("pip", "compile", *options, wanted)
+        lines = re.findall(r"^([\w.-]+)(?:==| @ )(\S+)", found.read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in lines}
 
 
 def installed(python: Path) -> dict[str, str]:
@@ -143,15 +182,16 @@ def said(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
-def check(version: str, required: bool, thoroughly: bool, wheel: Path, folder: Path) -> Row:
+def check(row: Row, interpreter: Path, thoroughly: bool, wheel: Path, folder: Path) -> None:
     """One version of verl: ``thoroughly`` with our tests, although it may be one that we refuse."""
-    row, began = Row(version, required), time.monotonic()
+    version, began = row.version, time.monotonic()
     refused = why_unsupported(version) is not None
+    folder.mkdir(parents=True)
     python = folder / "environment" / "bin" / "python"
     before: dict[str, str] = {}
 
     def make() -> str:
-        uv("venv", "--quiet", "--clear", "--python", sys.executable, python.parents[1])
+        uv("venv", "--quiet", "--clear", "--python", interpreter, python.parents[1])
         uv("pip", "install", "--quiet", "--python", python, TORCH, f"verl=={version}")
         before.update(installed(python))
         return said({name: before[name] for name in WATCHED if name in before})
@@ -168,17 +208,17 @@ def check(version: str, required: bool, thoroughly: bool, wheel: Path, folder: P
 
     def beside_vllm() -> str:
         """vLLM for GPUs weighs gigabytes; what would be installed is resolved from the index."""
-        (folder / "theirs.in").write_text(f"verl=={version}\nvllm\n")
-        arguments = ("--quiet", "--no-header", "--no-annotate", "--python", python)
-        theirs = uv("pip", "compile", *arguments, folder / "theirs.in").split("\n")
-        (folder / "ours.in").write_text("\n".join([f"entropy-fork @ {wheel.as_uri()}", *theirs]))
-        added = set(uv("pip", "compile", *arguments, folder / "ours.in").split("\n")) - set(theirs)
-        vllm = next(line for line in theirs if line.startswith("vllm=="))
-        return f"{vllm}: moves 0, adds {len(added)}"
+        theirs = resolved(python, f"verl=={version}", "vllm")
+        ours = resolved(python, f"verl=={version}", "vllm", f"entropy-fork @ {wheel.as_uri()}", there=theirs)
+        moved = {name: ours.get(name, "removed") for name in theirs if ours.get(name) != theirs[name]}
+        if moved.keys() & set(WATCHED):
+            raise Failed(f"pip would make {said(moved)} of {said({name: theirs[name] for name in moved})}")
+        others = f" ({said({name: f'{theirs[name]} to {moved[name]}' for name in moved})})" if moved else ""
+        return f"vllm {theirs['vllm']}: moves {len(moved)}{others}, adds {len(ours.keys() - theirs.keys())}"
 
     def install() -> str:
         (folder / "overrides").write_text(f"verl=={version}\n")  # the extra's range would move a verl outside it
-        needed = (f"entropy-fork[cpu] @ {wheel.as_uri()}", "hypothesis", "pytest", "pytest-timeout")
+        needed = (f"entropy-fork[cpu] @ {wheel.as_uri()}", *FOR_TESTS)
         uv("pip", "install", "--quiet", "--python", python, "--overrides", folder / "overrides", *needed)
         after = installed(python)
         if moved := {name: after.get(name, "removed") for name in before if after.get(name) != before[name]}:
@@ -203,10 +243,11 @@ def check(version: str, required: bool, thoroughly: bool, wheel: Path, folder: P
             if thoroughly:
                 row.step("beside vLLM", beside_vllm)
                 run_tests(row, python, folder, pretend=TESTED[-1] if refused else None)
+                if row.python != RUNNING:
+                    row.step("unit tests", partial(unit_tests, python, wheel, folder))
     finally:
         shutil.rmtree(python.parents[1], ignore_errors=True)
-    row.seconds = time.monotonic() - began
-    return row
+    row.seconds += time.monotonic() - began
 
 
 def run_tests(row: Row, python: Path, folder: Path, pretend: str | None) -> None:
@@ -216,7 +257,6 @@ def run_tests(row: Row, python: Path, folder: Path, pretend: str | None) -> None
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", checkout)  # pytest's options
     environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
-    environment["ENTROPY_FORK_TEST_WORLD"] = str(folder.parent / "world")  # built once for all versions
     if pretend is not None:
         modules = {"VERL_USE_EXTERNAL_MODULES": "helpers.pretend_verl", "PRETENDED_VERL": pretend}
         environment |= {**modules, "PYTHONPATH": str(checkout / "tests")}
@@ -247,6 +287,119 @@ def run_tests(row: Row, python: Path, folder: Path, pretend: str | None) -> None
         console.print(run.stdout[-12000:] + run.stderr[-3000:], markup=False, highlight=False)
 
 
+def named_pythons() -> list[str]:
+    """The Pythons that pyproject.toml says we run on."""
+    return re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+
+
+def interpreter_of(python: str) -> Path | None:
+    """A Python of this version: on the PATH, or one that uv or pyenv has installed."""
+    environment = {}
+    if shutil.which("pyenv"):
+        folders = sorted(Path(call("pyenv", "root").stdout.strip()).glob("versions/*/bin"))
+        environment["PATH"] = os.pathsep.join([*map(str, folders), os.environ["PATH"]])
+    search = (find_uv_bin(), "python", "find", "--system", "--no-python-downloads", python)
+    found = call(*search, check=False, environment=environment)
+    return Path(found.stdout.strip()) if found.returncode == 0 else None
+
+
+def on_another_python(row: Row, asked: bool, wheel: Path, folder: Path) -> Path | None:
+    """What needs no torch. Returns this Python if the rest can run: with torch for CPUs, or if asked with any."""
+    python, began = row.python, time.monotonic()
+    row.step("types", lambda: call(sys.executable, "-m", "mypy", "--python-version", python, cwd=ROOT).stdout.strip())
+    interpreter = interpreter_of(python)
+    if interpreter is None:
+        row.cells["modules"] = f"no Python {python} on this machine: not run"
+        if asked:
+            row.failures.append(f"no Python {python} on this machine: install it, with uv or pyenv for example")
+        return None
+    folder.mkdir()
+    without_torch(row, interpreter, wheel, folder)
+
+    def build() -> str:
+        packages = resolved(interpreter, TORCH)
+        torch = f"torch {packages['torch']}"
+        if not any(name.startswith(("nvidia-", "cuda-")) for name in packages):
+            return torch
+        return f"{torch}, the build for CUDA" if asked else f"no CPU build of torch for Python {python} here: not run"
+
+    installable = "failed" not in (row.cells["dependencies"], row.cells["modules"])
+    there = installable and row.step("with torch", build) and not row.cells["with torch"].endswith("not run")
+    row.seconds = time.monotonic() - began
+    return interpreter if there else None
+
+
+def without_torch(row: Row, interpreter: Path, wheel: Path, folder: Path) -> None:
+    """That there is a set of versions; every module that needs no torch, and the tests that need none."""
+    python = folder / "environment" / "bin" / "python"
+
+    def dependencies() -> str:
+        """pip says which verl is for this Python: uv overlooks an upper bound of Requires-Python."""
+        counts = []
+        for version in TESTED:
+            asks = ("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--target", folder / "nothing")
+            try:
+                pip("install", *asks, "--only-binary", ":all:", "--python-version", row.python, f"verl=={version}")
+            except Failed as error:
+                raise Failed(f"pip finds no verl {version} for Python {row.python}\n{error}") from None
+            ours = f"entropy-fork[cpu,analysis] @ {wheel.as_uri()}"
+            packages = resolved(interpreter, ours, f"verl=={version}", TORCH)
+            counts.append(f"verl {version}: {len(packages)} packages")
+        return ", ".join(counts)
+
+    def modules() -> str:
+        (folder / "excluded").write_text("torch\n")
+        uv("venv", "--quiet", "--python", interpreter, python.parents[1])
+        needed = (f"entropy-fork[cpu,analysis] @ {wheel.as_uri()}", f"verl=={row.version}", *FOR_TESTS)
+        options = ("--quiet", "--python", python, "--excludes", folder / "excluded")
+        uv("pip", "install", *options, *needed, bytecode=False)
+        found = json.loads(call(python, ROOT / ".ci" / "without_torch.py").stdout)
+        if found["errors"]:
+            raise Failed("\n".join(f"{name}: {error}" for name, error in found["errors"].items()))
+        return f"{found['compiled']} compiled, {found['imported']} of them imported (the others need torch)"
+
+    def tests() -> str:
+        checkout = repository(folder / "checkout")
+        quick = pytest(python, checkout, "-p", "without_torch", "-m", QUICK, "--ignore", "tests/test_docs.py", "tests")
+        judged = pytest(python, checkout, "-p", "without_torch", *(f"tests/{name}" for name in JUDGE))
+        return f"{quick}; the judge: {judged}"
+
+    row.step("dependencies", dependencies)
+    if row.step("modules", modules):
+        row.step("without torch", tests)
+    shutil.rmtree(python.parents[1], ignore_errors=True)
+
+
+def unit_tests(python: Path, wheel: Path, folder: Path) -> str:
+    """Those of ``make check``, in the environment that ``check`` has made."""
+    needed = f"entropy-fork[cpu,dev] @ {wheel.as_uri()}"
+    uv("pip", "install", "--quiet", "--python", python, "--overrides", folder / "overrides", needed)
+    return pytest(python, repository(folder / "repository"), "-n", "2", "--dist", "loadfile", "-m", QUICK, "tests")
+
+
+def repository(folder: Path) -> Path:
+    """A copy of all files that git knows."""
+    listed = call("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout
+    for name in listed.split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def pytest(python: Path, checkout: Path, *arguments: str) -> str:
+    """The outcome in a line. The program ``pytest`` finds the wheel; ``python -m pytest`` would find our sources."""
+    environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(checkout / ".ci")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # the judge's processes start in less memory
+    command = (python.with_name("pytest"), "-p", "no:cacheprovider", "--quiet", *arguments)
+    run = call(*command, check=False, cwd=checkout, environment=environment)
+    outcome = run.stdout.strip().split("\n")[-1]
+    if run.returncode != 0:
+        console.print(run.stdout[-12000:] + run.stderr[-3000:], markup=False, highlight=False)
+        raise Failed(outcome)
+    return outcome
+
+
 def beyond() -> tuple[str, bool] | None:
     """What may come: the newest verl beyond the supported ones, or, while there is none, the newest pre-release.
 
@@ -259,33 +412,49 @@ def beyond() -> tuple[str, bool] | None:
     return (str((newer or early)[0]), bool(newer)) if newer or early else None
 
 
-def table_of(rows: list[Row]) -> Table:
-    """A column for each version, a line for each step, and what it comes to."""
-    table = Table("verl", *(row.version for row in rows), show_lines=True)
-    for step in STEPS:
-        table.add_row(step, *(Text(row.cells.get(step, "–")) for row in rows))
-    table.add_row("seconds", *(f"{row.seconds:.0f}" for row in rows))
-    table.add_row("result", *(row.result() for row in rows))
+def table_of(what: str, rows: dict[str, Row], steps: Sequence[str]) -> Table:
+    """A column for each row, a line for each step, and what it comes to."""
+    table = Table(what, *rows, show_lines=True)
+    for step in steps:
+        if any(step in row.cells for row in rows.values()):
+            table.add_row(step, *(Text(row.cells.get(step, "–")) for row in rows.values()))
+    table.add_row("seconds", *(f"{row.seconds:.0f}" for row in rows.values()))
+    table.add_row("result", *(row.result() for row in rows.values()))
     return table
 
 
-def main(versions: Annotated[list[str] | None, typer.Argument(help="Of verl; without, see above.")] = None) -> None:
-    """Build the wheel, and try it on versions of verl."""
+def main(
+    versions: Annotated[list[str] | None, typer.Argument(help="Of verl; without, see above.")] = None,
+    pythons: Annotated[list[str] | None, typer.Option("--python", help="With torch on it, as 3.12.")] = None,
+) -> None:
+    """Build the wheel, and try it on versions of verl and of Python."""
+    rows = []
     with tempfile.TemporaryDirectory(prefix="versions-") as name:
         folder = Path(name)
         uv("build", "--quiet", "--wheel", "--out-dir", folder, ROOT)
         (wheel,) = folder.glob("*.whl")
-        plan = [(version, version in TESTED, True) for version in versions or TESTED]
-        if not versions and (other := beyond()):
-            plan.append((other[0], False, other[1]))
-        rows = []
-        for version, required, thoroughly in plan:
-            (folder / version).mkdir()
-            rows.append(check(version, required, thoroughly, wheel, folder / version))
-    console.print(table_of(rows))
+        if not pythons or RUNNING in pythons:
+            plan = [(version, version in TESTED, True) for version in versions or TESTED]
+            if not versions and (other := beyond()):
+                plan.append((other[0], False, other[1]))
+            for version, required, thoroughly in plan:
+                rows.append(Row(version, required))
+                check(rows[-1], Path(sys.executable), thoroughly, wheel, folder / version)
+        others = [python for python in pythons or ([] if versions else named_pythons()) if python != RUNNING]
+        first = [Row((versions or TESTED)[-1], True, python) for python in others]
+        with ThreadPoolExecutor() as pool:
+            tried = [pool.submit(on_another_python, row, bool(pythons), wheel, folder / row.python) for row in first]
+        for row, interpreter in zip(first, [future.result() for future in tried], strict=True):
+            rows.append(row)
+            if interpreter is not None:
+                check(row, interpreter, True, wheel, folder / row.python / row.version)
+    if here := [row for row in rows if row.python == RUNNING]:
+        console.print(table_of("verl", {row.version: row for row in here}, STEPS))
+    if titles := {f"Python {row.python}, verl {row.version}": row for row in rows if row.python != RUNNING}:
+        console.print(table_of("another Python", titles, ON_ANOTHER_PYTHON))
     for row in rows:
         for failure in row.failures:
-            console.print(f"verl {row.version}: {failure.splitlines()[0]}", markup=False)
+            console.print(f"{row.title}: {failure.splitlines()[0]}", markup=False)
     if any(row.required and row.failures for row in rows):
         raise typer.Exit(1)
 

@@ -9,6 +9,7 @@ the pass without gradients, for any number of rows in a fixed amount of memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def padded_positions(positions: Tensor, offsets: Tensor, padded_length: int) -> 
 
 @torch.no_grad()
 def in_chunks(
-    measure: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    measure: Callable[[Callable[[], Tensor], Tensor], tuple[Tensor, ...]],
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -71,7 +72,9 @@ def in_chunks(
     """Measure every row of logits, a chunk of rows at a time; no more rows exist at once.
 
     Args:
-        measure: from logits, shape (n, vocabulary), and their labels, shape (n,), to tensors of shape (n,).
+        measure: from a function that makes logits, shape (n, vocabulary), and their labels, shape (n,), to tensors of
+            shape (n,). A function, because Python 3.10 keeps the arguments of a call until it ends: ``measure`` could
+            not free logits that it was given.
         hidden: float, shape (num_rows, hidden_size): the last layer's output at these positions.
         weight: same type, shape (vocabulary, hidden_size): the head's, which has no bias.
         labels: int64, shape (num_rows,): the token that followed.
@@ -81,7 +84,7 @@ def in_chunks(
         What ``measure`` returns, each of shape (num_rows,).
     """
     pairs = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    parts = [measure(logits_of(part, weight), label) for part, label in pairs]
+    parts = [measure(partial(logits_of, part, weight), label) for part, label in pairs]
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -121,7 +124,8 @@ def log_probs_entropy_and_rank(
         (float64 for such input); how many tokens are strictly likelier than the label, int64.
     """
 
-    def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def measure(make: Callable[[], Tensor], labels: Tensor) -> tuple[Tensor, ...]:
+        logits = make()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if temperature != 1.0:
             logits.div_(temperature)

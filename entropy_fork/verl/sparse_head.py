@@ -178,8 +178,8 @@ def log_probs_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, temper
         Two tensors of shape (num_rows,), nats; the entropies in float32 (float64 for such input).
     """
 
-    def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        logits = _scaled(logits, temperature)
+    def measure(make: Callable[[], Tensor], labels: Tensor) -> tuple[Tensor, ...]:
+        logits = _scaled(make(), temperature)
         log_probs = logprobs_from_logits(logits, labels)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return log_probs, entropies(logits)
