@@ -88,7 +88,7 @@ def site_place(place: str) -> str:
     if place.endswith(".py") and place.startswith(f"{PACKAGE}/"):
         return reference_page(place.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
     if place.endswith(".md") and "/" not in place:
-        return f"project/{place}"  # SECURITY.md is another page than docs/security.md
+        return f"project/{place}"  # SECURITY.md is another page than docs/reference/security.md
     return place.removeprefix("docs/")
 
 

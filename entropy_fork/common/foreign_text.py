@@ -1,6 +1,7 @@
 """Text that a model or a data set wrote, where a reader takes more than text: terminal, spreadsheet, Markdown, figure.
 
-What a page of HTML does with it is in ``report/page.py``, and what the reward does in ``judge.py``; docs/security.md.
+A page of HTML is the matter of ``report/page.py``, and the reward that of ``reward/judge.py``. See
+docs/reference/security.md.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from packaging.version import InvalidVersion
 #: whose internals were read. As in any specifier, pre-releases of 0.9.0 and of 0.10.0 are outside, and 0.9.2rc1 is in
 SUPPORTED = ">=0.9,<0.10"
 
-#: on which the installed wheel is tested (docs/versions.md), oldest first
+#: on which the installed wheel is tested (docs/reference/versions.md), oldest first
 TESTED = ("0.9.0", "0.9.1")
 
 

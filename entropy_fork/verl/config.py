@@ -102,7 +102,7 @@ def plain_name(loss_mode: str) -> str:
 
 @dataclass
 class EntropyForkConfig:
-    """Which tokens are trained on, by the entropy of their position. See docs/semantics.md.
+    """Which tokens are trained on, by the entropy of their position. See docs/reference/semantics.md.
 
     Attributes:
         enabled: False leaves verl as it is (the preset ``off``: the same recipe as its own all-token baseline).
@@ -233,7 +233,7 @@ class EntropyForkConfig:
 
 @dataclass
 class GuardsConfig:
-    """What looks after a long run, with a mask or without. See docs/faults.md.
+    """What looks after a long run, with a mask or without. See docs/guide/faults.md.
 
     Attributes:
         waiting: stop a run that waits for answers which cannot come any more, because a worker or a server has died.

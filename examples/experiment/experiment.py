@@ -2,7 +2,7 @@
 
 Every run has the same model, questions, learning rate and number of steps; what differs is the seed, and which tokens
 the gradient is taken on. Runs that are there are not run again, so what was interrupted goes on with the next run.
-docs/evidence.md says what the result shows and what not.
+docs/lab/evidence.md says what the result shows and what not.
 """
 
 from __future__ import annotations

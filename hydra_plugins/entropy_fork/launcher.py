@@ -1,4 +1,4 @@
-"""Hydra's launcher for sweeps of verl: every job in a process and a Ray session of its own. See docs/sweeps.md.
+"""Hydra's launcher for sweeps of verl: every job in a process and a Ray session of its own. See docs/guide/sweeps.md.
 
 Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. For main_ppo under
 ``-m`` with anything of ours in the line it is the default (see :func:`make_default`), in place of Hydra's ``basic``,
