@@ -24,6 +24,7 @@ PACKAGE = "entropy_fork"
 PAGES = ("*.md", "examples/**/README.md")
 MODULES = "reference/modules/"
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])|(?<= src=\")([^\":]+)(?=\")")
+CODE = re.compile(r"`[^`]+`")
 FENCE = re.compile(r"^ *(```|~~~)")
 
 
@@ -67,7 +68,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = site_place(target)
         return match[0] if files.get_file_from_path(place) is None else relpath(place, here)
 
-    return outside_code(tables.fill(markdown), in_site)
+    return outside_code(without_escapes(tables.fill(markdown)), in_site)
+
+
+def without_escapes(markdown: str) -> str:
+    r"""Take the backslash from ``\|`` in the code of a table: GitHub needs it there, and MkDocs would show it."""
+    lines = markdown.split("\n")
+    return "\n".join(
+        CODE.sub(lambda code: code[0].replace(r"\|", "|"), line) if line[:1] == "|" else line for line in lines
+    )
 
 
 def modules() -> list[str]:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(REPOSITORY))  # the package of this checkout, installed o
 from entropy_fork.cli import app  # noqa: E402
 from entropy_fork.core.tally import METRICS  # noqa: E402
 
-PLACE = re.compile(r"<!-- table: ([\w-]+) -->")
+#: the place of a table, and the line in italics that readers of the plain Markdown get in its stead
+PLACE = re.compile(r"<!-- table: ([\w-]+) -->\n(?:\n\*.+\*\n)?")
 
 
 try:
@@ -65,7 +66,7 @@ def fill(markdown: str) -> str:
     Raises:
         KeyError: the page asks for a table that is not in ``TABLES``.
     """
-    return PLACE.sub(lambda place: TABLES[place[1]](), markdown)
+    return PLACE.sub(lambda place: TABLES[place[1]]() + "\n", markdown)
 
 
 #: the key of the rule that is verl's own, and stands on the page by itself
