@@ -117,7 +117,7 @@ def _comment(lines: Iterable[str]) -> str:
             blocks.append((literal, []))
         blocks[-1][1].append(line)
     return "\n\n".join(
-        "```text\n" + "\n".join(line.removeprefix("  ") for line in block) + "\n```" if literal else _escaped(block)
+        "```output\n" + "\n".join(line.removeprefix("  ") for line in block) + "\n```" if literal else _escaped(block)
         for literal, block in blocks
     )
 
@@ -156,7 +156,7 @@ def _sections(command: Any, name: str) -> Iterable[str]:
         context = command.make_context(name, [], resilient_parsing=True)
         about, *examples = command.help.split("\n\n")
         lines = [f"{name} {' '.join(command.collect_usage_pieces(context))}", *(line.strip() for line in examples)]
-        yield f"### `{name}`\n\n{_escaped([about])}\n\n```text\n" + "\n".join(lines) + "\n```"
+        yield f"### `{name}`\n\n{_escaped([about])}\n\n```output\n" + "\n".join(lines) + "\n```"
         records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
         rows = [(f"`{record[0]}`", _help(record[1])) for record in records if record and "--help" not in record[0]]
         yield table(("argument, option", "meaning"), rows)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -258,6 +259,17 @@ def test_every_key_preset_recipe_and_cluster_exists(page: Path) -> None:
         for name in names.split(","):
             file = REPOSITORY / "recipes" / group / f"{name}.yaml"
             assert file.is_file() or name in ("NAME", "KEY"), f"{group}={name}"
+
+
+@every_page
+def test_python_on_a_page_is_python_and_imports_what_is_there(page: Path) -> None:
+    for _, language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(block)) if language == "python" else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("entropy_fork"):
+                module = importlib.import_module(node.module or "")
+                for name in node.names:
+                    is_module = hasattr(module, "__path__") and find_spec(f"{node.module}.{name.name}")
+                    assert is_module or hasattr(module, name.name), f"{node.module} has no {name.name}"
 
 
 @every_page
