@@ -27,9 +27,15 @@ PLACE = re.compile(r"<!-- table: ([\w-]+) -->\n(?:\n\*.+\*\n)?")
 
 
 try:
-    from entropy_fork.core.rule import KEYS, Key
-    from entropy_fork.verl.config.schema import keys as keys_of_nodes
-except ImportError:  # the branch that has them is not merged yet; what follows is gone then
+    from entropy_fork.core.rule import KEY_OF, Key
+    from entropy_fork.verl.config import schema
+
+    NODES = {
+        "entropy_fork": schema.keys(schema.EntropyForkConfig),
+        "entropy_fork_guards": schema.keys(schema.GuardsConfig),
+    }
+    AGGREGATION = [KEY_OF["loss_agg_mode"]]
+except ImportError:  # the branch that has them is not merged yet: read the docstrings. This block is gone then.
 
     @dataclass(frozen=True)
     class Key:  # type: ignore[no-redef]
@@ -40,24 +46,28 @@ except ImportError:  # the branch that has them is not merged yet; what follows 
         default: object
         values: Mapping[str, str] = field(default_factory=dict)
 
-    KEYS = ()
+    def _of_docstring(schema: ast.ClassDef) -> tuple[Key, ...]:
+        about = (ast.get_docstring(schema) or "").partition("Attributes:")[2]
+        meanings: dict[str, str] = {}
+        for line in re.sub(r"\n {8}", " ", about).split("\n"):
+            names, _, meaning = line.strip().partition(": ")
+            meanings |= dict.fromkeys(names.split(", "), meaning)
+        return tuple(
+            Key(member.target.id, meanings.get(member.target.id, ""), ast.literal_eval(member.value))
+            for member in schema.body
+            if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name) and member.value
+        )
 
-    def keys_of_nodes() -> Mapping[str, Sequence[Key]]:
-        """The keys of both nodes, from the docstrings of their schemas."""
-        found: dict[str, list[Key]] = {}
-        for schema in ast.parse((REPOSITORY / "entropy_fork/verl/config.py").read_text()).body:
-            if isinstance(schema, ast.ClassDef):
-                about = (ast.get_docstring(schema) or "").partition("Attributes:")[2].split("\n    ")
-                meanings: dict[str, str] = {}
-                for line in re.sub(r"\n {8}", " ", "\n    ".join(about)).split("\n"):
-                    names, _, meaning = line.strip().partition(": ")
-                    meanings |= dict.fromkeys(names.split(", "), meaning)
-                found[{"EntropyForkConfig": "entropy_fork"}.get(schema.name, "entropy_fork_guards")] = [
-                    Key(member.target.id, meanings.get(member.target.id, ""), ast.literal_eval(member.value))
-                    for member in schema.body
-                    if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name) and member.value
-                ]
-        return found
+    _SCHEMAS = {
+        node.name: node
+        for node in ast.parse((REPOSITORY / "entropy_fork/verl/config.py").read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+    NODES = {
+        "entropy_fork": _of_docstring(_SCHEMAS["EntropyForkConfig"]),
+        "entropy_fork_guards": _of_docstring(_SCHEMAS["GuardsConfig"]),
+    }
+    AGGREGATION = []
 
 
 def fill(markdown: str) -> str:
@@ -67,16 +77,6 @@ def fill(markdown: str) -> str:
         KeyError: the page asks for a table that is not in ``TABLES``.
     """
     return PLACE.sub(lambda place: TABLES[place[1]]() + "\n", markdown)
-
-
-#: the key of the rule that is verl's own, and stands on the page by itself
-OF_VERL = "loss_agg_mode"
-
-
-def keys_of(node: str) -> list[Key]:
-    """The keys of ``entropy_fork`` or ``entropy_fork_guards``, those of the rule first."""
-    of_rule = [key for key in KEYS if key.name != OF_VERL] if node == "entropy_fork" else []
-    return [*of_rule, *keys_of_nodes()[node]]
 
 
 def keys_table(keys: Iterable[Key]) -> str:
@@ -173,8 +173,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
-    "keys": lambda: keys_table(keys_of("entropy_fork")),
-    "guards": lambda: keys_table(keys_of("entropy_fork_guards")),
+    "keys": lambda: keys_table(NODES["entropy_fork"]),
+    "guards": lambda: keys_table(NODES["entropy_fork_guards"]),
+    "aggregation": lambda: keys_table(AGGREGATION),
     "presets": lambda: files("entropy_fork"),
     "guard-presets": lambda: files("entropy_fork_guards"),
     "recipes": lambda: files("recipe"),

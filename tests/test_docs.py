@@ -240,10 +240,16 @@ def spans_after(page: Path) -> set[str]:
 @cache
 def keys(schema: str) -> set[str]:
     """The keys of a config node, read in the source: importing it would import all of verl."""
-    for node in ast.parse((REPOSITORY / "entropy_fork/verl/config.py").read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == schema:
-            return {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
-    raise AssertionError(f"{schema} is not in verl/config.py")
+    folder = REPOSITORY / "entropy_fork/verl"
+    for file in (*folder.glob("config.py"), *folder.glob("config/*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name == schema:
+                return {
+                    key.target.id
+                    for key in node.body
+                    if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name)
+                }
+    raise AssertionError(f"{schema} is not in entropy_fork/verl/config")
 
 
 @every_page
