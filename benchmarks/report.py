@@ -81,7 +81,7 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
 
 
 def pyplot() -> Any:
-    """matplotlib, or None where it is not installed (the extra 'analysis'), which is said."""
+    """matplotlib, or None where it is not installed (pip install 'entropy-fork[analysis]'), which is said."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:

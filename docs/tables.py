@@ -28,6 +28,7 @@ PLACE = re.compile(r"<!-- table: ([\w-]+) -->\n(?:\n\*.+\*\n)?")
 
 try:
     from entropy_fork.core.rule import KEY_OF, Key
+
     from entropy_fork.verl.config import schema
 
     NODES = {

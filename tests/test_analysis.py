@@ -550,4 +550,4 @@ def test_a_missing_extra_is_named_before_anything_is_measured(monkeypatch: pytes
     monkeypatch.setattr(report_files, "find_spec", lambda name: None if name == "wordcloud" else object())
     result = CliRunner().invoke(app, ["analyze", str(tmp_path), "--output", str(tmp_path / "o")])
     assert result.exit_code == 1
-    assert "wordcloud is not installed: pip install '.[analysis]' in a clone of entropy-fork" in result.output
+    assert "wordcloud is not installed: pip install 'entropy-fork[analysis]'" in result.output

@@ -61,7 +61,7 @@ def test_processes_that_differ(healthy: dict[str, Any]) -> None:
     found = Diagnosis(processes={"this process": here, "a worker": there})
     doctor._accelerators(found)
     assert "no accelerator in this process or a worker" in found.problems[0]
-    assert "pip install '.[cpu]' in a clone of entropy-fork" in found.problems[0]
+    assert "'entropy-fork[cpu]'" in found.problems[0]
     assert found.problems[1].startswith("verl differs between processes: 0.9.0, 0.9.1")
 
 

@@ -43,7 +43,7 @@ Compose = Callable[..., Any]
         ("trainer.device=cuda", r"trainer.device=cuda. Add \+cluster=cpu"),
         ("actor_rollout_ref.actor.strategy=fsdp", r"actor.strategy=fsdp does not run on a CPU.*strategy=fsdp2"),
         ("actor_rollout_ref.rollout.name=sglang", r"rollout.name=sglang does not run on a CPU.*=transformers"),
-        ("actor_rollout_ref.rollout.name=vllm", r"vLLM is not installed.*pip install '\.\[cpu-vllm\]' in a clone"),
+        ("actor_rollout_ref.rollout.name=vllm", r"vLLM is not installed.*pip install 'entropy-fork\[cpu-vllm\]'"),
     ],
 )
 def test_what_a_cpu_cannot_do_is_refused(
@@ -72,7 +72,7 @@ def test_what_a_separate_rollout_needs_is_named(compose: Compose, override: str,
 
 def test_a_missing_extra_is_named(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("zmq", "fastapi") else name)
-    with pytest.raises(EntropyForkError, match=r"needs fastapi, zmq.*pip install '\.\[cpu\]' in a clone"):
+    with pytest.raises(EntropyForkError, match=r"needs fastapi, zmq.*pip install 'entropy-fork\[cpu\]'"):
         cpu_platform.check_before_training(compose("+recipe=demo_cpu"))
 
 

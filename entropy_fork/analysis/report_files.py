@@ -14,7 +14,6 @@ from entropy_fork.analysis import plots
 from entropy_fork.analysis.summary import PAPER
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import spreadsheet_cell
-from entropy_fork.common.install import how_to_install
 from entropy_fork.common.output_folder import write_whole
 from entropy_fork.evaluation.report import TextTable
 
@@ -28,7 +27,7 @@ def check_installed() -> None:
     """Raises an EntropyForkError where the extra ``analysis`` is missing: before an hour of measuring, not after it."""
     missing = [name for name in ("matplotlib", "pyarrow", "wordcloud") if find_spec(name) is None]
     if missing:
-        raise EntropyForkError(f"{', '.join(missing)} is not installed: {how_to_install('analysis')}")
+        raise EntropyForkError(f"{', '.join(missing)} is not installed: pip install 'entropy-fork[analysis]'")
 
 
 def write_summary(summary: Mapping[str, Any], folder: Path) -> None:

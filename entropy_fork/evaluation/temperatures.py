@@ -23,7 +23,6 @@ from rich.console import Console
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import spreadsheet_cell
-from entropy_fork.common.install import how_to_install
 from entropy_fork.common.output_folder import write_whole
 from entropy_fork.common.progress import task
 from entropy_fork.evaluation import report
@@ -124,7 +123,7 @@ def run_sweep(settings: Settings, sweep: Sweep, console: Console) -> list[Point]
         EntropyForkError: something that was asked for cannot be done; before any answer is drawn.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise EntropyForkError(f"the curves need matplotlib: {how_to_install('analysis')}")
+        raise EntropyForkError("the curves are drawn with matplotlib: pip install 'entropy-fork[analysis]'")
     points = sweep.points()
     pairs = list(dict.fromkeys(pair for _, pair in points))
     merged = settings.merged or settings.output / "merged"

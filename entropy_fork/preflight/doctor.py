@@ -20,7 +20,6 @@ from hydra.core.object_type import ObjectType
 from packaging.requirements import Requirement
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.common.install import how_to_install
 from entropy_fork.common.progress import task
 from entropy_fork.common.recipes import recipes_dir
 from entropy_fork.common.supported import SUPPORTED
@@ -34,7 +33,7 @@ ANSWER_SECONDS = 120.0
 
 CPU_WAY = (
     "on a machine without one, opt in: VERL_PLATFORM=cpu in the environment, +cluster=cpu on the command line, and "
-    + how_to_install("cpu")
+    "pip install 'entropy-fork[cpu]'"
 )
 
 
@@ -210,7 +209,7 @@ def _of_process(answer: dict[str, Any], needs: dict[str, str]) -> list[str]:
     if plugin["inactive"]:
         problems.append(
             f"the plugin is not active: {plugin['inactive']}. Install the same entropy-fork there as here "
-            f"({how_to_install()}), and leave VERL_USE_EXTERNAL_PLUGINS unset, or 'auto'."
+            f"(pip install entropy-fork), and leave VERL_USE_EXTERNAL_PLUGINS unset, or 'auto'."
         )
     if plugin["trainers"]:
         problems.append(f"verl's trainer(s) {', '.join(plugin['trainers'])} would train on all tokens.")

