@@ -81,12 +81,14 @@ def fill(markdown: str) -> str:
 
 
 def keys_table(keys: Iterable[Key]) -> str:
-    """A row for each key, and below it a row for each of its values."""
+    """A row for each key; below one with a list of values a row for each."""
     rows = []
     for key in keys:
-        rows.append((f"`{key.name}`", f"`{_yaml(key.default)}`", key.sentence.replace("``", "`")))
-        rows += [("", f"`{value}`", meaning.replace("``", "`")) for value, meaning in key.values.items()]
-    return table(("key", "default, values", "meaning"), rows)
+        default = "" if key.values else f"`{_yaml(key.default)}`"
+        rows.append((f"`{key.name}`", default, key.sentence.replace("``", "`")))
+        for value, meaning in key.values.items():
+            rows.append(("", f"`{value}`" + " (default)" * (value == key.default), meaning.replace("``", "`")))
+    return table(("key", "default or values", "meaning"), rows)
 
 
 def metrics() -> str:
