@@ -74,7 +74,7 @@ rest: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	$(VENV)/bin/python tests/fuzz.py --minutes $(MINUTES)
 
-# What breaks in a long run, each in a real run that is broken so: see docs/faults.md.
+# What breaks in a long run, each in a real run that is broken so: see docs/guide/faults.md.
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m fault
 

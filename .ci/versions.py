@@ -68,10 +68,10 @@ TESTS = {
 }
 #: of the tests that start processes, those that are run on another Python without torch
 JUDGE = (
-    "test_reward.py::test_agreement_with_a_human_grader",
-    "test_reward.py::test_memory_is_bounded",
-    "test_reward.py::test_a_process_is_used_again",
-    "test_reward.py::test_an_endless_answer_is_stopped[tower of exponents]",
+    "reward/test_reward.py::test_agreement_with_a_human_grader",
+    "reward/test_reward.py::test_memory_is_bounded",
+    "reward/test_reward.py::test_a_process_is_used_again",
+    "reward/test_reward.py::test_an_endless_answer_is_stopped[tower of exponents]",
 )
 FOR_TESTS = ("hypothesis", "pytest", "pytest-timeout")
 STEPS = ("installed", "dry run", "beside vLLM", *TESTS)

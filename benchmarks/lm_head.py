@@ -110,7 +110,7 @@ def main(
         list[float] | None, typer.Option(help="ρ; may be repeated. By default 1.0, 0.5, 0.2, 0.1.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of each side.")] = 3,
-    output: Annotated[Path, typer.Option(help="Folder of lm_head-DEVICE.csv and .png.")] = Path("docs/performance"),
+    output: Annotated[Path, typer.Option(help="Folder of lm_head-DEVICE.csv and .png.")] = Path("docs/lab/performance"),
 ) -> None:
     """Measure, print the table, write CSV and plot."""
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def train(overrides: list[str], world: Path, steps: int, times: Path) -> list[di
 def main(
     world: Annotated[Path, typer.Option(help="Folder of examples/cpu_demo/build.py.")] = Path(".demo/world"),
     steps: int = 15,
-    output: Annotated[Path, typer.Option(help="Folder of plugin_cost.csv.")] = Path("docs/performance"),
+    output: Annotated[Path, typer.Option(help="Folder of plugin_cost.csv.")] = Path("docs/lab/performance"),
 ) -> None:
     """Run with ρ = 1.0 and without the node, print the table, write the CSV."""
     with tempfile.TemporaryDirectory() as folder, task("run with ρ = 1.0"):

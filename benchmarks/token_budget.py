@@ -69,7 +69,7 @@ def flops(model: ModelShape, head: str, length: int, tokens: int, ratio: float) 
 def main(
     ratio: Annotated[float, typer.Option(help="ρ, the kept share.")] = 0.2,
     gib: Annotated[float, typer.Option(help="Memory of an accelerator.")] = 80.0,
-    output: Annotated[Path, typer.Option(help="Folder of token_budget.csv.")] = Path("docs/performance"),
+    output: Annotated[Path, typer.Option(help="Folder of token_budget.csv.")] = Path("docs/lab/performance"),
 ) -> None:
     """Print the table and write it as CSV."""
     rows = []

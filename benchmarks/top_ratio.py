@@ -50,7 +50,7 @@ def main(
     sizes: Annotated[list[int] | None, typer.Option(help="Tokens, in millions; may be repeated.")] = None,
     ratio: float = 0.2,
     repeats: int = 5,
-    output: Annotated[Path, typer.Option(help="Folder of top_ratio.csv and .png.")] = Path("docs/performance"),
+    output: Annotated[Path, typer.Option(help="Folder of top_ratio.csv and .png.")] = Path("docs/lab/performance"),
 ) -> None:
     """Measure, print the table, write CSV and plot."""
     shown: list[dict[str, str]] = []

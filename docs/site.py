@@ -1,8 +1,9 @@
 """What 'make docs' adds to MkDocs: pages from outside docs/, links as they stand on GitHub, the reference.
 
-MkDocs wants everything below one folder. Here README.md becomes the first page, CONTRIBUTING.md and the like pages of
-their own, each public module a page of the reference, and a link to any other file of the repository a link to a copy.
-A link to what does not exist is left as it is, and the build, which is strict, fails on it.
+MkDocs wants all pages below one folder. This hook adds the others. README.md becomes the first page. CONTRIBUTING.md,
+SECURITY.md and CHANGELOG.md become pages of their own, and so does each public module. A link to any other file of the
+repository becomes a link to a copy. The tables of the reference are made from the code (docs/tables.py). A link to a
+file that does not exist is left as it is, and the build, which is strict, fails on it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from posixpath import normpath, relpath
 from typing import Any
 
 import griffe
+import tables
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -20,12 +22,14 @@ from mkdocs.structure.pages import Page
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "entropy_fork"
 PAGES = ("*.md", "examples/**/README.md")
+MODULES = "reference/modules/"
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])|(?<= src=\")([^\":]+)(?=\")")
+CODE = re.compile(r"`[^`]+`")
 FENCE = re.compile(r"^ *(```|~~~)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the modules behind the pages: core first, since it is what a reader starts with."""
+    """Put the modules at the end of the reference: core first, because a reader starts there."""
     assert config.nav is not None
     rooms: dict[str, list[Any]] = {"core": []}
     for module in modules():
@@ -34,13 +38,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         room = path[0] if path and (is_room or len(path) > 1) else PACKAGE
         rooms.setdefault(room, []).append({module if is_room else path[-1]: reference_page(module)})
     rooms[PACKAGE] = rooms.pop(PACKAGE)  # last
-    config.nav.append({"Reference": [{room: pages} for room, pages in rooms.items()]})
+    shelf = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
+    shelf.append({"Modules": [{room: pages} for room, pages in rooms.items()]})
     config.watch.append(str(REPOSITORY / PACKAGE))
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what lies outside docs/."""
+    """Add the pages that lie outside docs/, the modules, and the files that a page has a link to."""
     for path in sorted(path for pattern in PAGES for path in REPOSITORY.glob(pattern)):
         place = path.relative_to(REPOSITORY).as_posix()
         files.append(File.generated(config, site_place(place), abs_src_path=str(path)))
@@ -63,7 +68,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = site_place(target)
         return match[0] if files.get_file_from_path(place) is None else relpath(place, here)
 
-    return outside_code(markdown, in_site)
+    return outside_code(without_escapes(tables.fill(markdown)), in_site)
+
+
+def without_escapes(markdown: str) -> str:
+    r"""Take the backslash from ``\|`` in the code of a table: GitHub needs it there, and MkDocs would show it."""
+    lines = markdown.split("\n")
+    return "\n".join(
+        CODE.sub(lambda code: code[0].replace(r"\|", "|"), line) if line[:1] == "|" else line for line in lines
+    )
 
 
 def modules() -> list[str]:
@@ -78,7 +91,7 @@ def modules() -> list[str]:
 
 def reference_page(module: str) -> str:
     """Where the page of a module is."""
-    return f"reference/{module}.md"
+    return f"{MODULES}{module}.md"
 
 
 def site_place(place: str) -> str:
@@ -88,7 +101,7 @@ def site_place(place: str) -> str:
     if place.endswith(".py") and place.startswith(f"{PACKAGE}/"):
         return reference_page(place.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
     if place.endswith(".md") and "/" not in place:
-        return f"project/{place}"  # SECURITY.md is another page than docs/security.md
+        return f"project/{place}"  # SECURITY.md is another page than docs/reference/security.md
     return place.removeprefix("docs/")
 
 
@@ -103,7 +116,7 @@ def repository_place(place: str) -> str:
 
 def linked_files(page: File) -> list[str]:
     """The files of the repository, other than pages, that a page has links to."""
-    if page.src_uri.startswith("reference/"):
+    if page.src_uri.startswith(MODULES):
         return []
     found: list[str] = []
     source = PurePosixPath(repository_place(page.src_uri))

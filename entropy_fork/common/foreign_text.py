@@ -1,7 +1,7 @@
 """Text that a model or a data set wrote, made harmless for a terminal, a spreadsheet, Markdown and a figure.
 
 Each of these gives some characters a meaning of their own. ``report/page.py`` does the same for HTML, and
-``reward/judge.py`` for the comparison of answers. See docs/security.md.
+``reward/judge.py`` for the comparison of answers. See docs/reference/security.md.
 """
 
 from __future__ import annotations

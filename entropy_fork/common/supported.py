@@ -8,7 +8,7 @@ from packaging.version import InvalidVersion
 #: the versions whose internals we read; as in any specifier, without pre-releases of 0.9.0 and 0.10.0, with 0.9.2rc1
 SUPPORTED = ">=0.9,<0.10"
 
-#: the versions on which the installed wheel is tested (docs/versions.md), oldest first
+#: the versions on which the installed wheel is tested (docs/reference/versions.md), oldest first
 TESTED = ("0.9.0", "0.9.1")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -12,6 +12,28 @@ import torch
 from torch import Tensor
 
 from entropy_fork.core.flat import count_per_row, pieces
+
+#: every metric that a masked run logs as ``entropy_fork/NAME``, with its meaning; entropies and thresholds are in nats.
+#: The reference page docs/reference/metrics.md is made from it.
+METRICS: Mapping[str, str] = {
+    "top_ratio": "ρ of this step, the share of tokens to keep. It changes only with a `schedule`.",
+    "kept_ratio": "The share of the response tokens that was kept, counted after the selection.",
+    "kept_tokens": "The number of kept tokens.",
+    "pool_tokens": "The number of response tokens in the smallest pool.",
+    "threshold": "τ, the lowest entropy that is kept, in nats: the mean over the pools.",
+    "threshold_min": "τ of the pool with the lowest τ, in nats.",
+    "threshold_max": "τ of the pool with the highest τ, in nats.",
+    "entropy_kept": "The mean entropy of the kept tokens, in nats.",
+    "entropy_dropped": "The mean entropy of the dropped tokens, in nats.",
+    "kept_ratio_positive": "The share that was kept of the tokens with an advantage above 0.",
+    "kept_ratio_negative": "The share that was kept of the tokens with an advantage below 0.",
+    "responses_without_kept": "The share of the responses in which no token was kept.",
+    "overlap_with_old": "With `entropy=current`: the share of the kept tokens that the old entropies keep too.",
+    "responses": "With `select=random`: the number of responses that have a token in the response mask.",
+    "distinct_draws": "With `select=random`: the number of different seeds that these responses have.",
+    "pg_clipfrac": "verl's `actor/pg_clipfrac` over the kept tokens: the share that PPO's clip takes out.",
+    "ppo_kl": "verl's `actor/ppo_kl` over the kept tokens, in nats: the mean of old minus new log-probability.",
+}
 
 
 @dataclass(frozen=True)
@@ -127,11 +149,7 @@ class Tally:
         """The metrics of a step.
 
         Returns:
-            ``kept_ratio`` (realised share), ``kept_tokens``, ``pool_tokens`` (of the smallest pool), ``threshold``
-            (mean over the pools, nats; also ``_min`` and ``_max``), ``entropy_kept`` and ``entropy_dropped`` (means in
-            nats), ``kept_ratio_positive`` and ``kept_ratio_negative`` (share kept of the tokens with an advantage above
-            and below zero), ``responses_without_kept`` (share of the responses), ``overlap_with_old`` (share of the
-            kept tokens that the old policy's entropies would keep). What has no value is left out, not reported as 0.
+            Those of :data:`METRICS` that this tally knows, by name. What has no value is left out, not reported as 0.
         """
         if self.num_tokens == 0:
             return {}

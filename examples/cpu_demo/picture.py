@@ -69,7 +69,7 @@ def answer_of(answer: AnswerTokens, weights: np.ndarray, threshold: float, top: 
 def main(
     tokens: Annotated[Path, typer.Option(help="Written by 'entropy-fork analyze --prompts'.")],
     answers: Annotated[tuple[int, int], typer.Option(help="Two answers to one question.")] = (259, 515),
-    output: Annotated[Path, typer.Option(help="The SVG.")] = Path("docs/forking_tokens.svg"),
+    output: Annotated[Path, typer.Option(help="The SVG.")] = Path("docs/pictures/forking_tokens.svg"),
 ) -> None:
     """Draw two answers of a folder."""
     manifest = read_manifest(tokens)

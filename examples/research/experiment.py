@@ -2,7 +2,7 @@
 
 Every run has the same model, questions, learning rate and number of steps. Only the seed and the tokens in the policy
 gradient differ. Finished runs are not repeated, so an interrupted experiment continues with the next missing run.
-docs/evidence.md says what the results show and what they do not show.
+docs/lab/evidence.md says what the results show and what they do not show.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hydra's launcher for sweeps of verl: every job in a process and a Ray session of its own. See docs/sweeps.md.
+"""Hydra's launcher for sweeps of verl: every job in a process and a Ray session of its own. See docs/guide/sweeps.md.
 
 Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. It is the default
 for main_ppo with ``-m``, if the command line asks for anything of ours (see :func:`make_default`). Hydra's own default,

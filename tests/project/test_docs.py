@@ -7,20 +7,27 @@ fails here where a page still names the old one. That the commands do what the p
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import click
 import pytest
+import torch
 import typer.main
 import yaml
 
 import entropy_fork
 from entropy_fork.cli import app
+from entropy_fork.core.tally import METRICS, Tally, draws
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -29,8 +36,8 @@ PAGES = sorted(
     for path in REPOSITORY.glob(pattern)
 )
 SECTIONS = [
-    "Run it now", "Install into your cluster", "Reproduce the paper", "Choose your semantics", "Performance", "Limits",
-    "Citation",
+    "Use it", "The path of a number", "Run the demo", "Your own runs", "Reproduce the paper", "Choose your semantics",
+    "Performance", "Limits", "The package", "Citation",
 ]  # fmt: skip
 
 FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -89,9 +96,91 @@ def test_the_readme_goes_from_what_it_is_to_how_to_cite_it() -> None:
     readme = REPOSITORY / "README.md"
     assert re.findall(r"^## (.+)$", prose(readme), re.MULTILINE) == SECTIONS
     opening = prose(readme).split("\n## ")[0]
-    assert "](docs/forking_tokens.svg)" in opening, "no picture before the first section"
+    assert "](docs/pictures/forking_tokens.svg)" in opening, "no picture before the first section"
     first = prose(readme).split("\n\n")[1]
-    assert len(re.findall(r"[.!?](?= [A-Z]|$)", first)) == 2, "what it is, in two sentences"
+    assert len(re.findall(r"[.!?](?= [A-Z]|$)", " ".join(first.split()))) == 2, "what it is, in two sentences"
+    assert "**Status**" in opening, "no line that says on what it was tested"
+
+
+def test_the_tree_of_the_readme_has_every_folder_of_the_package() -> None:
+    tree = re.search(r"^entropy_fork/\n((?:  .*\n)+)", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert tree is not None
+    named, parent = set(), ""
+    for indent, folder in re.findall(r"^( +)(\w+)/", tree[1], re.MULTILINE):
+        parent = folder if len(indent) == 2 else parent
+        named.add(folder if len(indent) == 2 else f"{parent}/{folder}")
+    package = REPOSITORY / "entropy_fork"
+    there = {file.parent.relative_to(package).as_posix() for file in package.glob("*/**/__init__.py")}
+    assert there <= named
+    assert [name for name in named - there if not (package / f"{name}.py").is_file()] == []
+
+
+def test_a_page_that_the_code_names_is_there() -> None:
+    named = [
+        (file, page)
+        for pattern in ("*.toml", "Makefile", ".ci/*", "{}/**/*.py", "{}/**/*.yaml")
+        for folder in ("entropy_fork", "hydra_plugins", "recipes", "examples", "benchmarks", "tests", "docs")
+        for file in sorted(REPOSITORY.glob(pattern.format(folder)))
+        for page in re.findall(r"\bdocs/[\w/]+\.(?:md|svg|png|py)\b", file.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 20, "nothing was read"
+    assert [(str(file), page) for file, page in named if not (REPOSITORY / page).is_file()] == []
+
+
+def test_every_table_that_is_made_from_the_code_stands_on_one_page() -> None:
+    asked = [name for page in PAGES for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text())]
+    assert sorted(asked) == sorted(tables().TABLES)
+
+
+@pytest.mark.parametrize("name", ["keys", "guards", "presets", "recipes", "clusters", "commands", "metrics"])
+def test_a_table_has_what_the_code_has(name: str) -> None:
+    made = tables().TABLES[name]()
+    folder = {"presets": "entropy_fork", "recipes": "recipe", "clusters": "cluster"}.get(name)
+    expected: set[str]
+    if folder is not None:
+        expected = {file.stem for file in (REPOSITORY / "recipes" / folder).glob("*.yaml")}
+    elif name == "commands":
+        expected = set(called_by_name(typer.main.get_command(app), "entropy-fork"))
+    elif name == "metrics":
+        expected = {f"entropy_fork/{metric}" for metric in METRICS}
+    else:
+        expected = keys({"keys": "EntropyForkConfig", "guards": "GuardsConfig"}[name])
+    found = set(re.findall(r"^(?:### |\| )`([^`]+)`", made, re.MULTILINE))
+    assert expected <= found
+    assert name == "commands" or found == expected
+
+
+def called_by_name(command: Any, name: str) -> Iterator[str]:
+    for child, below in getattr(command, "commands", {}).items():
+        yield from called_by_name(below, f"{name} {child}")
+    if not hasattr(command, "commands"):
+        yield name
+
+
+@cache
+def tables() -> Any:
+    """docs/tables.py, which is no part of a package."""
+    place = importlib.util.spec_from_file_location("tables", REPOSITORY / "docs/tables.py")
+    assert place is not None
+    assert place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    sys.modules["tables"] = module  # dataclasses look their module up
+    place.loader.exec_module(module)
+    return module
+
+
+def test_the_metrics_that_are_logged_are_those_that_are_listed() -> None:
+    full = Tally(**{field.name: 1.0 for field in fields(Tally)} | {"num_tokens": 2.0})
+    seeds, lengths = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+    computed = full.metrics().keys() | draws(seeds, torch.ones(2, dtype=torch.bool), lengths).keys()
+    # what is written elsewhere under our name, but for the sums that never reach a log
+    written = {
+        name
+        for file in (REPOSITORY / "entropy_fork/verl").rglob("*.py")
+        for name in re.findall(r"f\"\{NODE\}/(\w+)\"", file.read_text())
+        if not name.startswith("loss_")
+    }
+    assert computed | written == set(METRICS)
 
 
 @every_page
@@ -170,6 +259,17 @@ def test_every_key_preset_recipe_and_cluster_exists(page: Path) -> None:
         for name in names.split(","):
             file = REPOSITORY / "recipes" / group / f"{name}.yaml"
             assert file.is_file() or name in ("NAME", "KEY"), f"{group}={name}"
+
+
+@every_page
+def test_python_on_a_page_is_python_and_imports_what_is_there(page: Path) -> None:
+    for _, language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(block)) if language == "python" else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("entropy_fork"):
+                module = importlib.import_module(node.module or "")
+                for name in node.names:
+                    is_module = hasattr(module, "__path__") and find_spec(f"{node.module}.{name.name}")
+                    assert is_module or hasattr(module, name.name), f"{node.module} has no {name.name}"
 
 
 @every_page

@@ -1,4 +1,4 @@
-"""Attacks at every edge, each really tried: what docs/security.md promises.
+"""Attacks at every edge, each really tried: what docs/reference/security.md promises.
 
 ``test_report.py`` has the page's escaping and its Content-Security-Policy, ``test_reward.py`` endless and
 monstrous answers.

@@ -1,4 +1,4 @@
-"""How much memory the driver's part takes for each token, counted exactly: docs/performance.md says so much."""
+"""How much memory the driver's part takes for each token, counted exactly: docs/lab/performance.md says so much."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def _own(default: object, sentence: str) -> Any:
 class EntropyForkConfig:
     """The node ``entropy_fork``: which tokens are trained on, by the entropy of their position.
 
-    The meaning of each key: :func:`keys`. See also docs/semantics.md.
+    The meaning of each key: :func:`keys`. See also docs/reference/semantics.md.
     """
 
     enabled: bool = _own(True, "Whether there is a mask. `false` is stock verl: the preset `off`.")
@@ -152,7 +152,7 @@ class EntropyForkConfig:
 class GuardsConfig:
     """The node ``entropy_fork_guards``: what looks after a long run, with a mask or without.
 
-    The meaning of each key: :func:`keys`. See also docs/faults.md.
+    The meaning of each key: :func:`keys`. See also docs/guide/faults.md.
     """
 
     waiting: bool = _own(

@@ -7,7 +7,7 @@ launcher starts the server (``fork_server_process.py``), which imports verl whil
 
 Only for a Ray that the run starts itself on a machine without an accelerator (``VERL_PLATFORM=cpu``): a process that
 has touched a GPU cannot be forked, and on a cluster Ray's workers start on other machines. ``cpu_platform.fork_server``
-switches it on and off. See docs/cpu.md.
+switches it on and off. See docs/guide/cpu.md.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ ELSEWHERE = ("conda", "pip", "uv", "container", "image_uri", "working_dir", "py_
 
 @dataclass
 class CpuPlatform:
-    """How a run on a machine without an accelerator is started. See docs/cpu.md.
+    """How a run on a machine without an accelerator is started. See docs/guide/cpu.md.
 
     Attributes:
         fork_server: import verl once, in a process from which Ray's workers are forked, and not in each of them.
