@@ -54,8 +54,8 @@ for module in sys.argv[1:]:
     os._exit(0)
 """
     touching_verl = [name for name in MODULES if name.startswith("entropy_fork.verl.") and not name.endswith("plugin")]
-    text = "".join(file.read_text(encoding="utf-8") for file in (PACKAGE / "verl").glob("*.py"))
-    needed_there = sorted(set(re.findall(r"from (entropy_fork\.[a-z_]+) import", text)) & set(MODULES))
+    text = "".join(file.read_text(encoding="utf-8") for file in (PACKAGE / "verl").rglob("*.py"))
+    needed_there = sorted(set(re.findall(r"from (entropy_fork\.(?!verl\b)[a-z_.]+) import", text)) & set(MODULES))
     assert "entropy_fork.common.output_folder" in needed_there
     result = python("-c", script, *touching_verl, *needed_there)
     assert result.returncode == 0, result.stderr[-2000:]
