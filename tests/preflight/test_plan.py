@@ -196,7 +196,7 @@ def test_what_the_launcher_says(plan: MakePlan, overrides: list[str], match: str
         ([f"{ACTOR}.ppo_mini_batch_size=0"], "ppo_mini_batch_size=0 is not a whole number of at least 1"),
         ([f"~{ROLLOUT}.n"], r"rollout\.n has no value"),
         ([f"{ROLLOUT}.n=???"], r"rollout\.n has no value"),
-        ([f"{ACTOR}.use_dynamic_bsz=maybe"], "use_dynamic_bsz=maybe is not True or False. Write .*=True or"),
+        ([f"{ACTOR}.use_dynamic_bsz=maybe"], r"actor\.use_dynamic_bsz=maybe is not True or False. Write .*=True or"),
         ([f"{ROLLOUT}.gpu_memory_utilization=most"], "=most is not a number. Write"),
         ([f"{ACTOR}.fsdp_config=5"], "fsdp_config=5 is not a group of keys"),
         ([f"{ACTOR}.fsdp_config.model_dtype=int3"], "model_dtype=int3 is not a dtype that verl knows. Write .*=fp32"),
