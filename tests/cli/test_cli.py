@@ -23,7 +23,7 @@ def test_help_loads_nothing_heavy(python: Python) -> None:
 
 
 def test_the_command_and_the_module_are_the_same(python: Python) -> None:
-    project = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     script = re.search(r'^entropy-fork = "([\w.]+):(\w+)"$', project, re.MULTILINE)
     assert script is not None
     app = getattr(import_module(script[1]), script[2])
