@@ -52,7 +52,15 @@ ESTIMATORS = ("total_return", "reward_to_go", *NEED_GROUP, *NEED_CRITIC)
 MASKED_STRATEGIES = ("fsdp", "fsdp2")
 
 #: keys of the node that change nothing of what is trained on
-NOT_SELECTING = ("enabled", "sparse_head", "dump_every", "dump_answers", "dump_dir", "resume_other_selection")
+NOT_SELECTING = (
+    "enabled",
+    "sparse_head",
+    "dump_every",
+    "dump_answers",
+    "dump_dir",
+    "resume_other_selection",
+    "short_output",
+)
 
 #: ids of dumped answers: the step times this, plus the answer's number in its step
 ANSWERS_PER_STEP = 100_000
@@ -128,6 +136,9 @@ class EntropyForkConfig:
             report``; 0 writes nothing. With ``enabled=False`` as well.
         resume_other_selection: go on from a checkpoint that was trained on other tokens than this run would. False
             refuses it. With ``enabled=False`` as well.
+        short_output: show one line per step on the launcher's terminal, and write everything that verl prints to
+            ``output.log`` in ``trainer.default_local_dir``. False leaves the terminal to verl. With ``enabled=False``
+            as well.
     """
 
     enabled: bool = True
@@ -148,6 +159,7 @@ class EntropyForkConfig:
     dump_answers: int = 8
     dump_dir: str | None = None
     resume_other_selection: bool = False
+    short_output: bool = True
 
     def selection(self) -> Selection:
         """What the run trains on, resolved. Two runs with equal selections train on the same kind of tokens.
