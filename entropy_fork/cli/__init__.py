@@ -18,6 +18,7 @@ from entropy_fork.cli.evaluate import evaluate
 from entropy_fork.cli.preflight import OVERRIDES, doctor, plan
 from entropy_fork.cli.report import report
 from entropy_fork.cli.temperatures import temperatures
+from entropy_fork.cli.watch import watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,4 +58,5 @@ app.command()(report)
 app.command()(temperatures)
 app.command(context_settings=OVERRIDES)(plan)
 app.command(context_settings=OVERRIDES)(doctor)
+app.command()(watch)
 app.add_typer(data_app, name="data")

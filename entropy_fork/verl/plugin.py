@@ -53,6 +53,7 @@ def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..
             cpu_platform.check_opted_in(config)
             fork_server.check_opted_in(config)
         checks.check_before_training(config)
+        launch.extend_program()
         if ON_CPU:
             fork_server.choose(config)
         return result

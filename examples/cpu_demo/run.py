@@ -1,20 +1,18 @@
 """Run the CPU demo: build the tiny model once, train it with verl, show the results as a table.
 
-Stock verl does the training. This script starts ``python -m verl.trainer.main_ppo +recipe=demo_cpu`` as a process,
-reads the metrics that verl prints, and draws a progress bar. ``--print-command`` prints the command and ends.
+Stock verl does the training. This script starts ``python -m verl.trainer.main_ppo +recipe=demo_cpu`` as a process. Its
+terminal shows one line per step; the metrics are read from the run's file. ``--print-command`` prints the command.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -24,11 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from entropy_fork.common.cores import waiting_passively
-from entropy_fork.common.progress import task
+from entropy_fork.watch.follow import OUTPUT, steps_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEP = re.compile(r"step:(\d+) - (.*)")
-NUMBER = re.compile(r"(\S+?):(?:np\.\w+\()?(-?[\d.]+(?:e[-+]?\d+)?|nan|inf)\)?(?: - |\s*$)")
 ACCURACY = "val-core/cpu_demo/acc/mean@"  # and the number of answers to each question
 PHASES = {
     "generation and reward": "timing_s/gen",
@@ -45,12 +41,10 @@ class Run:
 
     Attributes:
         metrics: verl's metrics by step; step 0 is the validation before training.
-        seconds_to_first_step: from the start of the process to the end of the first training step.
         seconds: of the whole script, including the build of the world.
     """
 
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
-    seconds_to_first_step: float = float("nan")
     seconds: float = float("nan")
 
     def save(self, file: Path) -> None:
@@ -99,53 +93,6 @@ def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollo
     ]
 
 
-def lines_of(arguments: list[str], output: Path, more_environment: Mapping[str, str]) -> Iterator[str]:
-    """Run a command, write its output to ``output/train.log``, and yield each line.
-
-    Raises:
-        typer.Exit: the command failed; its exit code, after printing the end of the log.
-    """
-    environment = {
-        **os.environ,
-        **waiting_passively(os.environ),
-        "VERL_PLATFORM": "cpu",
-        "TENSORBOARD_DIR": str(output.resolve() / "tensorboard"),
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONUNBUFFERED": "1",
-        **more_environment,
-    }
-    log = output / "train.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            arguments,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                yield line
-            process.wait()
-        finally:
-            if process.poll() is None:
-                # After Ctrl-C, interrupt main_ppo as well: it then shuts its Ray cluster down.
-                os.killpg(process.pid, signal.SIGINT)
-                try:
-                    process.wait(timeout=30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode != 0:
-        tail = log.read_text().splitlines()[-25:]
-        Console(stderr=True).print("\n".join(tail), markup=False, highlight=False)
-        Console(stderr=True).print(f"[red]training failed (exit code {process.returncode}); the whole log: {log}")
-        raise typer.Exit(process.returncode)
-
-
 def build_world(world: Path, console: Console) -> None:
     """Build the demo's world if it is missing."""
     console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
@@ -156,42 +103,35 @@ def build_world(world: Path, console: Console) -> None:
 def train(
     arguments: list[str],
     output: Path,
-    steps: int,
-    console: Console,
     more_environment: Mapping[str, str] | None = None,
 ) -> Run:
-    """Train, and print a line of metrics for each step."""
-    run, began = Run(), time.monotonic()
-    with task("training", steps, note="starting Ray and the workers", console=console) as shown:
-        for line in lines_of(arguments, output, more_environment or {}):
-            if not (found := STEP.search(line)):
-                continue
-            step = int(found[1])
-            values = {name: float(value) for name, value in NUMBER.findall(found[2])}
-            run.metrics.setdefault(step, {}).update(values)
-            if step == 1:
-                run.seconds_to_first_step = time.monotonic() - began
-            console.print(f"step {step:3d}  {one_line(values)}", highlight=False, soft_wrap=True)
-            shown.update(step, note="")
-    return run
+    """Train, with one line of metrics per step on this terminal, and read what came of it from the run's file.
+
+    Raises:
+        typer.Exit: with the command's exit code where it failed; its last line names the first error.
+    """
+    environment = {
+        **os.environ,
+        **waiting_passively(os.environ),
+        "VERL_PLATFORM": "cpu",
+        "TENSORBOARD_DIR": str(output.resolve() / "tensorboard"),
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONUNBUFFERED": "1",
+        **(more_environment or {}),
+    }
+    with subprocess.Popen(arguments, env=environment) as process:
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # main_ppo has got it too, and shuts Ray down: Popen waits for that
+            raise typer.Exit(130) from None
+    if process.returncode != 0:
+        raise typer.Exit(process.returncode)
+    return Run({step.number: step.metrics for step in steps_of(output / "checkpoints")})
 
 
 def accuracy_of(values: dict[str, float]) -> float | None:
     """The held-out accuracy in a step's metrics; None if the step had no validation."""
     return next((value for name, value in values.items() if name.startswith(ACCURACY)), None)
-
-
-def one_line(values: dict[str, float]) -> str:
-    shown = {
-        "reward": "critic/score/mean",
-        "kept": "entropy_fork/kept_ratio",
-        "τ": "entropy_fork/threshold",
-        "entropy": "actor/entropy",
-        "tokens": "response_length/mean",
-        "seconds": "timing_s/step",
-    }
-    numbers = {"accuracy": accuracy_of(values)} | {label: values.get(name) for label, name in shown.items()}
-    return "  ".join(f"{label} {number:.3f}" for label, number in numbers.items() if number is not None)
 
 
 def show(run: Run, output: Path, preset: str, console: Console) -> None:
@@ -211,31 +151,18 @@ def show(run: Run, output: Path, preset: str, console: Console) -> None:
     table.add_row("response length (tokens)", f"{run.mean('response_length/mean'):.1f}")
     table.add_row("rollout against trainer, largest probability difference", largest_difference(run))
     table.add_section()
-    table.add_row("seconds to the end of step 1", f"{run.seconds_to_first_step:.0f}")
     table.add_row("seconds per step, later", f"{run.mean('timing_s/step', skip_first=True):.1f}")
     for label, name in PHASES.items():
         table.add_row(f"  {label}", f"{run.mean(name, skip_first=True):.2f}")
     table.add_row("seconds in all", f"{run.seconds:.0f}")
     console.print(table)
-    for what, place in (("checkpoints:", "checkpoints"), ("answers of each step:", "rollouts"),
-                        ("some of them token by token:", "tokens"), ("verl's whole log:", "train.log")):  # fmt: skip
-        console.print(f"{what} {output / place}", soft_wrap=True, highlight=False)
-    console.print("look at it:")
-    for words in next_commands(output, preset):
-        console.print(f"  {shlex.join(words)}", soft_wrap=True, highlight=False)
-
-
-def next_commands(output: Path, preset: str) -> list[list[str]]:
-    """The commands to type next: a page of tokens, analyses and curves; and the curves alone."""
-    programs = Path(sys.executable).parent
-    if programs.is_relative_to(Path.cwd()):
-        programs = programs.relative_to(Path.cwd())
-    curves, tokens = str(output / "tensorboard"), str(output / "tokens")
-    page = [str(output / "report.html"), "--tokens", tokens, "--run", f"{preset}={curves}"]
-    return [
-        [str(programs / "entropy-fork"), "report", *page, "--min-count", "20", "--answers", "240"],
-        [str(programs / "tensorboard"), "--logdir", curves],
-    ]
+    for what, place in {
+        "checkpoints": "checkpoints",
+        "answers of each step": "rollouts",
+        "some of them token by token": "tokens",
+        "all that verl printed": f"checkpoints/{OUTPUT}",
+    }.items():
+        console.print(f"{what}: {output / place}", soft_wrap=True, highlight=False)
 
 
 def largest_difference(run: Run) -> str:
@@ -267,7 +194,7 @@ def main(
         show(Run.load(finished), output, preset, console)
         return
     output.mkdir(parents=True, exist_ok=True)
-    run = train(arguments, output, steps, console)
+    run = train(arguments, output)
     run.seconds = time.monotonic() - began
     run.save(finished)
     show(run, output, preset, console)

@@ -25,7 +25,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from entropy_fork.common.progress import task
+from entropy_fork.common.progress import paused, task
+from entropy_fork.watch.follow import OUTPUT
 from examples.cpu_demo.run import Run, build_world, train
 
 #: answers to each of the held-out problems at a validation
@@ -94,9 +95,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def train_once(
-    arm: Arm, seed: int, world: Path, folder: Path, steps: int, extra: list[str], console: Console
-) -> Trained:
+def train_once(arm: Arm, seed: int, world: Path, folder: Path, steps: int, extra: list[str]) -> Trained:
     """Make one run. ``metrics.json`` is written only if the log has the metrics of every step."""
     output = folder / f"{arm.name}-seed{seed}"
     output.mkdir(parents=True, exist_ok=True)
@@ -119,13 +118,11 @@ def train_once(
             *extra,
         ],
         output,
-        steps,
-        console,
     )
     run.seconds = time.monotonic() - began
     missing = set(range(1, steps + 1)) - set(run.metrics)
     if missing:
-        raise SystemExit(f"{output / 'train.log'} lacks the metrics of the steps {sorted(missing)}")
+        raise SystemExit(f"{output / 'checkpoints' / OUTPUT} lacks the metrics of the steps {sorted(missing)}")
     run.save(output / "metrics.json")
     return Trained(arm, seed, run)
 
@@ -262,7 +259,8 @@ def main(
                 trained.append(Trained(one, seed, Run.load(finished)))
             elif at_most is None or made < at_most:
                 console.rule(f"{one.name} ({one.tokens}), seed {seed}: {' '.join(one.overrides)}")
-                trained.append(train_once(one, seed, world, folder, steps, override or [], console))
+                with paused():  # the run shows itself
+                    trained.append(train_once(one, seed, world, folder, steps, override or []))
                 made += 1
             everything.update(len(trained))
     if not trained:

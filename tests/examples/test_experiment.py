@@ -28,7 +28,7 @@ def run_of(accuracy: float, masked: bool) -> experiment.Run:
     accuracies = {0: 0.25, 2: 0.3, STEPS: accuracy}
     for step, value in accuracies.items():
         steps.setdefault(step, {})["val-core/cpu_demo/acc/mean@2"] = value
-    return experiment.Run(steps, 30.0, 60.0)
+    return experiment.Run(steps, 60.0)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """``main`` with a training that is over at once; the list gets the command line of each."""
     commands: list[str] = []
 
-    def train(arguments: list[str], output: Path, steps: int, console: Console) -> experiment.Run:
+    def train(arguments: list[str], output: Path) -> experiment.Run:
         commands.append(" ".join(arguments))
         return run_of(0.4 + 0.1 * len(commands), "entropy_fork=off" not in arguments)
 
@@ -86,7 +86,7 @@ def test_half_a_run_is_not_taken_for_a_whole_one(
     broken = run_of(0.5, True)
     del broken.metrics[3]
     monkeypatch.setattr(experiment, "train", lambda *arguments: broken)
-    with pytest.raises(SystemExit, match=r"train.log lacks the metrics of the steps \[3\]"):
+    with pytest.raises(SystemExit, match=r"verl.log lacks the metrics of the steps \[3\]"):
         main(tmp_path)
     assert not list(tmp_path.rglob("metrics.json"))
 

@@ -61,14 +61,14 @@ def test_a_run_finds_what_is_on_its_callers_path(tmp_path: Path, monkeypatch: py
     """The ladder adds the folder of ``gradient_variance`` to PYTHONPATH; verl may lie in another one."""
     given: dict[str, str] = {}
 
-    def train(arguments: list[str], output: Path, steps: int, console: Console, environment: dict[str, str]) -> Run:
+    def train(arguments: list[str], output: Path, environment: dict[str, str]) -> Run:
         given.update(environment)
         Path(environment["ENTROPY_FORK_GRADIENTS"]).write_text("")
         return Run()
 
     monkeypatch.setattr(ladder, "train", train)
     monkeypatch.setenv("PYTHONPATH", "/opt/verl")
-    ladder.climb(ladder.RUNGS[0], tmp_path, tmp_path, 2, 1, [], Console(quiet=True))
+    ladder.climb(ladder.RUNGS[0], tmp_path, tmp_path, 2, 1, [])
     folder, *others = given["PYTHONPATH"].split(":")
     assert (Path(folder) / f"{given['VERL_USE_EXTERNAL_MODULES']}.py").is_file()
     assert others == ["/opt/verl"]
@@ -86,12 +86,12 @@ def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
         }
         if number == 7:
             metrics[1]["entropy_fork/kept_ratio"] = 0.2
-        Run(metrics, 30.0, 60.0).save(output / "metrics.json")
+        Run(metrics, 60.0).save(output / "metrics.json")
         lines = [{"terms": 16, "square": 3.0, "variance": variance, "signal": 3.0 - variance}] * 2
         (output / "gradients.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     console = Console(width=200)
     rungs = [rung for rung in ladder.RUNGS if rung.number in (1, 7)]
-    climbed = [ladder.climb(rung, tmp_path, tmp_path, 2, 1, [], console) for rung in rungs]
+    climbed = [ladder.climb(rung, tmp_path, tmp_path, 2, 1, []) for rung in rungs]
     with console.capture() as captured:
         console.print(ladder.table(climbed))
     rows = [line for line in captured.get().splitlines() if "50.0%" in line]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entropy_fork.watch.follow import BEGIN, ELSEWHERE, OUTPUT
 from helpers.places import PYTHONPATH
 from helpers.processes import processes_with
 
@@ -56,7 +57,11 @@ class Running:
 
     @property
     def output(self) -> str:
-        return self.printed.read_text(errors="replace")
+        """What it printed, and what verl printed into the file of the run; of several runs in a folder the last."""
+        text, log = self.printed.read_text(errors="replace"), self.folder / "checkpoints" / OUTPUT
+        if ELSEWHERE not in text or not log.is_file():
+            return text
+        return text + log.read_text(errors="replace").rpartition(BEGIN)[2]
 
     def wait(self, expect: int = 0, timeout: float = 400) -> Finished:
         self.process.wait(timeout)

@@ -515,7 +515,7 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path: Path) -> None:
             AnswerStore(folder, {"model": "x"})
         config = SimpleNamespace(trainer=None, actor_rollout_ref=None)
         with pytest.raises(EntropyForkError, match=r"manifest of something else|other tokens than those of a training"):
-            TokenDump(config, EntropyForkConfig(dump_every=1, dump_dir=str(folder))).start()
+            TokenDump(config, EntropyForkConfig(dump_every=1, dump_dir=str(folder)), None).start()
         assert (folder / "manifest.json").read_text() == before
         assert "answers.jsonl" not in tree(folder)
 

@@ -74,6 +74,11 @@ class EntropyForkConfig:
         "Resume from a checkpoint that was trained on other tokens than this run would train on. `false` refuses it. "
         "Works with `enabled=false` too.",
     )
+    short_output: bool = _own(
+        True,
+        "Show one line per step on the launcher's terminal, and write everything that verl prints to `verl.log` in "
+        "`trainer.default_local_dir`. `false` leaves the terminal to verl. Works with `enabled=false` too.",
+    )
 
     def rule(self, loss_agg_mode: str) -> Rule:
         """The rule of the whole run, its schedule included.

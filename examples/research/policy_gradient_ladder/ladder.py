@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from entropy_fork.common.progress import task
+from entropy_fork.common.progress import paused, task
 from examples.cpu_demo.run import Run, accuracy_of, build_world, train
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +73,7 @@ class Climbed:
         return [line["variance"] for line in self.gradients]
 
 
-def climb(rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: list[str], console: Console) -> Climbed:
+def climb(rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: list[str]) -> Climbed:
     """Make one run, or load it if it is finished."""
     output = folder / f"{rung.number}"
     finished, gradients = output / "metrics.json", output / "gradients.jsonl"
@@ -93,8 +93,6 @@ def climb(rung: Rung, world: Path, folder: Path, steps: int, seed: int, extra: l
                 *extra,
             ],
             output,
-            steps,
-            console,
             {
                 "VERL_USE_EXTERNAL_MODULES": "gradient_variance",
                 "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -181,7 +179,8 @@ def main(
     with task("forms", len(rungs), console=console) as shown:
         for rung in rungs:
             console.rule(f"{rung.label}: {' '.join(rung.overrides)}")
-            climbed.append(climb(rung, world, folder, steps, seed, override or [], console))
+            with paused():  # the run shows itself
+                climbed.append(climb(rung, world, folder, steps, seed, override or []))
             shown.advance()
     console.print(table(climbed))
     write_csv(climbed, folder / "ladder.csv")
