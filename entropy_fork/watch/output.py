@@ -14,7 +14,7 @@ _PROCESS = re.compile(r"^\((?P<name>[^()]+?) pid=(?P<pid>\d+)(?:, ip=(?P<ip>[^)]
 _REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
 _STEP = re.compile(r"\bstep:(\d+) - (.*)")
 _METRIC = re.compile(r"(\S+?):(?:np\.\w+\()?(-?(?:[\d.]+(?:e[-+]?\d+)?|inf)|nan)\)?(?: - |\s*$)")
-_OURS = re.compile(r"\bentropy_fork: (.*)")
+_OURS = re.compile(r"(?:entropy_fork: |(?=EntropyForkError: ))(.*)")
 _DATE = r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?"
 #: ``WARNING:DATE:text``, ``DATE - WARNING - logger - text``, ``DATE<tab>WARNING file.py:85 -- text``, ``Warning: text``
 _WARNINGS = (

@@ -99,6 +99,13 @@ def test_a_line_cannot_command_the_terminal() -> None:
     assert shown("Warning: \x1b]0;title\x07 [bold]x[/bold]\n") == [r"warning: \x1b]0;title\x07 [bold]x[/bold]"]
 
 
+def test_an_error_of_ours_is_shown() -> None:
+    """The fork server's, for example: the launcher prints it, and no traceback follows."""
+    assert shown("EntropyForkError: the fork server ended\n", "  its last line\n") == [
+        "EntropyForkError: the fork server ended"
+    ]
+
+
 def test_the_first_error_is_remembered_not_the_last() -> None:
     reader = Reader()
     lines = [
