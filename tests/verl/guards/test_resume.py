@@ -169,6 +169,7 @@ SAME = [
     ["sparse_head=false"],
     ["dump_every=5", "dump_answers=2", "dump_dir=tokens"],
     ["resume_other_selection=false"],
+    ["short_output=false"],
     ["seed=3"],
     ["final_ratio=0.7"],
     ["schedule_steps=7"],
