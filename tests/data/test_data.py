@@ -100,6 +100,23 @@ EXAMPLES: dict[str, tuple[dict[str, Any], str, str, str | None]] = {
     ),
     "minerva": ({"question": "Luminosity?", "answer": "4.5e33"}, "Luminosity?", "4.5 \\times 10^{33}", None),
     "olympiadbench": (olympiad_row("Solve.", ["$2,-3$"]), "Solve.", "2,-3", "1606"),
+    "gsm8k": (
+        {"question": "How many clips?", "answer": "She sold 48/2 = <<48/2=24>>24 in May.\n#### 70,024"},
+        "How many clips?",
+        "70024",
+        None,
+    ),
+    "math": (
+        {
+            "problem": "Evaluate.",
+            "level": "Level 5",
+            "solution": "First $\\boxed{3}$, so $\\boxed{\\frac{1}{2}}$.",
+            "type": "Algebra",
+        },
+        "Evaluate.",
+        "\\frac{1}{2}",
+        None,
+    ),
 }
 
 
@@ -353,7 +370,9 @@ def test_bad_input(tmp_path: Path) -> None:
         "prepare", "aime25", "--from", tmp_path / "broken.parquet", *output
     )
     (tmp_path / "broken.jsonl").write_text('{"problem": "x", "ans\n')
-    assert "broken.jsonl cannot be read" in refused("prepare", "aime25", "--from", tmp_path / "broken.jsonl", *output)
+    assert "broken.jsonl line 1 is not JSON" in refused(
+        "prepare", "aime25", "--from", tmp_path / "broken.jsonl", *output
+    )
 
     columns = write_lines(tmp_path / "columns.jsonl", [{"text": "x", "label": "y"}])
     message = refused("prepare", "aime25", "--from", columns, *output)
