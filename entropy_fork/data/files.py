@@ -6,19 +6,19 @@ JSON and CSV are read by Python, row by row: a column may hold values of several
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.json_rows import json_rows
 from entropy_fork.data.sources import Source
 
 #: rows: a table of Arrow's, or what JSON and CSV hold
-Batch = pa.Table | list[dict[str, Any]]
+Batch: TypeAlias = "pa.Table | list[dict[str, Any]]"
 
 #: what kind of file a suffix means
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -89,7 +89,7 @@ def read_file(file: Path, rows: int, columns: Iterable[str]) -> Iterator[Batch]:
         if kind == "parquet":
             yield from _parquet(file, rows, columns)
         else:
-            yield from _in_batches(_csv(file) if kind == "csv" else _json(file), rows)
+            yield from _in_batches(_csv(file) if kind == "csv" else json_rows(file), rows)
     except EntropyForkError:
         raise
     except UnicodeDecodeError as error:
@@ -120,45 +120,6 @@ def _in_batches(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict
             batch = []
     if batch:
         yield batch
-
-
-def _json(file: Path) -> Iterator[dict[str, Any]]:
-    if file.suffix.lower() == ".json":
-        try:
-            whole = json.loads(file.read_bytes())
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data" and error.doc.strip():
-                raise EntropyForkError(_no_json(file, error.lineno, error)) from None
-        except RecursionError as error:
-            raise EntropyForkError(_no_json(file, 1, error)) from None
-        else:
-            for number, row in enumerate(whole if isinstance(whole, list) else [whole]):
-                yield _checked_row(row, f"{file}, entry {number} (from 0),")
-            return
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise EntropyForkError(f"{file} line {number} is no UTF-8 text ({error.reason})") from None
-            except (ValueError, RecursionError) as error:
-                raise EntropyForkError(_no_json(file, number, error)) from None
-            yield _checked_row(row, f"{file} line {number}")
-
-
-def _no_json(file: Path, line: int, error: Exception) -> str:
-    what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    array = file.suffix.lower() == ".jsonl" and line == 1 and getattr(error, "doc", "").strip() == "["
-    hint = ". If the file is one JSON list, name it .json" if array else ""
-    return f"{file} line {line} is not JSON ({what}){hint}"
-
-
-def _checked_row(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise EntropyForkError(f"{where} is no JSON object with columns but a {type(row).__name__}")
-    return row
 
 
 def _csv(file: Path) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -186,7 +186,7 @@ def text_columns(source: Source, place: str, batch: Batch, all_must_be_there: bo
 
 
 #: the values of a column: of an Arrow table, or of rows that were read from JSON or CSV
-Column = pa.Array | list[Any]
+Column: TypeAlias = "pa.Array | list[Any]"
 
 
 def _question(column: Column) -> tuple[pa.Array, pa.Array] | None:
