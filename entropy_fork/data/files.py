@@ -103,12 +103,16 @@ def _parquet(file: Path, rows: int, columns: Iterable[str]) -> Iterator[pa.Table
         names = parquet.schema_arrow.names
         needed = [name for name in names if any(name in (each, each.split(".")[0]) for each in columns)]
         for batch in parquet.iter_batches(rows, columns=needed):
-            whole = pa.Table.from_batches([batch])
-            for field in parquet.schema_arrow:  # the others are there with their names only, for messages
-                if field.name not in needed:
-                    kind = field.type if pa.types.is_struct(field.type) else pa.null()
-                    whole = whole.append_column(field.name, pa.nulls(len(batch), kind))
-            yield whole
+            columns_read = dict(zip(batch.schema.names, batch.columns, strict=True))
+            # The others are there with their names only, for messages.
+            yield pa.table(
+                [columns_read.get(field.name, _nothing(field.type, len(batch))) for field in parquet.schema_arrow],
+                names=names,
+            )
+
+
+def _nothing(kind: pa.DataType, length: int) -> pa.Array:
+    return pa.nulls(length, kind if pa.types.is_struct(kind) else pa.null())
 
 
 def _in_batches(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

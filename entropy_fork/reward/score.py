@@ -151,7 +151,7 @@ def _truths(ground_truth: Any) -> list[str]:
         given = accepted_answers(given)
     elif isinstance(given, (int, float)) and not isinstance(given, bool):
         given = [given]
-    if isinstance(given, Iterable) and not isinstance(given, Mapping):
+    if isinstance(given, Iterable) and not isinstance(given, (Mapping, bytes)):
         truths = [str(truth) for truth in given if isinstance(truth, (str, int, float))]
         if truths and all(truth.strip() for truth in truths):
             return truths
