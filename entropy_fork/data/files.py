@@ -69,7 +69,7 @@ def number_of_rows(file: Path) -> int | None:
     try:
         return int(pq.read_metadata(file).num_rows)
     except (OSError, ValueError) as error:
-        raise unreadable(file, error) from None
+        raise EntropyForkError(why_unreadable(file, error)) from None
 
 
 def read_file(file: Path, rows: int, columns: Iterable[str]) -> Iterator[Batch]:
@@ -95,7 +95,7 @@ def read_file(file: Path, rows: int, columns: Iterable[str]) -> Iterator[Batch]:
     except UnicodeDecodeError as error:
         raise EntropyForkError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start})") from None
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are ValueErrors as well
-        raise unreadable(file, error) from None
+        raise EntropyForkError(why_unreadable(file, error)) from None
 
 
 def _parquet(file: Path, rows: int, columns: Iterable[str]) -> Iterator[pa.Table]:
@@ -167,9 +167,9 @@ def column_names(batch: Batch, fields: bool = False) -> list[str]:
     return [*names, *dict.fromkeys(inner)] if fields else names
 
 
-def unreadable(place: Path | str, error: Exception) -> EntropyForkError:
-    """The error for a file that cannot be read, in one line."""
-    return EntropyForkError(f"{place} cannot be read ({first_line(error.__cause__ or error)})")
+def why_unreadable(place: Path | str, error: Exception) -> str:
+    """What is said of a file that cannot be read, in one line."""
+    return f"{place} cannot be read ({first_line(error.__cause__ or error)})"
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from entropy_fork.data.files import (
     first_line,
     number_of_rows,
     read_file,
-    unreadable,
+    why_unreadable,
 )
 from entropy_fork.data.sources import Source
 
@@ -124,7 +124,7 @@ def _columns(source: Source, place: str, data: Any) -> Iterator[pa.Table]:
         except StopIteration:
             return
         except Exception as error:  # broken rows surface here, while streaming
-            raise unreadable(place, error) from None
+            raise EntropyForkError(why_unreadable(place, error)) from None
         yield text_columns(source, place, batch)
 
 
