@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +14,16 @@ from entropy_fork.common.errors import EntropyForkError
 data_app = typer.Typer(no_args_is_help=True, help="Prepare training and evaluation data as parquet files for verl.")
 
 
+class Split(str, Enum):
+    """What rows are for."""
+
+    train = "train"
+    test = "test"
+
+
 @data_app.command("list")
 def data_list() -> None:
-    """List the data sets that 'entropy-fork data prepare' knows."""
+    """List the data sets that 'entropy-fork data prepare' knows. It takes files of your own too."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -26,7 +34,8 @@ def data_list() -> None:
     )
     for source in SOURCES.values():
         place = " ".join(part for part in (source.hub, source.config or source.file) if part)
-        table.add_row(source.name, source.title, place, source.rows, source.use, source.license)
+        use = source.use if source.test_split is None else f"{source.use}, {source.test_split}"
+        table.add_row(source.name, source.title, place, source.rows, use, source.license)
     Console().print(table)
 
 
@@ -35,13 +44,34 @@ def data_prepare(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
-            help="Names from 'entropy-fork data list'; 'benchmarks' means all evaluation sets.",
+            metavar="SOURCE|FILE...",
+            help="Names from 'entropy-fork data list'; 'benchmarks' means all evaluation sets. With --question and "
+            "--answer: your own files or folders (parquet, JSON lines, JSON, CSV).",
         ),
     ],
     output: Annotated[
-        Path, typer.Option(help="Folder in which SOURCE/train.parquet or SOURCE/test.parquet is written.")
-    ],
+        Path, typer.Option(help="Folder in which NAME/train.parquet or NAME/test.parquet is written.")
+    ] = Path("data"),
+    question: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Your own files: the column with the question; a.b is a field.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Your own files: the column with the right answer.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Your own files: the name of the data set, of its folder and its metrics.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="The instruction behind each question, or a text with {question} in it. Default: ours."),
+    ] = None,
+    split: Annotated[
+        Split | None, typer.Option(help="What the rows are for, and which split of the hub is taken.")
+    ] = None,
+    holdout: Annotated[
+        int, typer.Option(min=0, help="Draw this many rows at random, and write them to test.parquet instead.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw of --holdout.")] = 0,
     local: Annotated[
         Path | None, typer.Option("--from", help="A local file or folder of the source; the hub is then not asked.")
     ] = None,
@@ -57,23 +87,65 @@ def data_prepare(
     console = Console(stderr=True)
     with at_work("data prepare", console):
         from entropy_fork.common.progress import paused
-        from entropy_fork.data.prepare import check_free, prepare
+        from entropy_fork.data.prepare import Form, check_free, prepare
         from entropy_fork.data.read import from_files, from_hub
-        from entropy_fork.data.sources import named
+        from entropy_fork.data.sources import for_evaluation, named, own_source
+        from entropy_fork.data.template import INSTRUCTION, asks_for_a_box
 
-        sources = named(names)
-        if local is not None and len(sources) != 1:
-            raise EntropyForkError("--from names the files of one data set: write one SOURCE with it")
-        if local is not None and revision != "main":
-            raise EntropyForkError("--revision is for the hub, and --from does not ask the hub: write one of the two")
+        own = _own_columns(question, answer, name)
+        if own is not None:
+            if local is not None:
+                raise EntropyForkError("--from is for the known sources; write your own files without it")
+            if revision != "main":
+                raise EntropyForkError("--revision is for the hub, and your own files are local: leave it out")
+            sources, paths = [own_source(*own)], [Path(each) for each in names]
+        else:
+            sources, paths = named(names), [] if local is None else [local]
+            if local is not None and len(sources) != 1:
+                raise EntropyForkError("--from names the files of one data set: write one SOURCE with it")
+            if local is not None and revision != "main":
+                raise EntropyForkError(
+                    "--revision is for the hub, and --from does not ask the hub: write one of the two"
+                )
+        if split is Split.test:
+            sources = [for_evaluation(source) for source in sources]
+        if wrong := [source.name for source in sources if split is Split.train and source.use != "train"]:
+            raise EntropyForkError(f"{wrong[0]} is for evaluation: leave --split train out")
+        if wrong := [source.name for source in sources if holdout and source.use != "train"]:
+            raise EntropyForkError(f"--holdout is for training data, and {wrong[0]} is for evaluation: leave it out")
+        form = Form(INSTRUCTION if template is None else template, holdout, seed)
+        if not asks_for_a_box(form.template):
+            typer.echo(
+                "note: the template does not ask for \\boxed{}, and pkg://entropy_fork.reward looks for nothing else: "
+                "use a reward function of your own with these data",
+                err=True,
+            )
         for source in sources:
             check_free(output.absolute() / source.name, overwrite)
         for source in sources:
             with paused(lines_too=False):  # the hub's libraries draw bars of their own
-                rows = from_hub(source, revision) if local is None else from_files(source, local)
-            manifest = prepare(source, rows, output, console, limit=limit, overwrite=overwrite)
-            dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items())
-            file = output / source.name / manifest["file"]
-            typer.echo(
-                f"{file}: {manifest['rows_out']:,} of {manifest['rows_in']:,} rows ({dropped or 'none dropped'})"
-            )
+                rows = from_files(source, paths) if paths else from_hub(source, revision)
+            manifest = prepare(source, rows, output, console, limit=limit, overwrite=overwrite, form=form)
+            _say_what_was_written(output / source.name, manifest)
+
+
+def _own_columns(question: str | None, answer: str | None, name: str | None) -> tuple[str, str, str] | None:
+    """The name and the columns of the user's own data; None if a known source was asked for."""
+    if question is None and answer is None and name is None:
+        return None
+    options = {"--question COLUMN": question, "--answer COLUMN": answer, "--name NAME": name}
+    if missing := [option for option, value in options.items() if not value]:
+        raise EntropyForkError(f"your own files need --question, --answer and --name: add {', '.join(missing)}")
+    return str(name), str(question), str(answer)
+
+
+def _say_what_was_written(folder: Path, manifest: dict[str, Any]) -> None:
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items())
+    holdout = manifest.get("holdout")
+    rows = manifest["rows_out"] - (holdout["rows"] if holdout else 0)
+    file = folder / manifest["file"]
+    typer.echo(f"{file}: {rows:,} of {manifest['rows_in']:,} rows ({dropped or 'none dropped'})")
+    if holdout:
+        typer.echo(f"{folder / holdout['file']}: {holdout['rows']:,} rows held out (seed {holdout['seed']})")
+    if set(manifest["dropped"]) - {"duplicate", "beyond_limit"}:
+        typer.echo(f"{folder / 'rejected.jsonl'}: the rows that cannot be used, each with the reason", err=True)

@@ -6,6 +6,7 @@ Every row that is read is accounted for: it is written, or the manifest's ``drop
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import tempfile
@@ -22,10 +23,11 @@ from rich.console import Console
 
 import entropy_fork
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.ground_truth import accepted_answers, fault_of
 from entropy_fork.common.progress import Task, task, track
 from entropy_fork.data.read import SourceRows, sha256
-from entropy_fork.data.sources import Source
-from entropy_fork.data.template import INSTRUCTION, user_message
+from entropy_fork.data.sources import BOX, HASHES, TEST, TRAIN, Source
+from entropy_fork.data.template import INSTRUCTION, OTHER_FORM, asks_for_a_box, user_message
 from entropy_fork.reward import compare, compute_score, last_boxed
 
 MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
@@ -49,6 +51,16 @@ INTEGER = re.compile(r"-?\d{1,18}")
 
 POWER_OF_TEN = re.compile(r"(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)")
 """How Minerva's answers are written. math-verify would take the e for Euler's number."""
+
+
+#: GSM8K writes 70,000
+THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+
+#: how some solutions of MATH mark the answer: ``\\boxed 2``
+BARE_BOX = re.compile(r"\\boxed\s+([^\s$.,]+)")
+
+#: what a table program writes for a missing text
+MISSING_TEXT = {"nan", "none", "null", "n/a", "#n/a", "<na>"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,21 @@ class Prepared:
     rows_in: int
 
 
+@dataclass(frozen=True)
+class Form:
+    """How the rows are written.
+
+    Attributes:
+        template: the instruction behind each question, or a text with ``{question}`` in it.
+        holdout: how many of the rows go to ``test.parquet``, drawn at random.
+        seed: of that draw.
+    """
+
+    template: str = INSTRUCTION
+    holdout: int = 0
+    seed: int = 0
+
+
 def prepare(
     source: Source,
     rows: SourceRows,
@@ -89,6 +116,7 @@ def prepare(
     *,
     limit: int | None = None,
     overwrite: bool = False,
+    form: Form | None = None,
 ) -> dict[str, Any]:
     """Write the folder ``output/NAME`` of a source: ``train.parquet`` or ``test.parquet``, manifest and rejected rows.
 
@@ -101,32 +129,55 @@ def prepare(
         console: where progress is shown.
         limit: keep at most this many rows, the first ones.
         overwrite: replace what an earlier call wrote there.
+        form: the template, and how many rows are held out.
 
     Returns:
         The manifest.
 
     Raises:
-        EntropyForkError: the folder exists already, a file cannot be read, or no row can be used.
+        EntropyForkError: the folder exists already, a file cannot be read, no row can be used, or none is left after
+            those that are held out.
     """
+    form = form or Form()
     folder = output.absolute() / source.name
     check_free(folder, overwrite)
     with task(source.name, console=console):
-        prepared = clean(source, rows, limit)
+        prepared = clean(source, rows, limit, form.template)
     if not prepared.kept:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in prepared.dropped.most_common())
+        example = "".join(
+            f" The first one has the question {_begin(row.question)} and the answer {_begin(row.answer)}."
+            for row in prepared.rejected[:1]
+        )
+        where = (
+            "Do --question and --answer name the right columns?"
+            if source.own
+            else "Is this the right data set? 'entropy-fork data list' shows where each one comes from."
+        )
         raise EntropyForkError(
-            f"none of the {prepared.rows_in} rows can be used as {source.name}: {reasons or 'there are no rows'}. "
-            f"Is this the right data set? 'entropy-fork data list' shows where each one comes from."
+            f"none of the {prepared.rows_in} rows can be used as {source.name}: {reasons or 'there are no rows'}."
+            f"{example} {where}"
+        )
+    if form.holdout and source.use != TRAIN:
+        raise EntropyForkError(f"--holdout is for training data, and {source.name} is for evaluation")
+    if form.holdout >= len(prepared.kept):
+        raise EntropyForkError(
+            f"--holdout {form.holdout} leaves no row to train on: {source.name} has {len(prepared.kept)} rows that "
+            f"can be used"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{source.name}.new.", dir=folder.parent))
     try:
-        manifest = write(source, prepared, rows.origin, workspace)
+        manifest = write(source, prepared, rows.origin, workspace, form)
         workspace.chmod(0o755)
         put_in_place(workspace, folder)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     return manifest
+
+
+def _begin(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:80] + "…")
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -143,7 +194,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise EntropyForkError(f"{folder} exists. Write --overwrite to replace it, or another --output.")
 
 
-def clean(source: Source, rows: SourceRows, limit: int | None = None) -> Prepared:
+def clean(source: Source, rows: SourceRows, limit: int | None = None, template: str = INSTRUCTION) -> Prepared:
     """Separate usable rows from others, and keep one row of each question, in the order of the source."""
     with task(f"{source.name}: reading", rows.total) as reading:
         distinct = distinct_rows(_counted(rows.batches, reading))
@@ -152,7 +203,7 @@ def clean(source: Source, rows: SourceRows, limit: int | None = None) -> Prepare
     questions: dict[str, list[CheckedRow]] = {}
     rejected: list[CheckedRow] = []
     for values in track(f"{source.name}: checking", distinct):
-        row = checked(**values)
+        row = checked(**values, solution=source.solution, template=template)
         if row.unusable is None:
             questions.setdefault(normalised(row.question), []).append(row)
         else:
@@ -205,17 +256,47 @@ def distinct_rows(batches: Iterable[pa.Table]) -> list[dict[str, Any]]:
 
 
 def checked(
-    question: str | None, answer: str | None, unusable: str | None, id: str | None, first: int, copies: int
+    question: str | None,
+    answer: str | None,
+    unusable: str | None,
+    id: str | None,
+    first: int,
+    copies: int,
+    solution: str | None = None,
+    template: str = INSTRUCTION,
 ) -> CheckedRow:
     """Clean a row, and find out whether it can be used."""
-    question, answer = (question or "").strip(), clean_answer(answer or "")
-    if unusable is None and not question:
+    question, answer = (question or "").strip(), answer or ""
+    answer = clean_answer(answer if solution is None else answer_in(answer, solution))
+    if unusable is None and (not question or question.lower() in MISSING_TEXT):
         unusable = "no_question"
-    if unusable is None and not answer:
-        unusable = "no_answer"
-    if unusable is None and not is_scorable(answer):
+    for_our_reward = asks_for_a_box(template)
+    if unusable is None and for_our_reward and OTHER_FORM.search(question):
+        unusable = "other_instruction"
+    if unusable is None and (fault := fault_of(answer)):
+        unusable = fault.reason
+    if unusable is None and for_our_reward and not is_scorable(answer):
         unusable = "answer_not_scorable"
     return CheckedRow(question, answer, id, first, copies, unusable)
+
+
+def answer_in(solution: str, where: str) -> str:
+    """The answer at the end of a solution; empty if there is none.
+
+    Args:
+        solution: the whole text.
+        where: ``hashes`` or ``box``, as :class:`~entropy_fork.data.sources.Source` says.
+    """
+    if where == HASHES:
+        _, there, answer = solution.rpartition("####")
+        answer = answer.strip() if there else ""
+        return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
+    assert where == BOX
+    text = solution.replace("\\fbox", "\\boxed")
+    if (boxed := last_boxed(text)) is not None:
+        return boxed
+    bare = BARE_BOX.findall(text)
+    return bare[-1] if bare else ""
 
 
 def _unusable(row: CheckedRow, reason: str) -> CheckedRow:
@@ -225,10 +306,15 @@ def _unusable(row: CheckedRow, reason: str) -> CheckedRow:
 def clean_answer(answer: str) -> str:
     """A ground truth as the reward reads it: LaTeX, without dollar signs or a box around all of it.
 
+    In a list in JSON, of which any answer is right, each one is cleaned. A list of one is that one.
+
     >>> clean_answer(r" $\\\\boxed{\\\\frac{1}{2}}$ ")
     '\\\\frac{1}{2}'
     """
     answer = answer.strip()
+    if (several := accepted_answers(answer)) != [answer]:
+        cleaned = list(dict.fromkeys(clean_answer(each) for each in several))
+        return cleaned[0] if len(cleaned) == 1 else json.dumps(cleaned, ensure_ascii=False)
     if len(answer) > 2 and answer[0] == answer[-1] == "$" and "$" not in answer[1:-1]:
         answer = answer[1:-1].strip()
     inner = last_boxed(answer)
@@ -240,13 +326,23 @@ def clean_answer(answer: str) -> str:
 
 
 def agree(truth: str, answer: str) -> bool:
-    """Whether the reward accepts an answer for a ground truth."""
+    """Whether two ground truths accept the same: the reward accepts, for the first, whatever the second one accepts.
+
+    If one of them is a list, this is asked in both directions.
+    """
+    there, back = accepted_answers(answer), accepted_answers(truth)
+    return all(_accepts(truth, each) for each in there) and (
+        len(there) == len(back) == 1 or all(_accepts(answer, each) for each in back)
+    )
+
+
+def _accepts(truth: str, answer: str) -> bool:
     return compute_score("", f"\\boxed{{{answer}}}", truth)["acc"] == 1.0
 
 
 def is_scorable(truth: str) -> bool:
     """Whether the reward can read a ground truth. If not, only an answer with the same characters would be right."""
-    return bool(INTEGER.fullmatch(truth)) or compare(truth, "0").parseable
+    return all(INTEGER.fullmatch(each) or compare(each, "0").parseable for each in accepted_answers(truth))
 
 
 def normalised(question: str) -> str:
@@ -257,20 +353,16 @@ def normalised(question: str) -> str:
     return " ".join(unicodedata.normalize("NFC", question).split())
 
 
-def write(source: Source, prepared: Prepared, origin: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the three files of a source into a folder that exists."""
-    parquet = folder / f"{source.use}.parquet"
-    records = [
-        {
-            "data_source": source.name,
-            "prompt": [user_message(row.question)],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": row.answer},
-            "extra_info": {"index": index, "split": source.use, "id": row.identifier},
-        }
-        for index, row in enumerate(prepared.kept)
-    ]
-    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), parquet, write_page_checksum=True)
+def write(
+    source: Source, prepared: Prepared, origin: dict[str, Any], folder: Path, form: Form | None = None
+) -> dict[str, Any]:
+    """Write the files of a source into a folder that exists, and return the manifest."""
+    form = form or Form()
+    held_out = set(random.Random(form.seed).sample(range(len(prepared.kept)), form.holdout))
+    parts = {source.use: [row for number, row in enumerate(prepared.kept) if number not in held_out]}
+    if held_out:
+        parts[TEST] = [row for number, row in enumerate(prepared.kept) if number in held_out]
+    files = {use: _write_rows(source.name, use, rows, folder, form.template) for use, rows in parts.items()}
     with (folder / REJECTED).open("w", encoding="utf-8") as stream:
         for row in prepared.rejected:
             line = {
@@ -282,19 +374,42 @@ def write(source: Source, prepared: Prepared, origin: dict[str, Any], folder: Pa
                 "answer": row.answer,
             }
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    columns = {"columns": {"question": source.question[0], "answer": source.answer[0]}} if source.own else {}
+    holdout = {}
+    if held_out:
+        told = {"rows": form.holdout, "seed": form.seed, "file": files[TEST].name, "sha256": sha256(files[TEST])}
+        holdout = {"holdout": told}
     manifest = {
         "source": source.name,
         **origin,
+        **columns,
         "rows_in": prepared.rows_in,
         "rows_out": len(prepared.kept),
         "dropped": dict(sorted(prepared.dropped.items())),
-        "instruction": INSTRUCTION,
-        "file": parquet.name,
-        "sha256": sha256(parquet),
+        "instruction": form.template,
+        "file": files[source.use].name,
+        "sha256": sha256(files[source.use]),
+        **holdout,
         "entropy_fork": entropy_fork.__version__,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
+
+
+def _write_rows(name: str, use: str, rows: list[CheckedRow], folder: Path, template: str) -> Path:
+    records = [
+        {
+            "data_source": name,
+            "prompt": [user_message(row.question, template)],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": row.answer},
+            "extra_info": {"index": index, "split": use, "id": row.identifier},
+        }
+        for index, row in enumerate(rows)
+    ]
+    file = folder / f"{use}.parquet"
+    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), file, write_page_checksum=True)
+    return file
 
 
 def put_in_place(finished: Path, folder: Path) -> None:

@@ -7,12 +7,18 @@ what no such code confirmed. Nothing is guessed: a file with other columns is re
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from entropy_fork.common.errors import EntropyForkError
 
 TRAIN, TEST = "train", "test"
+
+#: where the answer stands in a solution
+HASHES, BOX = "hashes", "box"
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,15 @@ class Source:
         license: the license that the data set's card states, if we know it.
         question, answer, identifier: names of columns, dotted for a field of a struct; the first that exists is taken.
         context: a column whose text is put before the question, if it has any.
+        test_split: the name of its other split on the hub, for evaluation; None if it has only one.
         prefix, suffix: the source's own instruction around a question, which is cut off.
         instructed: refuse a chat message without that instruction, because another instruction could contradict ours.
         only: column → the one value (in lower case) that can be used, and the reason that is given for leaving out rows
             with another value. A column that does not exist leaves out nothing.
+        solution: the column ``answer`` holds a whole solution. ``hashes``: the answer stands behind its last ``####``;
+            ``box``: in its last ``\\boxed{}``. None: the column holds the answer itself.
+        list_is_a_set: a list of answers means all of them, in any order. Else any of them is right.
+        own: the user named the columns on the command line.
     """
 
     name: str
@@ -51,6 +62,10 @@ class Source:
     suffix: str = ""
     instructed: bool = False
     only: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    test_split: str | None = None
+    solution: str | None = None
+    list_is_a_set: bool = False
+    own: bool = False
 
 
 SOURCES = {
@@ -94,6 +109,36 @@ SOURCES = {
             answer=("reward_model.ground_truth",),
             identifier=("extra_info.index",),
             suffix=" Please output the final answer within \\boxed{}.",
+        ),
+        # Seen in code: question; answer, a solution whose last line is "#### 72" (thousands with a comma); the config
+        # main; splits train and test.
+        Source(
+            name="gsm8k",
+            title="GSM8K",
+            hub="openai/gsm8k",
+            config="main",
+            split="train",
+            test_split="test",
+            use=TRAIN,
+            rows="7,473; test 1,319",
+            license="MIT",
+            question=("question",),
+            answer=("answer",),
+            solution=HASHES,
+        ),
+        # Seen in code: problem, level, solution (its last box is the answer), type; splits train and test.
+        Source(
+            name="math",
+            title="MATH",
+            hub="DigitalLearningGmbH/MATH-lighteval",
+            split="train",
+            test_split="test",
+            use=TRAIN,
+            rows="7,500; test 5,000",
+            license="MIT",
+            question=("problem",),
+            answer=("solution",),
+            solution=BOX,
         ),
         # Seen in code: problem, answer, solution, id; a parquet file below data/.
         Source(
@@ -171,6 +216,7 @@ SOURCES = {
             question=("question",),
             answer=("final_answer",),
             context="context",
+            list_is_a_set=True,
             only={
                 "question_type": ("open-ended", "theorem_proof"),
                 "modality": ("text-only", "needs_an_image"),
@@ -190,11 +236,69 @@ def named(names: list[str]) -> list[Source]:
         EntropyForkError: a name is unknown.
     """
     for name in names:
-        if name not in SOURCES and name != BENCHMARKS:
-            raise EntropyForkError(f"there is no source {name!r}; write one of {', '.join(SOURCES)}, {BENCHMARKS}")
+        if name in SOURCES or name == BENCHMARKS:
+            continue
+        if Path(name).exists():
+            raise EntropyForkError(
+                f"{name} is a file or folder of your own: say which columns hold what, with --question COLUMN --answer "
+                f"COLUMN --name NAME (or write SOURCE --from {name} if it is a copy of a known data set)"
+            )
+        close = difflib.get_close_matches(name, [*SOURCES, BENCHMARKS], 1)
+        raise EntropyForkError(
+            f"there is no source {name!r}{f'; did you mean {close[0]}?' if close else ''}; write one of "
+            f"{', '.join(SOURCES)}, {BENCHMARKS}"
+        )
     expanded = [
         each
         for name in names
         for each in ([s.name for s in SOURCES.values() if s.use == TEST] if name == BENCHMARKS else [name])
     ]
     return [SOURCES[name] for name in dict.fromkeys(expanded)]
+
+
+def own_source(name: str, question: str, answer: str, use: str = TRAIN) -> Source:
+    """A source of the user's own: any files that have these two columns.
+
+    Args:
+        name: of the output folder, and the rows' ``data_source``.
+        question: the column with the question, dotted for a field of a mapping.
+        answer: the column with the right answer, likewise.
+        use: ``train`` or ``test``.
+
+    Raises:
+        EntropyForkError: the name is no name of a folder.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise EntropyForkError(
+            f"--name {name!r} must begin with a letter or a digit, and have letters, digits, _, - and . only: it "
+            f"names a folder, and the metrics of validation"
+        )
+    return Source(
+        name=name,
+        title="your own",
+        hub="",
+        split="",
+        use=use,
+        rows="",
+        license="",
+        question=(question,),
+        answer=(answer,),
+        own=True,
+    )
+
+
+def for_evaluation(source: Source) -> Source:
+    """The test split of a source, which becomes ``test.parquet``.
+
+    Raises:
+        EntropyForkError: it has none.
+    """
+    if source.use == TEST:
+        return source
+    if source.test_split is None and not source.own:
+        with_test = [each.name for each in SOURCES.values() if each.test_split]
+        raise EntropyForkError(
+            f"{source.name} has no test split; --split test is for {', '.join(with_test)}, and files of your own. "
+            f"--holdout N holds out rows of the training data."
+        )
+    return replace(source, use=TEST, split=source.test_split or "")

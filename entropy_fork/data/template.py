@@ -8,6 +8,8 @@ with the model's own chat template.
 
 from __future__ import annotations
 
+import re
+
 from omegaconf import OmegaConf
 
 from entropy_fork.common.errors import EntropyForkError
@@ -15,10 +17,32 @@ from entropy_fork.common.recipes import preset_names, recipes_dir
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
+#: where a template of the user's own puts the question
+PLACE = "{question}"
 
-def user_message(question: str) -> dict[str, str]:
-    """The one chat message of a prompt."""
-    return {"role": "user", "content": f"{question}\n{INSTRUCTION}"}
+#: Instructions that ask for another form of the answer than a box. With ours beside it a model could follow either one.
+OTHER_FORM = re.compile(
+    r"""Answer:\s*\\?\$\\?Answer\b|own line after ["“']Answer:?["”']|(?:after|behind|following) ["“'`]?####""",
+    re.IGNORECASE,
+)
+
+
+def user_message(question: str, template: str = INSTRUCTION) -> dict[str, str]:
+    """The one chat message of a prompt.
+
+    Args:
+        question: the bare question.
+        template: an instruction, which goes on a line behind the question; or a text with ``{question}`` in it. Empty:
+            the question alone.
+    """
+    if PLACE in template:
+        return {"role": "user", "content": template.replace(PLACE, question)}
+    return {"role": "user", "content": f"{question}\n{template}" if template else question}
+
+
+def asks_for_a_box(template: str) -> bool:
+    """Whether a template asks for the form of answer that our reward looks for."""
+    return "\\boxed" in template
 
 
 def chat_template(name: str) -> str | None:

@@ -14,12 +14,13 @@ block or end a reward worker, or be run as code. This module imports neither mat
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from entropy_fork.common.cores import available_cores
+from entropy_fork.common.ground_truth import accepted_answers
 from entropy_fork.reward.judge import Verdict, judges
 
 #: processor seconds for one comparison
@@ -146,9 +147,11 @@ def _truths(ground_truth: Any) -> list[str]:
     """The right answers of a data row as strings."""
     # values from parquet arrive as arrays and numbers of numpy
     given: Any = ground_truth.tolist() if hasattr(ground_truth, "tolist") else ground_truth
-    if isinstance(given, (str, int, float)) and not isinstance(given, bool):
+    if isinstance(given, str):
+        given = accepted_answers(given)
+    elif isinstance(given, (int, float)) and not isinstance(given, bool):
         given = [given]
-    if isinstance(given, Iterable):
+    if isinstance(given, Iterable) and not isinstance(given, (Mapping, bytes)):
         truths = [str(truth) for truth in given if isinstance(truth, (str, int, float))]
         if truths and all(truth.strip() for truth in truths):
             return truths
@@ -176,7 +179,8 @@ def compute_score(
     Args:
         data_source: of the data row; not used.
         solution_str: the decoded answer.
-        ground_truth: ``reward_model.ground_truth`` of the data row: an expression, or a list of which any is right.
+        ground_truth: ``reward_model.ground_truth`` of the data row: an expression, a number, or a list of these of
+            which any is right. A text may hold such a list as JSON: ``["1", "2"]``.
         extra_info: of the data row; not used.
         timeout: processor seconds for one comparison by math-verify (at most four times as long by the clock).
         memory_mib: address space in MiB of a process that compares.

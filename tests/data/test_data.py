@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,20 @@ from typer.testing import CliRunner
 
 from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.data.prepare import SCHEMA, agree, clean_answer, distinct_rows, normalised
+from entropy_fork.data.prepare import (
+    SCHEMA,
+    CheckedRow,
+    Form,
+    Prepared,
+    agree,
+    answer_in,
+    clean_answer,
+    distinct_rows,
+    normalised,
+    write,
+)
 from entropy_fork.data.read import COLUMNS, sha256
-from entropy_fork.data.sources import SOURCES, TEST
+from entropy_fork.data.sources import SOURCES, TEST, own_source
 from entropy_fork.data.template import INSTRUCTION, chat_template
 from entropy_fork.reward import compute_score
 
@@ -100,6 +114,23 @@ EXAMPLES: dict[str, tuple[dict[str, Any], str, str, str | None]] = {
     ),
     "minerva": ({"question": "Luminosity?", "answer": "4.5e33"}, "Luminosity?", "4.5 \\times 10^{33}", None),
     "olympiadbench": (olympiad_row("Solve.", ["$2,-3$"]), "Solve.", "2,-3", "1606"),
+    "gsm8k": (
+        {"question": "How many clips?", "answer": "She sold 48/2 = <<48/2=24>>24 in May.\n#### 70,024"},
+        "How many clips?",
+        "70024",
+        None,
+    ),
+    "math": (
+        {
+            "problem": "Evaluate.",
+            "level": "Level 5",
+            "solution": "First $\\boxed{3}$, so $\\boxed{\\frac{1}{2}}$.",
+            "type": "Algebra",
+        },
+        "Evaluate.",
+        "\\frac{1}{2}",
+        None,
+    ),
 }
 
 
@@ -268,6 +299,376 @@ def test_olympiadbench(prepare: Callable[..., Output]) -> None:
     assert compute_score("", "\\boxed{3}", "3, -3")["acc"] == 0.0
 
 
+# --- ground truths ---
+
+
+#: a ground truth of which no answer can be right, and the reason in the list of left-out rows
+NO_TRUTHS: list[tuple[Any, str]] = [
+    (None, "no_answer"),
+    ("", "no_answer"),
+    ("None", "no_answer"),
+    ("null", "no_answer"),
+    ("N/A", "no_answer"),
+    ([], "no_answer"),
+    ("[]", "no_answer"),
+    (["1", None], "no_answer"),
+    (float("nan"), "answer_not_finite"),
+    ("nan", "answer_not_finite"),
+    (float("-inf"), "answer_not_finite"),
+    ("inf", "answer_not_finite"),
+    ("$nan$", "answer_not_finite"),
+    ({"target": 1}, "answer_is_a_mapping"),
+    ('{"target": 1}', "answer_is_a_mapping"),
+    ("{'target': 1}", "answer_is_a_mapping"),
+    (True, "answer_of_another_kind"),
+    ([["1"]], "answer_of_another_kind"),
+    ("['1', '2']", "answer_of_another_kind"),
+]
+
+
+def test_ground_truths_that_no_answer_equals_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    rows = [{"problem": f"Question {i}?", "answer": truth} for i, (truth, _) in enumerate(NO_TRUTHS)]
+    file = write_lines(tmp_path / "rows.jsonl", [*rows, {"problem": "Good?", "answer": 3}])
+    run("prepare", "aime25", "--from", file, "--output", tmp_path)
+    output = Output(tmp_path / "aime25")
+    assert [(line["row"], line["reason"]) for line in output.rejected] == [
+        (i, reason) for i, (_, reason) in enumerate(NO_TRUTHS)
+    ]
+    assert [row["reward_model"]["ground_truth"] for row in output.rows] == ["3"]
+
+
+@pytest.mark.parametrize("question", [None, "", " \n", "nan", "None"])
+def test_empty_questions_are_left_out(tmp_path: Path, question: str | None) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [{"problem": question, "answer": 1}, {"problem": "Good?", "answer": 3}])
+    run("prepare", "aime25", "--from", file, "--output", tmp_path)
+    assert Output(tmp_path / "aime25").manifest["dropped"] == {"no_question": 1}
+
+
+#: columns of answers in parquet: the type, the values, and what is written
+COLUMNS_OF_ANSWERS: dict[str, tuple[pa.DataType, list[Any], list[str]]] = {
+    "large_string": (pa.large_string(), ["1", "2"], ["1", "2"]),
+    "string_view": (pa.string_view(), ["1", "2"], ["1", "2"]),
+    "dictionary": (pa.dictionary(pa.int32(), pa.string()), ["1", "2"], ["1", "2"]),
+    "int32": (pa.int32(), [1, 2], ["1", "2"]),
+    "double": (pa.float64(), [1.0, 2.5], ["1", "2.5"]),
+    "decimal": (pa.decimal128(5, 2), [1, 2], ["1.00", "2.00"]),
+    "list<large_string>": (pa.list_(pa.large_string()), [["1", "2"], ["3"]], ['["1", "2"]', "3"]),
+    "list<string_view>": (pa.list_(pa.string_view()), [["1"], ["$3$"]], ["1", "3"]),
+    "large_list<string>": (pa.large_list(pa.string()), [["1", "2"], ["3", "3"]], ['["1", "2"]', "3"]),
+    "list<int64>": (pa.list_(pa.int64()), [[1, 2], [3]], ['["1", "2"]', "3"]),
+    "large_list<double>": (pa.large_list(pa.float64()), [[1.0, 2.5], [3.0]], ['["1", "2.5"]', "3"]),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS_OF_ANSWERS)
+def test_answers_of_every_type_are_read(tmp_path: Path, name: str) -> None:
+    kind, values, written = COLUMNS_OF_ANSWERS[name]
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"problem": pa.array(["A?", "B?"]), "answer": pa.array(values, kind)}), file)
+    assert pq.read_schema(file).field("answer").type == kind
+    run("prepare", "aime25", "--from", file, "--output", tmp_path)
+    assert [row["reward_model"]["ground_truth"] for row in Output(tmp_path / "aime25").rows] == written
+
+
+@pytest.mark.parametrize("text", [pa.large_string(), pa.string_view()])
+@pytest.mark.parametrize("many", [None, pa.list_, pa.large_list])
+def test_questions_of_every_type_are_read(tmp_path: Path, text: pa.DataType, many: Callable[..., Any] | None) -> None:
+    kind = text if many is None else many(pa.struct([("role", text), ("content", text)]))
+    question = "A?" if many is None else [{"role": "user", "content": "A?"}]
+    reward = pa.StructArray.from_arrays([pa.array(["1"], text)], ["ground_truth"])
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([question], kind), "reward_model": reward}), file)
+    run("prepare", "guru_math_54k", "--from", file, "--output", tmp_path)
+    (row,) = Output(tmp_path / "guru_math_54k").rows
+    assert row["prompt"][0]["content"] == f"A?\n{INSTRUCTION}"
+
+
+def test_mixed_columns_in_json_lines_are_read(tmp_path: Path) -> None:
+    rows = [
+        {"problem": "A?", "answer": 1, "id": 7},
+        {"problem": "B?", "answer": "2", "other": {"x": 1}},
+        {"answer": [3, "4"], "problem": [{"role": "user", "content": "C?"}], "id": "c"},
+        {"problem": "D?", "answer": 5.0},
+        {"problem": "half \ud800", "answer": 6},
+        {"problem": 8, "answer": 9},
+    ]
+    run("prepare", "aime25", "--from", write_lines(tmp_path / "a.jsonl", rows), "--output", tmp_path)
+    output = Output(tmp_path / "aime25")
+    truths = [row["reward_model"]["ground_truth"] for row in output.rows]
+    assert truths == ["1", "2", '["3", "4"]', "5", "6"]
+    assert [row["extra_info"]["id"] for row in output.rows] == ["7", None, "c", None, None]
+    assert output.manifest["dropped"] == {"no_question": 1}
+    # the same as one JSON list
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
+    run("prepare", "aime25", "--from", tmp_path / "a.json", "--output", tmp_path, "--overwrite")
+    assert Output(tmp_path / "aime25").rows == output.rows
+
+
+@pytest.mark.process
+def test_a_list_means_any_of_its_answers(tmp_path: Path) -> None:
+    """From the file to the reward, as docs/reference/reward.md says; a list as text means the same."""
+    rows = [{"problem": "A?", "answer": ["1", "\\sqrt{2}"]}, {"problem": "B?", "answer": '["1", "\\\\sqrt{2}"]'}]
+    run("prepare", "aime25", "--from", write_lines(tmp_path / "a.jsonl", rows), "--output", tmp_path)
+    first, second = [row["reward_model"]["ground_truth"] for row in Output(tmp_path / "aime25").rows]
+    assert first == second
+    for truth in (first, ["1", "\\sqrt{2}"]):
+        for answer, right in {"1": 1.0, "2/\\sqrt{2}": 1.0, "2": 0.0, "1, \\sqrt{2}": 0.0}.items():
+            assert compute_score("", f"\\boxed{{{answer}}}", truth)["acc"] == right, (truth, answer)
+
+
+def test_lists_agree_if_they_accept_the_same() -> None:
+    assert agree('["1", "2"]', '["2", "1.0"]')
+    assert not agree('["1", "2"]', "1")
+    assert not agree("1", '["1", "2"]')
+
+
+# --- instructions of the source ---
+
+
+@pytest.mark.parametrize("change", [lambda text: text, str.strip, lambda text: f"  {text}\n"])
+def test_a_row_flattened_to_text_loses_the_sources_instruction(
+    prepare: Callable[..., Output], change: Callable[[str], str]
+) -> None:
+    text = change(DAPO.prefix + "How many?" + DAPO.suffix)
+    output = prepare("dapo_math_17k", [{"prompt": text, "reward_model": {"ground_truth": "3"}}])
+    assert output.rows[0]["prompt"][0]["content"] == f"How many?\n{INSTRUCTION}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user: " + DAPO.prefix + "How many?" + DAPO.suffix,
+        "<|im_start|>user\n" + DAPO.prefix + "How many?" + DAPO.suffix + "<|im_end|>",
+        "How many? Write your final answer on its own line after 'Answer:'",
+        "How many? Put the number after ####.",
+    ],
+)
+@pytest.mark.parametrize("name", ["dapo_math_17k", "guru_math_54k", "own"])
+def test_a_question_that_asks_for_another_form_is_left_out(tmp_path: Path, name: str, text: str) -> None:
+    rows = [
+        {"prompt": text, "reward_model": {"ground_truth": "3"}},
+        {"prompt": "B?", "reward_model": {"ground_truth": "3"}},
+    ]
+    file = write_parquet(tmp_path / "in.parquet", rows)
+    own = ("--question", "prompt", "--answer", "reward_model.ground_truth", "--name", "own", file)
+    run("prepare", *(own if name == "own" else (name, "--from", file)), "--output", tmp_path)
+    assert Output(tmp_path / name).manifest["dropped"] == {"other_instruction": 1}
+    assert Output(tmp_path / name).rejected[0]["question"] in text
+
+
+# --- own files ---
+
+
+OWN = ("--question", "q", "--answer", "a", "--name", "mine")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
+def test_own_files_by_their_columns(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {"q": 'What is "6 * 7", in words or not?', "a": "42", "z": ""},
+        {"q": "Which?\nThis.", "a": "\\frac{1}{2}", "z": "x"},
+    ]
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        with file.open("w", newline="", encoding="utf-8-sig") as stream:
+            writer = csv.DictWriter(stream, ["q", "a", "z"])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif suffix == "json":
+        file.write_text(json.dumps(rows))
+    else:
+        (write_lines if suffix == "jsonl" else write_parquet)(file, rows)
+    assert str(tmp_path / "mine" / "train.parquet") in run("prepare", *OWN, file, "--output", tmp_path)
+    output = Output(tmp_path / "mine")
+    assert output.rows == [
+        {
+            "data_source": "mine",
+            "prompt": [{"role": "user", "content": f"{row['q']}\n{INSTRUCTION}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": row["a"]},
+            "extra_info": {"index": index, "split": "train", "id": None},
+        }
+        for index, row in enumerate(rows)
+    ]
+    assert output.manifest["columns"] == {"question": "q", "answer": "a"}
+    assert output.manifest["files"] == [{"name": file.name, "sha256": sha256(file)}]
+
+
+def test_own_files_of_several_kinds_fields_and_the_split(tmp_path: Path) -> None:
+    first = write_lines(tmp_path / "a.jsonl", [{"x": {"question": "A?", "deep": {"answer": 1}}}])
+    second = write_parquet(tmp_path / "b.parquet", [{"x": {"question": "B?", "deep": {"answer": 2}}}])
+    columns = ("--question", "x.question", "--answer", "x.deep.answer", "--name", "mine")
+    run("prepare", *columns, first, second, "--split", "test", "--output", tmp_path)
+    rows = Output(tmp_path / "mine").rows
+    assert [(r["reward_model"]["ground_truth"], r["extra_info"]["split"]) for r in rows] == [
+        ("1", "test"),
+        ("2", "test"),
+    ]
+    assert (tmp_path / "mine" / "test.parquet").is_file()
+
+
+def test_the_default_folder_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("prepare", *OWN, write_lines(tmp_path / "a.jsonl", [{"q": "A?", "a": 1}]))
+    assert (tmp_path / "data" / "mine" / "train.parquet").is_file()
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [
+        ("In a \\boxed{}, please.", "A {x}?\nIn a \\boxed{}, please."),
+        ("Q: {question}\nA in \\boxed{}.", "Q: A {x}?\nA in \\boxed{}."),
+        ("", "A {x}?"),
+    ],
+)
+def test_a_template_of_ones_own(tmp_path: Path, template: str, content: str) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [{"q": "A {x}?", "a": 1}])
+    result = CliRunner().invoke(
+        app, ["data", "prepare", *OWN, str(file), "--output", str(tmp_path), "--template", template]
+    )
+    assert result.exit_code == 0
+    output = Output(tmp_path / "mine")
+    assert output.rows[0]["prompt"][0]["content"] == content
+    assert output.manifest["instruction"] == template
+    # a reward that looks for a box would give every answer 0
+    assert ("does not ask for \\boxed{}" in result.stderr) == (template == "")
+
+
+def test_without_a_box_other_instructions_and_answers_are_the_users_own(tmp_path: Path) -> None:
+    rows = [{"q": "A? Answer: $Answer", "a": "1+" * 600 + "1"}]
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    run("prepare", *OWN, file, "--output", tmp_path, "--template", "")
+    assert len(Output(tmp_path / "mine").rows) == 1
+
+
+@given(st.integers(2, 30), st.integers(1, 29), st.integers(0, 3))
+def test_the_holdout_is_drawn_once_and_apart(total: int, holdout: int, seed: int) -> None:
+    kept = [CheckedRow(f"Question {i}?", str(i), None, i, 1, None) for i in range(total)]
+    prepared, form = Prepared(kept, [], Counter(), total), Form(holdout=min(holdout, total - 1), seed=seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        manifest = write(own_source("mine", "q", "a"), prepared, {}, folder, form)
+        parts = {use: pq.read_table(folder / f"{use}.parquet").to_pylist() for use in ("train", "test")}
+        again = write(own_source("mine", "q", "a"), prepared, {}, folder, form)
+    assert manifest == again
+    truths = {use: [int(row["reward_model"]["ground_truth"]) for row in rows] for use, rows in parts.items()}
+    assert len(truths["test"]) == form.holdout == manifest["holdout"]["rows"]
+    assert sorted(truths["train"] + truths["test"]) == list(range(total))
+    for use, rows in parts.items():
+        assert truths[use] == sorted(truths[use])
+        assert [row["extra_info"]["index"] for row in rows] == list(range(len(rows)))
+        assert {row["extra_info"]["split"] for row in rows} == {use}
+
+
+def test_the_holdout_on_the_command_line(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [{"q": f"Question {i}?", "a": i} for i in range(40)])
+    said = run("prepare", *OWN, file, "--output", tmp_path, "--holdout", "10", "--seed", "1")
+    assert "train.parquet: 30 of 40 rows" in said
+    assert "test.parquet: 10 rows held out (seed 1)" in said
+    drawn = {}
+    for seed in ("1", "2"):
+        run("prepare", *OWN, file, "--output", tmp_path, "--holdout", "10", "--seed", seed, "--overwrite")
+        manifest = json.loads((tmp_path / "mine" / "manifest.json").read_text())
+        drawn[seed] = manifest["holdout"]["sha256"]
+        assert manifest["holdout"] == {"rows": 10, "seed": int(seed), "file": "test.parquet", "sha256": drawn[seed]}
+        assert sha256(tmp_path / "mine" / "test.parquet") == drawn[seed]
+        assert manifest["rows_in"] == manifest["rows_out"] == 40
+    assert drawn["1"] != drawn["2"]
+    message = refused("prepare", *OWN, file, "--output", tmp_path, "--holdout", "40", "--overwrite")
+    assert "--holdout 40 leaves no row to train on: mine has 40 rows that can be used" in message
+    assert "aime25 is for evaluation" in refused("prepare", "aime25", "--holdout", "1", "--output", tmp_path)
+
+
+# --- solutions ---
+
+
+@pytest.mark.parametrize(
+    ("solution", "where", "answer"),
+    [
+        ("So 24.\n#### 72", "hashes", "72"),
+        ("#### 1\n#### -1,234,567", "hashes", "-1234567"),
+        ("#### 1,2", "hashes", "1,2"),
+        ("no mark", "hashes", ""),
+        ("$\\boxed{1}$ then $\\boxed{\\frac{1}{2}}$", "box", "\\frac{1}{2}"),
+        ("so $\\boxed 2$.", "box", "2"),
+        ("so $\\fbox{3}$.", "box", "3"),
+        ("so 3.", "box", ""),
+    ],
+)
+def test_the_answer_at_the_end_of_a_solution(solution: str, where: str, answer: str) -> None:
+    assert answer_in(solution, where) == answer
+
+
+def test_a_solution_without_its_answer_is_left_out(tmp_path: Path) -> None:
+    rows = [{"question": "A?", "answer": "It is 3."}, {"question": "B?", "answer": "It is 3.\n#### 3"}]
+    run("prepare", "gsm8k", "--from", write_lines(tmp_path / "a.jsonl", rows), "--output", tmp_path)
+    assert Output(tmp_path / "gsm8k").manifest["dropped"] == {"no_answer": 1}
+
+
+def test_both_splits_of_a_download(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        row = {"question": f"{split}?", "answer": "#### 3"}
+        write_parquet(tmp_path / "gsm8k" / "main" / f"{split}-00000-of-00001.parquet", [row])
+        write_parquet(tmp_path / "gsm8k" / "socratic" / f"{split}-00000-of-00001.parquet", [row, row])
+        run("prepare", "gsm8k", "--from", tmp_path / "gsm8k", "--split", split, "--output", tmp_path / split)
+        output = Output(tmp_path / split / "gsm8k")
+        assert output.manifest["file"] == f"{split}.parquet"
+        assert [row["prompt"][0]["content"] for row in output.rows] == [f"{split}?\n{INSTRUCTION}"]
+        assert output.manifest["rows_in"] == 1
+    message = refused("prepare", "dapo_math_17k", "--split", "test", "--output", tmp_path)
+    assert "dapo_math_17k has no test split; --split test is for gsm8k, math, and files of your own" in message
+
+
+def test_what_is_wrong_with_own_files_is_said_in_one_line(tmp_path: Path) -> None:
+    output = ("--output", tmp_path / "out")
+    good = write_lines(tmp_path / "good.jsonl", [{"q": "A?", "a": 1, "x": {"answer": 1}}])
+
+    def said_of(name: str, content: str | bytes, *columns: str) -> str:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        message = refused("prepare", *(columns or OWN), tmp_path / name, *output)
+        assert message.count("\n") == 1, message
+        return message
+
+    assert "empty.jsonl has no rows" in said_of("empty.jsonl", "")
+    assert "empty.json has no rows" in said_of("empty.json", "[]")
+    assert "empty.csv has no rows" in said_of("empty.csv", "q,a\n")
+    pq.write_table(pa.table({"q": pa.array([], pa.string()), "a": pa.array([], pa.string())}), tmp_path / "e.parquet")
+    assert "e.parquet has no rows" in refused("prepare", *OWN, tmp_path / "e.parquet", *output)
+    assert "broken.jsonl line 3 is not JSON (Expecting" in said_of("broken.jsonl", '{"q": "x", "a": 1}\n\n{"q": }\n')
+    assert "deep.jsonl line 1 is not JSON (" in said_of("deep.jsonl", "[" * 100_000)
+    assert "list.jsonl line 1 is not JSON" in (message := said_of("list.jsonl", '[\n{"q": "x", "a": 1}\n]'))
+    assert "name it .json" in message
+    assert "line 2 is no JSON object with columns but a list" in said_of("l.jsonl", '{"q": "x", "a": 1}\n[1]\n')
+    assert "broken.json line 2 is not JSON" in said_of("broken.json", '[\n{"q" 1}]')
+    assert "latin.jsonl line 1 is no UTF-8 text" in said_of("latin.jsonl", b'{"q": "\xe9", "a": 1}\n')
+    assert "latin.csv is no UTF-8 text" in said_of("latin.csv", b"q,a\n\xe9,1\n")
+    assert "wide.csv line 3 has 3 cells, and the first line names 2" in said_of("wide.csv", "q,a\nx,1\nx,y,1\n")
+    assert "two columns of the name 'q'" in said_of("twice.csv", "q,q\nx,1\n")
+    assert "open.csv line 2 is not CSV" in said_of("open.csv", 'q,a\n"x,1\n')
+    assert "cut.parquet cannot be read (" in said_of("cut.parquet", b"PAR1")
+    assert "none of the 1 rows can be used as mine: answer_not_finite (1)" in said_of("no.csv", "q,a\nx,nan\n")
+
+    write_parquet(tmp_path / "good.parquet", [{"q": "A?", "a": 1, "x": {"answer": 1}}])
+    for question, answer, message in (
+        ("Q", "a", "has no column 'Q' (--question); did you mean q? It has the columns q, a, x."),
+        ("q", "x.anser", "has no column 'x.anser' (--answer); did you mean x.answer?"),
+        ("q", "zzzzzz", "has no column 'zzzzzz' (--answer). It has the columns q, a, x."),
+    ):
+        columns = ("--question", question, "--answer", answer, "--name", "mine")
+        assert message in refused("prepare", *columns, good, *output)
+        assert message in refused("prepare", *columns, tmp_path / "good.parquet", *output)
+
+    assert "good.jsonl is a file or folder of your own: say which columns" in refused("prepare", good, *output)
+    assert "add --answer COLUMN, --name NAME" in refused("prepare", "--question", "q", good, *output)
+    assert "did you mean gsm8k?" in refused("prepare", "gsm8", *output)
+    assert "--from is for the known sources" in refused("prepare", *OWN, good, "--from", good, *output)
+    assert "--revision is for the hub" in refused("prepare", *OWN, good, "--revision", "v1", *output)
+    for name in ("../mine", ".mine", "a/b", "a b"):
+        message = refused("prepare", *OWN[:4], "--name", name, good, *output)
+        assert "must begin with a letter or a digit" in message
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
 def test_limit(prepare: Callable[..., Output]) -> None:
     rows = [dapo_row(f"Question {i % 5}?", str(i % 5)) for i in range(10)]
     output = prepare("dapo_math_17k", rows, "--limit", "2")
@@ -353,7 +754,9 @@ def test_bad_input(tmp_path: Path) -> None:
         "prepare", "aime25", "--from", tmp_path / "broken.parquet", *output
     )
     (tmp_path / "broken.jsonl").write_text('{"problem": "x", "ans\n')
-    assert "broken.jsonl cannot be read" in refused("prepare", "aime25", "--from", tmp_path / "broken.jsonl", *output)
+    assert "broken.jsonl line 1 is not JSON" in refused(
+        "prepare", "aime25", "--from", tmp_path / "broken.jsonl", *output
+    )
 
     columns = write_lines(tmp_path / "columns.jsonl", [{"text": "x", "label": "y"}])
     message = refused("prepare", "aime25", "--from", columns, *output)
