@@ -30,6 +30,7 @@ def evaluate(
     max_tokens: options.MaxTokens = 20480,
     seed: options.Seed = 0,
     engine: options.Engine = options.EngineName.auto,
+    tokenizer: options.Tokenizer = None,
     chat_template: options.ChatTemplate = None,
     dtype: options.Dtype = "auto",
     merged: options.Merged = None,
@@ -62,6 +63,7 @@ def evaluate(
             batch_size=batch_size,
             tensor_parallel=tensor_parallel,
             vllm=parse_arguments(vllm or []),
+            tokenizer=tokenizer,
         )
         evaluated = evaluation.evaluate(settings, console)
         results.write(evaluated, output, compare and compare.value)
