@@ -103,7 +103,7 @@ class AnswerStore(Generic[R]):
         manifest = folder / MANIFEST
         if folder.is_dir() and any(folder.iterdir()) and not manifest.is_file():
             raise EntropyForkError(f"{folder} has files of something else: choose another folder with --output")
-        if manifest.is_file() and not _is_ours(manifest):
+        if manifest.is_file() and not is_evaluation(manifest.parent):
             raise EntropyForkError(f"{manifest} is not of an evaluation: choose another folder with --output")
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / ANSWERS).open("a+b")
@@ -171,7 +171,7 @@ def read_answers(folder: Path) -> tuple[dict[str, Any], list[ScoredAnswer]]:
         EntropyForkError: the folder is no evaluation, or cannot be read.
     """
     manifest = folder / MANIFEST
-    if not _is_ours(manifest):
+    if not is_evaluation(manifest.parent):
         raise EntropyForkError(_what_else(folder))
     records = []
     try:
@@ -208,10 +208,10 @@ def _what_else(folder: Path) -> str:
     return f"{folder} is no folder of 'entropy-fork evaluate'"
 
 
-def _is_ours(manifest: Path) -> bool:
-    """Whether a store of answers wrote this manifest. Folders of data and of tokens have a file of that name, too."""
+def is_evaluation(folder: Path) -> bool:
+    """Whether a store of answers wrote the folder's manifest. Folders of data and of tokens have one, too."""
     try:
-        there = json.loads(manifest.read_text(encoding="utf-8"))
+        there = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(there, dict) and isinstance(there.get("identity"), dict) and "format" not in there
