@@ -21,12 +21,14 @@ from entropy_fork.analysis.mark_top import select_top
 from entropy_fork.analysis.measure import Measurer
 from entropy_fork.analysis.texts import Like, Rollouts, Text, TextSource
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.foreign_text import visible
 from entropy_fork.common.output_folder import lock, refuse_other
 from entropy_fork.common.progress import task
 from entropy_fork.core.selection import kept_count
 from entropy_fork.evaluation import evaluate as evaluation
 from entropy_fork.evaluation.answer_store import ANSWERS
-from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
+from entropy_fork.evaluation.checkpoint import Checkpoint
+from entropy_fork.evaluation.tokenizer import load_tokenizer, tokenizer_checksum
 from entropy_fork.tokens import store
 
 #: A part ends with the answer that reaches one of these numbers. At most one part is in memory, and lost after a kill.
@@ -52,6 +54,7 @@ class AnalysisSettings:
         dtype: type of the weights when measuring; ``auto`` is the type in which they are stored.
         batch_tokens: tokens of one forward pass.
         merged: where the Hugging Face folder of a sharded checkpoint is kept; None removes it at the end.
+        tokenizer: a folder with the tokenizer; None takes the model's.
 
     Raises:
         EntropyForkError: a value has no meaning, or the source of the texts is not named, or more than once.
@@ -69,6 +72,7 @@ class AnalysisSettings:
     dtype: str = "auto"
     batch_tokens: int = 32768
     merged: Path | None = None
+    tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompts", "rollouts", "like") if getattr(self, name) is not None]
@@ -106,6 +110,8 @@ def analyze(settings: AnalysisSettings, console: Console) -> dict[str, Any]:
         EntropyForkError: something that was asked for cannot be done; what is in the folder stays there.
     """
     checkpoint = Checkpoint.find(settings.model)
+    for note in checkpoint.notes:
+        console.print(visible(note), soft_wrap=True, highlight=False, markup=False)
     output = settings.output
     source, temperature = _source(settings, checkpoint)
     identity = {
@@ -114,6 +120,8 @@ def analyze(settings: AnalysisSettings, console: Console) -> dict[str, Any]:
         "temperature": temperature,
         "measured": {"dtype": settings.dtype, "batch_tokens": settings.batch_tokens},
     }
+    if settings.tokenizer is not None:
+        identity["tokenizer"] = tokenizer_checksum(settings.tokenizer)
     _check_free(output)
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK).open("a") as held:
@@ -191,14 +199,12 @@ def _measure(
         folder = checkpoint.merge(settings.merged or output / MERGED)
     if isinstance(source, Prompts):
         source.draw(folder, console)
-    from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with task(f"loading {folder}", console=console):
+        tokenizer = load_tokenizer(settings.tokenizer or folder)
         measurer = Measurer(folder, settings.dtype, temperature, settings.batch_tokens)
-        with code_refused(folder):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with task("answers measured", len(source), completed=start, console=console) as shown:
         began, tokens = time.monotonic(), 0
         for number, texts in enumerate(_in_parts(source.texts(tokenizer, start)), start=first):

@@ -17,6 +17,7 @@ from entropy_fork.analysis.order_statistics import order_statistics, percentile_
 from entropy_fork.analysis.summary import PERCENTILES
 from entropy_fork.analysis.texts import check_complete, digest
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.evaluation.answer_store import is_evaluation
 from entropy_fork.tokens.store import parts, read_columns, read_manifest
 
 #: percentiles of the base model's entropies that bound the bins of Fig. 4
@@ -91,6 +92,11 @@ def compare(folders: Sequence[Path], top_ratio: float = 0.2) -> dict[str, Any]:
 def _check(folders: Sequence[Path]) -> None:
     if len(folders) < 2:
         raise EntropyForkError("compare needs two folders or more: the first of the base, the last of the final model")
+    if answers := [folder for folder in folders if is_evaluation(folder)]:
+        raise EntropyForkError(
+            f"{answers[0]} is of 'entropy-fork evaluate', and this command compares folders of 'entropy-fork analyze': "
+            f"write 'entropy-fork compare-evaluations BEFORE AFTER'"
+        )
     manifests = [read_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
         check_complete(folder, manifest)

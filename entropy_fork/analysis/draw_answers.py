@@ -105,7 +105,7 @@ class Prompts:
                     text=text,
                     pieces=token_pieces(tokenizer, drawn.token_ids),
                     data_source=asked.data_source,
-                    ground_truth=asked.ground_truth,
+                    ground_truth=asked.truth_text,
                     score=compute_score(asked.data_source, text, asked.ground_truth)["score"],
                     truncated=drawn.truncated,
                 )

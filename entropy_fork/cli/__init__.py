@@ -14,7 +14,7 @@ import entropy_fork
 from entropy_fork.cli.analyze import analyze, compare
 from entropy_fork.cli.at_work import fail
 from entropy_fork.cli.data import data_app
-from entropy_fork.cli.evaluate import evaluate
+from entropy_fork.cli.evaluate import compare_evaluations, evaluate
 from entropy_fork.cli.preflight import OVERRIDES, doctor, plan
 from entropy_fork.cli.report import report
 from entropy_fork.cli.temperatures import temperatures
@@ -52,6 +52,7 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_print_vers
 
 
 app.command()(evaluate)
+app.command()(compare_evaluations)
 app.command()(analyze)
 app.command()(compare)
 app.command()(report)

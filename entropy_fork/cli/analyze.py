@@ -44,6 +44,7 @@ def analyze(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = -1,
     seed: options.Seed = 0,
+    tokenizer: options.Tokenizer = None,
     chat_template: options.ChatTemplate = None,
     engine: options.Engine = options.EngineName.auto,
     dtype: options.Dtype = "auto",
@@ -72,11 +73,11 @@ def analyze(
             sampling = SamplingSettings(1.0 if temperature is None else temperature, top_p, top_k, max_tokens, seed)
             answering = EvaluationSettings(
                 model, prompts, output, answers, sampling, engine.value, chat_template, dtype, merged, batch_size,
-                tensor_parallel, parse_arguments(vllm or []),
+                tensor_parallel, parse_arguments(vllm or []), tokenizer,
             )  # fmt: skip
         settings = AnalysisSettings(
             model, output, answering, rollouts, like, tuple(steps or ()), limit, temperature, top_ratio, dtype,
-            batch_tokens, merged,
+            batch_tokens, merged, tokenizer,
         )  # fmt: skip
         analyze_tokens(settings, console)
         summary = results.summarise_and_write(output, min_count)

@@ -1,8 +1,9 @@
-"""``entropy-fork evaluate``: a checkpoint on benchmarks."""
+"""``entropy-fork evaluate`` and ``compare-evaluations``: a checkpoint on benchmarks, and two of them compared."""
 
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,7 @@ def evaluate(
     max_tokens: options.MaxTokens = 20480,
     seed: options.Seed = 0,
     engine: options.Engine = options.EngineName.auto,
+    tokenizer: options.Tokenizer = None,
     chat_template: options.ChatTemplate = None,
     dtype: options.Dtype = "auto",
     merged: options.Merged = None,
@@ -62,9 +64,41 @@ def evaluate(
             batch_size=batch_size,
             tensor_parallel=tensor_parallel,
             vllm=parse_arguments(vllm or []),
+            tokenizer=tokenizer,
         )
         evaluated = evaluation.evaluate(settings, console)
         results.write(evaluated, output, compare and compare.value)
     for table in results.tables(evaluated, compare and compare.value):
         console.print(table.rich())
     print_written(console, f"{output / results.RESULTS}, {results.TABLES}, answers.jsonl")
+
+
+def compare_evaluations(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="A folder of 'evaluate'.")],
+    after: Annotated[
+        Path, typer.Argument(metavar="AFTER", help="Another one, with the same questions, k and sampling settings.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and the figure.")] = None,
+) -> None:
+    """Compare two folders of 'evaluate' question by question: differences with intervals, questions won and lost."""
+    from rich.console import Console
+
+    from entropy_fork.common.foreign_text import visible
+
+    console = Console()
+    with at_work("compare-evaluations", console):
+        from entropy_fork.evaluation import compare, compare_results
+
+        if output is not None:
+            compare_results.check_installed()
+        paired = compare.compare_evaluations(before, after)
+        if output is not None:
+            compare_results.write(paired, output)
+    for table in compare_results.tables(paired):
+        console.print(table.rich())
+    for note in paired.notes:
+        console.print(f"{visible(note)}.", soft_wrap=True, highlight=False, markup=False)
+    if output is not None:
+        print_written(
+            console, f"{output / compare_results.JSON}, {', '.join([compare_results.TABLES, *compare_results.PLOTS])}"
+        )

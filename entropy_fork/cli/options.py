@@ -17,7 +17,13 @@ class EngineName(str, Enum):
     transformers = "transformers"
 
 
-Model = Annotated[Path, typer.Argument(help="A Hugging Face folder, or verl's checkpoint …/global_step_N/actor.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="A Hugging Face folder, verl's checkpoint …/global_step_N, or the folder of a run's checkpoints "
+        "(trainer.default_local_dir): the newest whole one counts."
+    ),
+]
 Data = Annotated[list[Path], typer.Option(help="A parquet file in verl's format; may be repeated.")]
 AnswersFolder = Annotated[Path, typer.Option(help="Folder for answers and results; the same command continues there.")]
 Answers = Annotated[int, typer.Option(help="Answers per question: the k of Acc@k.")]
@@ -31,6 +37,9 @@ ChatTemplate = Annotated[
     typer.Option(
         help="The template of the training: 'paper', a Jinja file or Jinja text. Default: the tokenizer's own."
     ),
+]
+Tokenizer = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A folder with the tokenizer, if the model's has none.")
 ]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), bfloat16, float16 or float32.")]
 Merged = Annotated[

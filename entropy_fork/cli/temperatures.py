@@ -37,6 +37,7 @@ def temperatures(
     max_tokens: options.MaxTokens = 20480,
     seed: options.Seed = 0,
     engine: options.Engine = options.EngineName.auto,
+    tokenizer: options.Tokenizer = None,
     chat_template: options.ChatTemplate = None,
     dtype: options.Dtype = "auto",
     merged: options.Merged = None,
@@ -73,6 +74,7 @@ def temperatures(
             batch_size=batch_size,
             tensor_parallel=tensor_parallel,
             vllm=parse_arguments(vllm or []),
+            tokenizer=tokenizer,
         )
         points = temperature_sweep.run_sweep(settings, sweep, console)
     console.print(temperature_sweep.table(points).rich())

@@ -15,6 +15,12 @@ from entropy_fork.common.errors import EntropyForkError
 #: A checkpoint's folder has this file while a run writes it, and keeps it if the run is killed (``verl/guards/``).
 UNFINISHED = "unfinished"
 
+#: A checkpoint's folder has this file beside ``actor``: what the run trains on (``verl/guards/resume.py`` writes it).
+SELECTION_FILE = "entropy_fork.json"
+
+#: verl's, in ``trainer.default_local_dir``: the step of the newest checkpoint, written after the checkpoint.
+LATEST = "latest_checkpointed_iteration.txt"
+
 
 def write_whole(file: Path, text: str) -> None:
     """Write a file under another name first and rename it, so that nobody sees it half-written.

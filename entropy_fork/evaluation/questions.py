@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,22 @@ COLUMNS = ("data_source", "prompt", "reward_model")
 
 @dataclass(frozen=True)
 class Question:
-    """One row of the data: its benchmark, its chat messages, and the ground truth that a right answer equals."""
+    """One row of the data.
+
+    Attributes:
+        data_source: its benchmark.
+        prompt: its chat messages.
+        ground_truth: the text that a right answer equals, or a list of texts of which it equals any.
+    """
 
     data_source: str
     prompt: tuple[dict[str, str], ...]
-    ground_truth: str
+    ground_truth: str | list[str]
+
+    @property
+    def truth_text(self) -> str:
+        """The ground truth as one text, to be shown."""
+        return self.ground_truth if isinstance(self.ground_truth, str) else " or ".join(self.ground_truth)
 
 
 def read_questions(files: Sequence[Path]) -> list[Question]:
@@ -69,10 +82,33 @@ def _question(row: dict[str, Any], where: str) -> Question:
         )
     ):
         raise EntropyForkError(f"{where}: prompt must be a list of messages with a role and a content, not {prompt!r}")
-    truth = reward.get("ground_truth") if isinstance(reward, dict) else None
-    if not isinstance(truth, str) or not truth.strip():
-        raise EntropyForkError(f"{where}: reward_model.ground_truth must be a text, not {truth!r}")
+    given = reward.get("ground_truth") if isinstance(reward, dict) else None
+    if (truth := _truth(given)) is None:
+        raise EntropyForkError(
+            f"{where}: reward_model.ground_truth must be a text, a number, or a list of these of which any is right, "
+            f"not {given!r}"
+        )
     if not isinstance(row["data_source"], str):
         raise EntropyForkError(f"{where}: data_source must be a text, not {row['data_source']!r}")
     messages = tuple({"role": message["role"], "content": message["content"]} for message in prompt)
     return Question(row["data_source"], messages, truth)
+
+
+def _truth(given: Any) -> str | list[str] | None:
+    """A ground truth as the reward compares it; None if it is nothing to compare with.
+
+    A list with one truth is that truth.
+    """
+    if not isinstance(given, list):
+        return _one_truth(given)
+    truths = [truth for truth in map(_one_truth, given) if truth is not None]
+    if not truths or len(truths) < len(given):
+        return None
+    return truths[0] if len(truths) == 1 else truths
+
+
+def _one_truth(given: Any) -> str | None:
+    if isinstance(given, str):
+        return given if given.strip() else None
+    is_number = isinstance(given, int | float | Decimal) and not isinstance(given, bool)
+    return str(given) if is_number and math.isfinite(given) else None

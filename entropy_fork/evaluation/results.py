@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from entropy_fork.common.foreign_text import markdown_cell, visible
 from entropy_fork.common.output_folder import write_whole
+from entropy_fork.evaluation.checkpoint import ModelRecord
 from entropy_fork.evaluation.evaluate import Evaluation
 from entropy_fork.evaluation.statistics import CONFIDENCE, BenchmarkSummary, average
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RESULTS, TABLES = "results.json", "results.md"
+MODEL_COLUMNS = ["model", "step", "trained on"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def paper_cells(model: str, data_sources: Sequence[str]) -> list[tuple[float, fl
 
 
 def tables(evaluation: Evaluation, compare: str | None) -> list[TextTable]:
-    """Two tables: accuracy and length (beside the paper's, of the model ``compare``), and pass@k."""
+    """Three tables: the model, accuracy and length (beside the paper's, of the model ``compare``), and pass@k."""
     rows = _rows(evaluation)
     k = rows[0][1].answers_per_question
     header = ["benchmark", "questions", f"Acc@{k}", f"{CONFIDENCE:.0%} interval", "± same questions"]
@@ -92,13 +98,19 @@ def tables(evaluation: Evaluation, compare: str | None) -> list[TextTable]:
             ]
         accuracy.rows.append(cells)
         passes.rows.append([name, *(f"{100 * share:.2f}" for share in summary.pass_at.values())])
-    return [accuracy, passes]
+    return [TextTable(MODEL_COLUMNS, [model_cells(evaluation.model)]), accuracy, passes]
+
+
+def model_cells(model: ModelRecord) -> list[str]:
+    """The cells of :data:`MODEL_COLUMNS`."""
+    return [model.path, model.step_in_words(), model.trained_on_in_words()]
 
 
 def write(evaluation: Evaluation, folder: Path, compare: str | None) -> None:
     """Write ``results.json`` (everything, unrounded) and ``results.md`` (the tables)."""
     rows = _rows(evaluation)
     results: dict[str, Any] = {
+        "model": evaluation.model.as_dict(),
         "identity": evaluation.identity,
         "confidence": CONFIDENCE,
         "benchmarks": {name: summary.as_dict() for name, summary in evaluation.benchmarks.items()},
@@ -125,3 +137,15 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, BenchmarkSummary, list[str]
     benchmarks = evaluation.benchmarks
     rows = [(name, summary, [name]) for name, summary in benchmarks.items()]
     return rows if len(rows) == 1 else [*rows, ("average", average(list(benchmarks.values())), list(benchmarks))]
+
+
+def write_figure(figure: Figure, files: Sequence[Path]) -> None:
+    """Write a figure as PNG or SVG. Each file is whole, and the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    for file in files:
+        unfinished = file.with_name(f".{file.name}")
+        metadata = {"Date": None} if file.suffix == ".svg" else {}
+        with rc_context({"svg.hashsalt": "entropy-fork"}):
+            figure.savefig(unfinished, format=file.suffix[1:], dpi=150, metadata=metadata)
+        os.replace(unfinished, file)

@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -212,6 +211,7 @@ def _as_dict(points: Sequence[Point], sweep: TemperatureSweep) -> dict[str, Any]
     common = dict(points[0].evaluation.identity)
     common["sampling"] = {key: value for key, value in common["sampling"].items() if key != "two_temperatures"}
     return {
+        "model": points[0].evaluation.model.as_dict(),
         "identity": common,
         "threshold": sweep.threshold,
         "confidence": CONFIDENCE,
@@ -229,7 +229,6 @@ def _as_dict(points: Sequence[Point], sweep: TemperatureSweep) -> dict[str, Any]
 
 
 def _plot(points: Sequence[Point], sweep: TemperatureSweep, folder: Path) -> None:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -260,12 +259,4 @@ def _plot(points: Sequence[Point], sweep: TemperatureSweep, folder: Path) -> Non
     axes.set_title(f"Entropies above and below {sweep.threshold:g} nats", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend()
-    for name in PLOTS:
-        unfinished = folder / f".{name}"
-        with rc_context({"svg.hashsalt": "entropy-fork"}):
-            figure.savefig(unfinished, format=Path(name).suffix[1:], dpi=150, metadata=_METADATA[Path(name).suffix])
-        os.replace(unfinished, folder / name)
-
-
-#: without the date, so that the same results give the same files
-_METADATA: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}}
+    results.write_figure(figure, [folder / name for name in PLOTS])

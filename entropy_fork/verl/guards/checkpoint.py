@@ -29,12 +29,11 @@ import torch.distributed as dist
 from ray.exceptions import RayTaskError
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.common.output_folder import UNFINISHED
+from entropy_fork.common.output_folder import LATEST, UNFINISHED
 from entropy_fork.common.verl_types import StockTrainer
 from entropy_fork.verl.config import MASKED_STRATEGIES, read_guards, read_node
 from entropy_fork.verl.guards.resume import (
     FILE,
-    LATEST,
     MIXED,
     check_resumable,
     checkpoint_to_resume,

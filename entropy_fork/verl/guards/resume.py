@@ -17,15 +17,12 @@ from omegaconf import DictConfig
 
 from entropy_fork.common.asked_for import NODE
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.common.output_folder import write_whole
+from entropy_fork.common.output_folder import LATEST, SELECTION_FILE, write_whole
 from entropy_fork.core.rule import KEY_OF
 from entropy_fork.verl.config import RULE_KEYS, TrainedOn, read_node
 
 #: beside ``actor`` in the folder of a checkpoint
-FILE = "entropy_fork.json"
-
-#: verl's, in ``trainer.default_local_dir``
-LATEST = "latest_checkpointed_iteration.txt"
+FILE = SELECTION_FILE
 
 #: what a folder says while a checkpoint of another selection in it is written over, and after a kill in that time
 MIXED = "tokens of two selections (a run was stopped while it wrote over the checkpoint of another one)"
