@@ -20,6 +20,7 @@ import csv
 import ctypes
 import hashlib
 import io
+import math
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -40,9 +41,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from entropy_fork.common.foreign_text import spreadsheet_cell, visible
 from entropy_fork.common.output_folder import write_whole
+from entropy_fork.watch.output import Reader as RunOutput
+from entropy_fork.watch.output import Step, text_and_process
+from entropy_fork.watch.view import View
 
 NAME = "trainer.experiment_name"
 
@@ -72,6 +77,7 @@ class Job:
         directory: Hydra's output directory of the job.
         name: its ``trainer.experiment_name``; None in an application without one.
         environment: variables that are added to the environment of the sweep.
+        short_output: whether the sweep shows one line per step of the job, not everything that it prints.
     """
 
     number: int
@@ -80,6 +86,7 @@ class Job:
     directory: Path
     name: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    short_output: bool = False
 
     @property
     def log(self) -> Path:
@@ -280,7 +287,7 @@ def run(job: Job, grace_s: float) -> Outcome:
             preexec_fn=_in_the_job,
         )
         assert process.stdout is not None
-        reader = _Reader(process.stdout, log)
+        reader = _Reader(process.stdout, log, View(Console(), place=str(job.log)) if job.short_output else None)
         reader.start()
         try:
             code = process.wait()
@@ -376,23 +383,24 @@ def _marked(mark: str) -> list[int]:
 class _Reader(threading.Thread):
     """Copies what a job prints to the terminal and to its log, and remembers its metrics and its last error."""
 
-    #: what Ray puts, in colour, before the lines of other processes
-    _PREFIX = re.compile(r"^\(([^)]*\bpid=[^)]*)\)\s?")
-    _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
     _EXCEPTION = re.compile(r"^(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Fault)\b(?:\(\w+\))?(?::|$)")
-    _METRICS = re.compile(r"^step:(\d+) - (.*)")
-    _METRIC = re.compile(r"(\S+?):(?:np\.\w+\()?(-?\d[\d.e+-]*)\)?$")
     _HINT = "Set the environment variable HYDRA_FULL_ERROR"
 
-    def __init__(self, pipe: IO[bytes], log: IO[bytes]):
+    def __init__(self, pipe: IO[bytes], log: IO[bytes], view: View | None):
         super().__init__(daemon=True)
         self._pipe = pipe
-        self._sinks: list[IO[bytes]] = [sys.stdout.buffer, log]
+        self._view = view
+        self._output = RunOutput()
+        self._sinks: list[IO[bytes]] = [log] if view else [sys.stdout.buffer, log]
         self.metrics: dict[str, tuple[float, int]] = {}
         self.exception = ""
         self.last_line = ""
 
     def run(self) -> None:
+        with self._view or nullcontext():
+            self._read()
+
+    def _read(self) -> None:
         rest = b""
         while chunk := self._pipe.read1(1 << 16):  # type: ignore[attr-defined]
             for sink in list(self._sinks):
@@ -407,14 +415,16 @@ class _Reader(threading.Thread):
         self._see(rest.decode(errors="replace"))
 
     def _see(self, line: str) -> None:
-        line = self._COLOUR.sub("", line).rstrip()
-        text = self._PREFIX.sub("", line)
-        if metrics := self._METRICS.match(text):
-            step = int(metrics[1])
-            for part in metrics[2].split(" - "):
-                if metric := self._METRIC.match(part):
-                    self.metrics[metric[1]] = (float(metric[2]), step)
-        elif text == line and text and not text.startswith(self._HINT):  # by the job's own process, not by a worker
+        with suppress(Exception):  # whatever a terminal does, the job must be able to write on
+            if self._view:
+                self._view.feed(line)
+        step = self._output.read(line)
+        text, process = text_and_process(line)
+        if isinstance(step, Step):
+            for name, value in step.metrics.items():
+                if math.isfinite(value):
+                    self.metrics[name] = (value, step.number)
+        elif not process and text and not text.startswith(self._HINT):  # by the job's own process, not by a worker
             self.last_line = text
             if self._EXCEPTION.match(text):
                 self.exception = text

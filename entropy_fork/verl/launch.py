@@ -28,7 +28,6 @@ from omegaconf import DictConfig
 from entropy_fork.common.asked_for import in_config
 from entropy_fork.verl import checks
 from entropy_fork.verl.config import guard_loss, is_guarded, make_typed, read_config, read_node
-from entropy_fork.verl.terminal import short_output
 
 
 def _checking_first(run_ppo: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,6 +36,8 @@ def _checking_first(run_ppo: Callable[..., Any]) -> Callable[..., Any]:
         if in_config(config) and not checks.was_checked(config):  # validate_config has not been called on it
             checks.check_before_training(config)
         if in_config(config) and (fork_config := read_node(config)) is not None and fork_config.short_output:
+            from entropy_fork.verl.terminal import short_output  # the launcher's; every process imports this module
+
             with short_output(config):
                 return run_ppo(config, *args, **kwargs)
         return run_ppo(config, *args, **kwargs)

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from entropy_fork.common.foreign_text import visible
+from entropy_fork.sweep.jobs import MARK
 from entropy_fork.watch.follow import BEGIN, ELSEWHERE, END, OUTPUT
 from entropy_fork.watch.output import Failure
 from entropy_fork.watch.view import View
@@ -38,6 +39,9 @@ def short_output(config: DictConfig) -> Iterator[None]:
     Args:
         config: the root of a run that asks for it.
     """
+    if MARK in os.environ:  # a job of a sweep: the sweep shows it, and has a file of its own for its output
+        yield
+        return
     if "console" not in _loggers(config):
         print(
             f"entropy_fork: no lines per step, because trainer.logger={_loggers(config)} has no console. Everything "

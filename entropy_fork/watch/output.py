@@ -59,6 +59,16 @@ class Failure:
     line: int
 
 
+def text_and_process(line: str) -> tuple[str, str]:
+    """A line without colours and without what Ray puts before it; and the process that Ray names, or nothing."""
+    text = _REPEATED.sub("", _COLOURS.sub("", line.rstrip()))
+    process = _PROCESS.match(text)
+    if process is None:
+        return text, ""
+    where = f" on {process['ip']}" if process["ip"] else ""
+    return text[process.end() :], f"{process['name']} pid {process['pid']}{where}"
+
+
 @dataclass
 class Reader:
     """Goes through a run's output, line by line, and remembers where it is.
@@ -81,12 +91,7 @@ class Reader:
             A step; a line of ours, or a warning that was not there before; None for everything else.
         """
         self.lines += 1
-        text = _REPEATED.sub("", _COLOURS.sub("", line.rstrip()))
-        process = _PROCESS.match(text)
-        who = ""
-        if process:
-            text = text[process.end() :]
-            who = f"{process['name']} pid {process['pid']}" + (f" on {process['ip']}" if process["ip"] else "")
+        text, who = text_and_process(line)
         if found := _STEP.search(text):
             return self._step(int(found[1]), found[2])
         if found := _OURS.match(text):

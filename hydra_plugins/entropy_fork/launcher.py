@@ -134,7 +134,8 @@ class FreshProcessLauncher(Launcher):
             hydras = {"hydra.run.dir": folder, "hydra.job.num": number, "hydra.job.id": number}
             line = sweep.command(_program(), typed["hydra"], overrides, {**own, **hydras})
             name = sweep.value_of(config, sweep.NAME)
-            jobs.append(sweep.Job(number, differs, line, folder, name, sweep.own_environment(form)))
+            short = sweep.value_of(config, "entropy_fork.short_output") == "True"
+            jobs.append(sweep.Job(number, differs, line, folder, name, sweep.own_environment(form), short))
             log.info(f"\t#{number} : {' '.join(differs)}")
             for key, value in own.items():
                 log.info(f"\t     {key}={value}")

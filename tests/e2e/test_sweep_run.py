@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def test_a_sweep_over_a_recipe_of_the_paper(main_ppo, tmp_path: Path) -> None:  
         flags=["-m"],
         expect=1,
     )
+    printed = [file.read_text(errors="replace") for file in sorted((tmp_path / "sweep").glob("*/output.log"))]
+    run = replace(run, output=run.output + "".join(printed))
+    assert "step    1  accuracy" in run.output, "the sweep shows a line per step"
     # 1. The sweep: each job in its own Ray session and from the same start, the failed one named.
     rows = read(tmp_path / "sweep")
     assert [row["status"] for row in rows] == ["finished", "failed", "finished"], run.output[-6000:]
