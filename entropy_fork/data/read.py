@@ -101,8 +101,15 @@ def from_files(source: Source, paths: Path | Sequence[Path]) -> SourceRows:
     counts = [number_of_rows(file) for file in files]
     known = [count for count in counts if count is not None]
     total = sum(known) if len(known) == len(files) else None
-    origin = {"files": [{"name": file.name, "sha256": sha256(file)} for file in files]}
+    origin = {"files": [{"name": file.name, "sha256": _sha256_of_input(file)} for file in files]}
     return SourceRows(_rows_of(source, files), total, origin)
+
+
+def _sha256_of_input(file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise EntropyForkError(why_unreadable(file, error)) from None
 
 
 def _rows_of(source: Source, files: Iterable[Path]) -> Iterator[pa.Table]:

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -807,6 +808,35 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(output.rows) == 2
     assert output.manifest["hub"] == "Hothan/OlympiadBench"
     assert output.manifest["revision"] == commit
+
+
+def test_the_test_split_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def load_dataset(*arguments: Any, **named: Any) -> datasets.Dataset:
+        asked["load"] = (*arguments, named["split"])
+        return datasets.Dataset.from_list([EXAMPLES["gsm8k"][0]])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="0" * 40))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    run("prepare", "gsm8k", "--split", "test", "--output", tmp_path)
+    assert asked["load"] == ("openai/gsm8k", "main", "test")
+    output = Output(tmp_path / "gsm8k")
+    assert output.manifest["split"] == "test"
+    assert (output.rows[0]["extra_info"]["split"], output.manifest["file"]) == ("test", "test.parquet")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = write_lines(tmp_path / "a.jsonl", [{"q": "A?", "a": 1}])
+    monkeypatch.setattr("entropy_fork.data.read.sha256", refuse)
+    message = refused("prepare", *OWN, file, "--output", tmp_path)
+    assert "a.jsonl cannot be read (PermissionError: [Errno 13] Permission denied)" in message
 
 
 def test_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
