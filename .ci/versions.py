@@ -360,7 +360,9 @@ def without_torch(row: Row, interpreter: Path, wheel: Path, folder: Path) -> Non
 
     def tests() -> str:
         checkout = repository(folder / "checkout")
-        quick = pytest(python, checkout, "-p", "without_torch", "-m", QUICK, "--ignore", "tests/project/test_docs.py", "tests")
+        quick = pytest(
+            python, checkout, "-p", "without_torch", "-m", QUICK, "--ignore", "tests/project/test_docs.py", "tests"
+        )
         judged = pytest(python, checkout, "-p", "without_torch", *(f"tests/{name}" for name in JUDGE))
         return f"{quick}; the judge: {judged}"
 

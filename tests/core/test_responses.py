@@ -20,7 +20,7 @@ from entropy_fork.core.rule import POOLS, Rule, Selector
         ({"weight": "fuzzy"}, "weight must be one of .+, got 'fuzzy'"),
         ({"loss_agg_mode": "mean"}, "loss_agg_mode must be one of token-mean, seq-mean-token-mean, .*got 'mean'"),
         ({"entropy": "current", "pool": "batch"}, "no pool=batch: .*Write pool=mini_batch, or entropy=old"),
-        ({"entropy": "current", "selector": Selector(0.2, "random")}, "looks at no entropy; write entropy=old"),
+        ({"entropy": "current", "selector": Selector(0.2, "random")}, "does not use entropy; write entropy=old"),
     ],
 )
 def test_a_rule_without_meaning_is_refused(settings: dict[str, Any], match: str) -> None:

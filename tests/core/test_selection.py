@@ -233,7 +233,7 @@ def test_the_order_of_rows_does_not_matter(pool, ratio: float, settings: dict, r
         ({"ties": "all"}, "ties must be one of .+"),
         ({"select": "band"}, r"band_from must be in \(0, top_ratio\)"),
         ({"select": "band", "band_from": 0.3}, r"band_from must be in \(0, top_ratio\)"),
-        ({"band_from": 0.1}, "means something with select=band only"),
+        ({"band_from": 0.1}, "needs select=band; write select=band, or band_from=0"),
         ({"select": "random", "ties": "threshold"}, "write ties=exact"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_value_without_meaning(compose: Compose, data: list[str], override: st
     ("overrides", "match"),
     [
         (["entropy=current", "pool=batch"], "no pool=batch: the policy changes with each mini-batch.*entropy=old"),
-        (["entropy=current", "select=random"], "select=random looks at no entropy; write entropy=old"),
+        (["entropy=current", "select=random"], "select=random does not use entropy; write entropy=old"),
         (["select=band", "band_from=0.3"], r"band_from must be in .0, top_ratio."),
     ],
 )
