@@ -75,7 +75,7 @@ def test_a_full_disk_ends_the_run_and_what_was_written_is_not_taken(main_ppo: Ma
     wait_until_gone(main_ppo)
 
     refused = main_ppo(*settings, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={half}", expect=1)
-    assert f"{half} was not written to its end" in refused.output
+    assert f"{half} is unfinished" in refused.output
     assert f"{checkpoints}/global_step_1 is whole: write trainer.resume_mode=resume_path" in refused.output
     wait_until_gone(main_ppo)
 

@@ -117,7 +117,7 @@ def test_what_the_engine_selects_needs_an_engine_of_ours(compose: Compose, data:
     check_before_training(compose("+entropy_fork=global", override, *data))
     refused(
         compose("+entropy_fork=global", override, megatron, *data),
-        r"works in verl's engines fsdp, fsdp2, and actor.strategy=megatron. Write entropy_fork.entropy=old "
+        r"works in verl's engines fsdp, fsdp2 only, and actor.strategy=megatron. Write entropy_fork.entropy=old "
         r"entropy_fork.pool=mini_batch actor_rollout_ref.actor.shuffle=False",
     )
 
@@ -201,7 +201,7 @@ def test_a_loss_with_a_mean_of_its_own(
     command = ["+entropy_fork=global", *data, f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}"]
     by_sequence = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"
     monkeypatch.setattr(verl, "__version__", version)
-    refused(compose(*command), f"verl {version} takes the mean of loss_mode={loss} as.*{by_sequence}")
+    refused(compose(*command), f"verl {version} averages loss_mode={loss} as.*{by_sequence}")
     check_before_training(compose(*command, by_sequence))
     check_before_training(compose(*command, "entropy_fork.denominator=all"))
 
@@ -372,7 +372,7 @@ def test_a_dump_of_tokens_where_there_would_be_none(compose: Compose, data: list
     """An all-token baseline is verl's own business, but for the dump that is asked for."""
     off = ["+entropy_fork=off", *data, "entropy_fork.dump_every=5"]
     check_before_training(compose(*off))
-    refused(compose(*off, "trainer.use_v1=false"), "dump_every=5 writes in verl's V1 trainers. Write")
+    refused(compose(*off, "trainer.use_v1=false"), "dump_every=5 needs verl's V1 trainer. Write")
     refused(compose(*off, "algorithm.rollout_correction.bypass_mode=true"), "bypass_mode=True skips. Write bypass_mode")
 
 

@@ -206,5 +206,5 @@ def test_a_key_that_has_moved_says_where_to(python: Python, word: str) -> None:
 def test_the_cpu_recipe_without_the_opt_in_says_how(python: Python) -> None:
     result = python("-m", "verl.trainer.main_ppo", "+recipe=demo_cpu", VERL_PLATFORM="")
     assert result.returncode != 0
-    assert "opted into by the environment: VERL_PLATFORM=cpu python -m" in result.stderr
+    assert "set the environment variable: VERL_PLATFORM=cpu python -m" in result.stderr
     assert "ray init kwargs" not in result.stdout

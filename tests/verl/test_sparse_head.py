@@ -684,7 +684,7 @@ def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("vision", "a model that sees has its own forward pass"),
+        ("vision", "a vision model has its own forward pass"),
         ("bias", "its LM head is a .*, not a linear layer"),
         ("fake quantization", "its LM head, a FSDPFakeQuantized, has a forward pass of its own"),
     ],

@@ -1,8 +1,8 @@
-"""The data files of a run, looked through before Ray starts.
+"""Check every row of a run's data files before Ray starts.
 
-verl reads a row when its turn comes: one that has no prompt ends the run in some later epoch, one whose length filter
-stumbles over it is left out with a traceback in the log, and an answer that has no ground truth to be compared with is
-left out of its batch. Only the columns that verl reads are read, a batch of rows at a time.
+verl reads a row only when it needs it. A row without a prompt can end the run hours later. If verl's length filter
+fails on a row, verl leaves the row out and logs a traceback. If a row has no ground truth, its answers are left out of
+their batch. This check reads only the columns that verl reads, a batch of rows at a time.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from entropy_fork.common.errors import EntropyForkError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: how a reward function of ours is named in ``reward.custom_reward_function.path``
+#: the value of ``reward.custom_reward_function.path`` for a reward function of ours
 OUR_REWARD = "pkg://entropy_fork.reward"
 
 
 def reads_with_verl(config: DictConfig) -> bool:
-    """Whether verl's own data set class reads the files. What another one wants of them, nobody here knows."""
+    """Whether verl's own data set class reads the files. What another class needs in them is not known."""
     return OmegaConf.select(config, "data.custom_cls.path", default=None) is None
 
 
 def check_data_files(config: DictConfig) -> None:
-    """Local parquet files must be there, be readable to the end, and have in every row what a run needs of it.
+    """Check that local parquet files exist, can be read to the end, and have in every row what a run needs.
 
-    Nothing is looked at where a data set class of the user's own reads the files (``data.custom_cls.path``).
+    If the user's own data set class reads the files (``data.custom_cls.path``), nothing is checked.
 
     Raises:
-        EntropyForkError: with the file, the column or the first such row, and what is wrong with it.
+        EntropyForkError: with the file, the column or the first bad row, and what is wrong with it.
     """
     if not reads_with_verl(config):
         return
@@ -80,7 +80,7 @@ def _wrong_with(path: str, prompt: str, has_truth: bool) -> str | None:
 
 
 def _bad_rows(batch: pa.RecordBatch, prompt: str, has_truth: bool) -> Iterator[tuple[int, str]]:
-    """A row's number in the batch and what is wrong with it."""
+    """The number of each bad row in the batch, and what is wrong with it."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

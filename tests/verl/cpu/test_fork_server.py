@@ -364,7 +364,7 @@ def test_a_process_that_is_no_launcher_is_left_alone(ray_init) -> None:  # type:
     ("kwargs", "reason"),
     [
         ({"address": "10.0.0.1:6379"}, "the Ray cluster 10.0.0.1:6379 was not started by this run"),
-        ({"runtime_env": {"py_executable": "python -X dev"}}, "py_executable=python -X dev is something else"),
+        ({"runtime_env": {"py_executable": "python -X dev"}}, "py_executable=python -X dev names another program"),
         ({"runtime_env": {"pip": ["six"]}}, "runtime_env.pip gives the workers another environment"),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_kill_anywhere_in_a_save_leaves_the_checkpoint_before_or_an_error(
             resumed._load_checkpoint()
         assert not resumed.loaded
     resumed = trainer(resume_mode="resume_path", resume_from_path=str(tmp_path / "global_step_4"))
-    with pytest.raises(EntropyForkError, match=r"global_step_4 was not written to its end"):
+    with pytest.raises(EntropyForkError, match=r"global_step_4 is unfinished"):
         resumed._load_checkpoint()
 
 
@@ -178,7 +178,7 @@ def _shortened(path: Path) -> None:
         ("critic/model_world_size_2_rank_0.pt", _shortened, r"model_world_size_2_rank_0.pt cannot be read \("),
         ("actor/extra_state_world_size_2_rank_0.pt", lambda p: p.write_bytes(b""), r"rank_0.pt cannot be read \("),
         ("data.pt", Path.unlink, r"data.pt is missing"),
-        (f"../{LATEST}", lambda p: p.write_text(""), rf"{LATEST} names no step but ''"),
+        (f"../{LATEST}", lambda p: p.write_text(""), rf"{LATEST} contains no step but ''"),
         (f"../{LATEST}", lambda p: p.write_text("6"), r"global_step_6 is not there"),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(
 ) -> None:
     save(trainer(), 2, 4)
     breaks((tmp_path / "global_step_4" / broken).resolve())
-    with pytest.raises(EntropyForkError, match=message + ".*trainer.resume_mode=disable to begin again"):
+    with pytest.raises(EntropyForkError, match=message + ".*trainer.resume_mode=disable to start again"):
         trainer()._load_checkpoint()
     disabled = trainer(resume_mode="disable")
     disabled._load_checkpoint()
@@ -316,7 +316,7 @@ def test_the_dead_are_noticed_and_the_unreachable_asked_again(clock: SimpleNames
     clock.now += 1
     look(watch, buffer)  # it is not asked at every turn
     buffer.failure_keys["train"] = {"a"}  # but here
-    with pytest.raises(EntropyForkError, match=r"agent-loop worker 0 has died.*goes on from the last checkpoint in ch"):
+    with pytest.raises(EntropyForkError, match=r"agent-loop worker 0 has died.*resumes from the last checkpoint in ch"):
         look(watch, buffer)
 
 

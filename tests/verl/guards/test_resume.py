@@ -106,9 +106,9 @@ def test_off_does_not_take_the_masked_model_for_its_own(line: Callable[..., Any]
     baseline = [*OFF, "trainer.total_training_steps=1"]
     refused(
         line(*baseline),
-        rf"{folder} was trained on the tokens of top_ratio=0.2 select=top, and this run on all tokens.*"
-        r"trainer.experiment_name=NAME for a run of its own, trainer.resume_mode=disable.*"
-        r"or entropy_fork.resume_other_selection=true to go on from that checkpoint on purpose",
+        rf"{folder} was trained on the tokens of top_ratio=0.2 select=top, but this run trains on all tokens.*"
+        r"trainer.experiment_name=NAME for a separate run, trainer.resume_mode=disable.*"
+        r"or entropy_fork.resume_other_selection=true to resume from that checkpoint on purpose",
     )
     # each way out is one
     assert resume(line(*baseline, "trainer.experiment_name=baseline")) == 0
@@ -124,7 +124,7 @@ def test_off_does_not_take_the_masked_model_for_its_own(line: Callable[..., Any]
 def test_a_baseline_is_not_resumed_with_a_mask(line: Callable[..., Any]) -> None:
     folder = train(line(*OFF))
     assert json.loads((folder / FILE).read_text()) == {"trained_on": "all tokens"}
-    refused(line(*GLOBAL), r"was trained on all tokens, and this run on the tokens of top_ratio=0.2 select=top:")
+    refused(line(*GLOBAL), r"was trained on all tokens, but this run trains on the tokens of top_ratio=0.2 select=top:")
     assert resume(line(*GLOBAL, "entropy_fork.top_ratio=1.0")) == 1, "which is the update of all tokens, bit for bit"
 
 
@@ -141,7 +141,7 @@ def test_a_folder_that_does_not_follow_from_the_name(line: Callable[..., Any], t
     folder = [f"trainer.default_local_dir={tmp_path / 'here'}"]
     train(line(*GLOBAL, *folder))
     refused(
-        line(*OFF, *folder), "trainer.experiment_name=NAME for a run of its own and trainer.default_local_dir=FOLDER,"
+        line(*OFF, *folder), "trainer.experiment_name=NAME for a separate run and trainer.default_local_dir=FOLDER,"
     )
 
 
@@ -179,7 +179,7 @@ SAME = [
 def test_every_key_that_selects_is_part_of_the_selection(line: Callable[..., Any], keys: Line) -> None:
     train(line(*GLOBAL))
     words = [f"entropy_fork.{key}" for key in keys]
-    refused(line(*GLOBAL, *words), r"was trained on .*, and this run on ")
+    refused(line(*GLOBAL, *words), r"was trained on .*, but this run trains on ")
     assert resume(line(*GLOBAL, *words, "entropy_fork.resume_other_selection=true")) == 1
     again = line(*GLOBAL, *words, "trainer.experiment_name=other")
     train(again)
