@@ -60,7 +60,7 @@ def test_what_a_cpu_cannot_do_is_refused(
 @pytest.mark.parametrize(
     ("override", "match"),
     [
-        ("actor_rollout_ref.rollout.nnodes=0", r"there are none.*rollout.nnodes=1"),
+        ("actor_rollout_ref.rollout.nnodes=0", r"rollout.nnodes=0 means none.*rollout.nnodes=1"),
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", r"backend=naive does not.*backend=ray"),
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", r"backend=nccl does not.*backend=ray"),
     ],
