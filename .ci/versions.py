@@ -392,7 +392,7 @@ def repository(folder: Path) -> Path:
 def pytest(python: Path, checkout: Path, *arguments: str) -> str:
     """Run pytest; the result in a line. The program ``pytest`` finds the wheel, ``python -m pytest`` our sources."""
     environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(checkout / ".ci")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # with bytecode the judge's processes start in less memory
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # the judge's processes start in less memory
     command = (python.with_name("pytest"), "-p", "no:cacheprovider", "--quiet", *arguments)
     run = call(*command, check=False, cwd=checkout, environment=environment)
     outcome = run.stdout.strip().split("\n")[-1]

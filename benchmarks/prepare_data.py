@@ -25,7 +25,7 @@ ROWS_PER_GROUP = 100_000
 
 
 def write_source(path: Path, questions: int, copies: int) -> None:
-    """Write shuffled rows in the source's schema. A third of the answers are no integers; questions have ~250 letters."""
+    """Write shuffled rows in the source's schema: questions of about 250 characters, one answer in three no integer."""
     source = SOURCES["dapo_math_17k"]
     rng = random.Random(0)
     distinct = pa.Table.from_pylist(

@@ -61,8 +61,8 @@ def test_what_a_cpu_cannot_do_is_refused(
     ("override", "match"),
     [
         ("actor_rollout_ref.rollout.nnodes=0", r"rollout.nnodes=0 means none.*rollout.nnodes=1"),
-        ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", r"backend=naive does not.*backend=ray"),
-        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", r"backend=nccl does not.*backend=ray"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", r"backend=naive cannot send.*backend=ray"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", r"backend=nccl cannot send.*backend=ray"),
     ],
 )
 def test_what_a_separate_rollout_needs_is_named(compose: Compose, override: str, match: str) -> None:
@@ -74,7 +74,7 @@ def test_what_a_separate_rollout_needs_is_named(compose: Compose, override: str,
 
 def test_a_missing_extra_is_named(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("zmq", "fastapi") else name)
-    with pytest.raises(EntropyForkError, match=rf"needs fastapi, zmq.*{re.escape(install_command('cpu'))}"):
+    with pytest.raises(EntropyForkError, match=rf"needs the modules fastapi, zmq.*{re.escape(install_command('cpu'))}"):
         cpu_platform.check_before_training(compose("+recipe=demo_cpu"))
 
 
