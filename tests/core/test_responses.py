@@ -1,4 +1,4 @@
-"""A rule says itself what it cannot mean, whoever makes it; and which rows share a pool."""
+"""A rule refuses wrong values by itself; and which rows share a pool."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_rule_without_meaning_is_refused(settings: dict[str, Any], match: str)
 #: eight rows, by mini-batch and by micro-batch
 MINI_BATCH, MICRO_BATCH = [0, 0, 1, 1, 0, 0, 1, 1], [0, 1, 2, 2, 1, 1, 3, 3]
 
-#: each pool, restated: the rows that share one
+#: for each value of ``pool``, restated: the rows that share a pool
 SHARING = {
     "response": [[0], [1], [2], [3], [4], [5], [6], [7]],
     "micro_batch": [[0], [1, 4, 5], [2, 3], [6, 7]],

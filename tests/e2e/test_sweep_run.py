@@ -12,9 +12,10 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_sweep_over_a_recipe_of_the_paper(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A recipe shrunk for two cores ('make smoke' runs all), swept: two jobs train, and the one between them fails.
+    """A sweep over a recipe, shrunk for two cores ('make smoke' runs all): two jobs train, the one between them fails.
 
-    This world's answers are never right, so groups are told apart by their rewards after shaping, not by ``acc``.
+    The answers of this world are never right, so dynamic sampling filters groups by the reward after shaping, not by
+    ``acc``.
     """
     run = main_ppo(
         "entropy_fork.top_ratio=0.2,7,1.0",
@@ -29,7 +30,7 @@ def test_a_sweep_over_a_recipe_of_the_paper(main_ppo, tmp_path: Path) -> None:  
         flags=["-m"],
         expect=1,
     )
-    # 1. The sweep: each job in its own Ray session and from the same start, the failed one named.
+    # 1. The sweep: each job has its own Ray session and the same start, and the failed job is named.
     rows = read(tmp_path / "sweep")
     assert [row["status"] for row in rows] == ["finished", "failed", "finished"], run.output[-6000:]
     assert "top_ratio must be in (0, 1], got 7.0" in rows[1]["error"]
@@ -41,7 +42,7 @@ def test_a_sweep_over_a_recipe_of_the_paper(main_ppo, tmp_path: Path) -> None:  
         folder = run.folder / "checkpoints" / f"top_ratio={ratio}"
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "1"
 
-    # 2. The recipe: its preset, its template, its learning rate, dynamic sampling and overlong shaping.
+    # 2. The recipe: its preset, template, learning rate, dynamic sampling and overlong shaping.
     assert 0.5 < run.metric("entropy_fork/overlap_with_old")[0] <= 1.0
     assert -1 <= run.metric("critic/score/min")[0] < 0, "no answer was shaped"
     assert run.metric("critic/score/max")[0] > run.metric("critic/score/min")[0]

@@ -1,4 +1,4 @@
-"""What the demo prints at its end: each command runs as it is printed."""
+"""Each command that the demo prints at its end runs exactly as printed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def test_the_commands_at_the_end_can_be_typed(tmp_path: Path) -> None:
     for program in (report[0], tensorboard[0]):
         assert os.access(program, os.X_OK), program
     command = typer.main.get_command(app).commands[report[1]]  # type: ignore[attr-defined]
-    arguments = command.make_context("report", report[2:]).params  # raises for an option or a file that is not there
+    arguments = command.make_context("report", report[2:]).params  # raises if an option or a file does not exist
     assert tmp_path / "tokens" in map(Path, arguments["tokens"])
     assert tensorboard[1:] == ["--logdir", str(tmp_path / "tensorboard")]
