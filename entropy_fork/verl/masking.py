@@ -167,7 +167,11 @@ class SelectOnDriver(Masking):
         return {WEIGHED: True}
 
     def metrics_of_update(self, returned: dict[str, float], num_rows: int, step: int) -> dict[str, float]:
-        """None: all were reported when the driver selected. Checks that the weights reached the loss."""
+        """None: all were reported when the driver selected. Checks that the weights reached the loss.
+
+        Raises:
+            EntropyForkError: the update trained on tokens that had the weight 0.
+        """
         if self._num_dropped and not returned[f"{NODE}/loss_dropped"]:
             raise EntropyForkError(
                 f"{self._num_dropped} tokens of this batch were given the weight 0, but the actor's update of step "

@@ -521,7 +521,7 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_a_symbolic_link_is_not_followed_out_of_a_folder(tmp_path: Path) -> None:
-    """'data prepare --overwrite' replaces a link, not its target. A link at the name of a temporary file is no trap."""
+    """'data prepare --overwrite', and the writing of a file, replace a link and do not change its target."""
     from entropy_fork.common.output_folder import write_whole
     from entropy_fork.data.prepare import put_in_place
 
