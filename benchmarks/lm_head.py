@@ -84,8 +84,9 @@ class Step:
 
 
 def head_bytes(step: Step, device: str) -> int:
-    """The peak of logits and of what is made of them, forward and backward. The weight's gradient is not asked for: it
-    is as large as the weight, whatever the rows."""
+    """The peak of logits and everything computed from them, forward and backward, without the weight's gradient.
+
+    That gradient is as large as the weight, for any number of rows."""
     weight = step.model.lm_head.weight.requires_grad_(False)
     try:
         step.only_head()
