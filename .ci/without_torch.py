@@ -1,8 +1,8 @@
-"""What can be tested on a Python for which there is no small build of torch. Run by that Python (``versions.py``).
+"""Test what needs no torch, on a Python without a small build of torch. That Python runs this file (``versions.py``).
 
 As a program it compiles every installed module of ours, and imports those that need no torch. It prints, as JSON, how
-many modules it compiled and imported, and every other error. As a plugin of pytest (``-p without_torch``) it skips
-what fails because torch is missing, a whole file included, and nothing else.
+many modules it compiled and imported, and every error except a missing torch. As a plugin of pytest (``-p
+without_torch``) it skips each test, or whole file, that fails because torch is missing, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ MISSING = "No module named 'torch'"
 
 
 def pytest_configure() -> None:
-    """Our sources may lie in the folder of the tests; it is the wheel that must be tested."""
+    """Refuse to test our sources, which may be in the folder of the tests, instead of the wheel."""
     if "site-packages" not in Path(entropy_fork.__file__).parts:
         raise pytest.UsageError(f"entropy_fork is imported from {entropy_fork.__file__}, not from the installed wheel")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, pytest.CollectReport]:
-    """A file that cannot be imported without torch."""
+    """Skip a file that cannot be imported without torch."""
     return skipped_without_torch((yield), collector.path)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, pytest.TestReport]:
-    """A test that can be imported, and asks for torch when it runs."""
+    """Skip a test that needs torch only when it runs."""
     return skipped_without_torch((yield), item.path)
 
 
 def skipped_without_torch(report: Any, path: Path) -> Any:
-    """The report; skipped, where torch was missing."""
+    """The report; its outcome is "skipped" if torch was missing."""
     if report.failed and MISSING in report.longreprtext + report.capstdout + report.capstderr:
         report.outcome, report.longrepr = "skipped", (str(path), 0, "Skipped: needs torch")
     return report
@@ -56,12 +56,12 @@ def modules() -> dict[str, Path]:
 
 
 def compile_and_import() -> dict[str, Any]:
-    """The counts, and the errors by the module's name."""
+    """Compile and import the modules. Returns the counts, and the errors by the module's name."""
     imported, errors, found = 0, {}, modules()
     for name, file in found.items():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # a later Python may refuse what this one warns of
+                warnings.simplefilter("error")  # a later Python may refuse what this Python only warns about
                 compile(file.read_text(), str(file), "exec")
             importlib.import_module(name)
             imported += 1

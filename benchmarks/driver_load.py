@@ -2,12 +2,13 @@
 
     python benchmarks/driver_load.py                            # 512 prompts × 16 answers, every one of 20,480 tokens
     python benchmarks/driver_load.py --mean 8000                # answers as they come, cut off at 20,480
-    python benchmarks/driver_load.py --prompts 128 --beside     # and what verl itself takes there, which needs more
+    python benchmarks/driver_load.py --prompts 128 --beside     # also measures verl's own part, which needs more memory
 
-The answers are made up; everything else is what a run has: verl's TransferQueue in its own processes holds them as
-verl's passes leave them there (rows in nested tensors, an int64 mask), and the trainer's own method fetches, selects,
-counts, weighs and writes, in a Ray worker as verl's driver is one, fresh for each config. Only the trainer's start is
-left out: there is no model. Peaks are the kernel's, of the process, above what it had before the call.
+The answers are random. Everything else is as in a run. verl's TransferQueue, in its own processes, holds the answers in
+the form in which verl's passes leave them (rows in nested tensors, an int64 mask). The trainer's own method fetches,
+selects, counts, weighs and writes. It runs in a Ray worker, as verl's driver does, and each config gets a new worker.
+Only the trainer's start is left out, because there is no model. A peak is the process's peak as the kernel reports it,
+minus its memory before the call.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ CONFIGS = {
     "official": ["+entropy_fork=official"],
 }
 
-#: prompts whose answers are put, and so made up, at a time
+#: the number of prompts whose answers are made up and put at a time
 AT_ONCE = 32
 
-#: tokens of each prompt, the most that the paper's runs take
+#: tokens of each prompt: the limit of the paper's runs
 PROMPT = 2048
 
 
@@ -65,16 +66,16 @@ def compose(overrides: list[str]) -> Any:
 
 
 def make_up(answers: int, mean: int | None, longest: int, random: torch.Generator) -> torch.Tensor:
-    """Lengths of answers, int64: all the longest; or log-normal with this mean, and what is too long cut off."""
+    """Lengths of answers, int64: all of the greatest length; or log-normal with this mean, cut off at that length."""
     if mean is None:
         return torch.full((answers,), longest)
-    sigma = 0.7  # a few percent are cut off at 2.5 times the mean, as the paper's runs have it
+    sigma = 0.7  # a few percent are cut off at 2.5 times the mean, as in the paper's runs
     lengths = torch.empty(answers).log_normal_(generator=random, mean=0.0, std=sigma)
     return (lengths / lengths.mean() * mean).long().clamp(1, longest)
 
 
 def put(prompts: int, n: int, lengths: torch.Tensor, random: torch.Generator, with_scores: bool) -> list[str]:
-    """Write what verl's passes leave in the queue; the keys, in the order of the rows."""
+    """Write into the queue what verl's passes leave there. Returns the keys, in the order of the rows."""
     keys = []
     for first in range(0, prompts, AT_ONCE):
         rows = slice(first * n, min(first + AT_ONCE, prompts) * n)
@@ -131,7 +132,7 @@ class Meter:
     def _restart(self) -> int:
         peak = _memory("VmHWM") - self.before
         self.peak = max(self.peak, peak)
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak
         return peak
 
 
@@ -198,7 +199,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="CSV file to write.")] = None,
     seed: int = 0,
 ) -> None:
-    """Make up a batch, let the driver choose its tokens under each of some configs, and print time and memory."""
+    """Make up a batch, let the driver choose its tokens under each config, and print time and memory."""
     random = torch.Generator().manual_seed(seed)
     lengths = make_up(prompts * n, mean, longest, random)
     tokens = int(lengths.sum())
@@ -243,7 +244,7 @@ def main(
 
 
 def print_stages(config: str, rows: list[dict[str, Any]], tokens: int) -> None:
-    """The stages of one config, while the next is measured."""
+    """Print the stages of one config, before the next one is measured."""
     print_table(config, [_line(row, tokens) for row in rows if row["config"] == config])
 
 

@@ -1,7 +1,7 @@
-"""vLLM's entropies and log-probs beside those of ``entropy-fork analyze``, on answers that were measured.
+"""Compare vLLM's entropies and log-probs with those of ``entropy-fork analyze``, on answers that analyze has measured.
 
-vLLM gives the log-probabilities of all tokens at the positions of a prompt, where it is asked for them; the answers are
-handed to it as prompts. For small models: a position costs as many Python objects as the vocabulary has tokens.
+vLLM can return the log-probabilities of all tokens at each position of a prompt. So each answer is sent to vLLM as a
+prompt. This works for small models only: a position takes as many Python objects as the vocabulary has tokens.
 
     python benchmarks/entropies_of_vllm.py FOLDER --answers 16
 """
@@ -26,7 +26,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Written by 'entropy-fork analyze' from a Hugging Face folder.")],
     answers: Annotated[int, typer.Option(min=1, help="How many of its answers.")] = 16,
 ) -> None:
-    """Print the largest differences, both sides in float32 at T = 1."""
+    """Print the largest differences. Both sides compute in float32 at T = 1."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     model = read_manifest(folder)["model"]
     texts = [

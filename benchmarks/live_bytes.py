@@ -1,4 +1,4 @@
-"""The bytes of all tensors that are alive, for formulas about memory: counts storages, as an accelerator would."""
+"""Count the bytes of all living tensors, to check formulas about memory. Storages count, as on an accelerator."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is active, the peak of the bytes of what operations made; works on fake tensors as well.
+    """While active, records the peak of the bytes that operations have made. It works on fake tensors too.
 
     Args:
-        known: tensors that are not to be counted (weights, gradients that are there already).
+        known: tensors that do not count, such as weights or gradients that exist already.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
@@ -50,10 +50,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 class LiveBytesWithNumpy(LiveBytes):
-    """The same with what numpy (and Python) allocate between one operation of torch and the next.
+    """The same, and also the memory that numpy and Python allocate between two operations of torch.
 
-    An operation on an array of numpy's makes nothing: its memory is counted where numpy took it. Inputs count as soon
-    as an operation has made them, so what is to count must be made while this is active.
+    A tensor that shares the memory of a numpy array adds no bytes, because numpy's allocation has been counted. An
+    input counts only if it was made while this is active.
     """
 
     def __enter__(self) -> LiveBytesWithNumpy:
@@ -86,7 +86,7 @@ class LiveBytesWithNumpy(LiveBytes):
         return peak
 
     def _see(self) -> None:
-        """Before and after each operation: its tensors, and numpy's highest since the last one."""
+        """Called before and after each operation: note its tensors, and numpy's peak since the last call."""
         highest = tracemalloc.get_traced_memory()[1] - self._numpy_before
         self.peak = max(self.peak, self.now() + highest)
         tracemalloc.reset_peak()

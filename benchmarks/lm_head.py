@@ -1,11 +1,12 @@
-"""What the LM head of an update costs: all positions as verl computes them, verl's fused head, and the kept ones alone.
+"""What the LM head of an update costs: at all positions as verl computes it, with verl's fused head, at kept positions.
 
     python benchmarks/lm_head.py                                                      on a CPU
     python benchmarks/lm_head.py --device cuda --dtype bfloat16 --hidden 4096 --layers 4 --tokens 16384
 
-A Qwen3 of a few layers with the real vocabulary; every token is a response token, of which a share ρ is kept. Seconds
-of the head by itself and of the whole step (forward and backward); the peak of what the head allocates. Without verl
-(torch and transformers are enough) its functions are left out: dense and kept rows go through torch's cross entropy.
+The model is a Qwen3 of a few layers with the real vocabulary. Every token is a response token, and a share ρ of them is
+kept. It measures the seconds of the head alone and of the whole step (forward and backward), and the peak of the memory
+that the head allocates. It also runs without verl, with torch and transformers only: then verl's functions are left
+out, and dense and kept rows use torch's cross entropy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def heads() -> tuple[Head, Head | None, Head]:
-    """Dense, fused and for kept rows: (hidden, weight, labels) to log-probabilities."""
+    """The heads by name (dense, fused, for kept rows): each maps (hidden, weight, labels) to log-probabilities."""
     try:
         from verl.utils.experimental.torch_functional import FusedLinearForPPO
         from verl.utils.torch_functional import logprobs_from_logits
@@ -53,8 +54,8 @@ class Step:
     """A gradient step on random tokens, of which ``kept`` have a weight.
 
     Args:
-        head: what computes log-probabilities.
-        rows: None computes them at all positions; else at these.
+        head: computes log-probabilities.
+        rows: the positions at which it computes them; None for all.
         kept: bool, shape (tokens,).
     """
 
@@ -68,7 +69,7 @@ class Step:
         self._loss(self.model.model(self.tokens).last_hidden_state[0]).backward()
 
     def only_head(self) -> None:
-        """Forward and backward through the head, from hidden states that are there."""
+        """Forward and backward through the head, from given hidden states."""
         self.model.lm_head.weight.grad = self.hidden.grad = None
         self._loss(self.hidden).backward()
 
@@ -83,8 +84,9 @@ class Step:
 
 
 def head_bytes(step: Step, device: str) -> int:
-    """The peak of logits and of what is made of them, forward and backward. The weight's gradient is not asked for: it
-    is as large as the weight, whatever the rows."""
+    """The peak of logits and everything computed from them, forward and backward, without the weight's gradient.
+
+    That gradient is as large as the weight, for any number of rows."""
     weight = step.model.lm_head.weight.requires_grad_(False)
     try:
         step.only_head()
@@ -169,7 +171,7 @@ def main(
 def plot(
     names: Any, seconds: dict[str, list[float]], memory: dict[str, int], ratios: list[float], where: str, file: Path
 ) -> None:
-    """Time and memory of the head over ρ, with lines for what does not depend on it."""
+    """Plot time and memory of the head over ρ, with lines for the heads that do not depend on ρ."""
     plt = pyplot()
     if plt is None:
         return

@@ -1,10 +1,10 @@
-"""What the plugin itself costs: the share of a training step that a run with ρ = 1.0 spends in this package.
+"""What the plugin itself costs: the share of a training step's time that a run with ρ = 1.0 spends in this package.
 
     VERL_PLATFORM=cpu python benchmarks/plugin_cost.py --world .demo/world        (after 'make demo')
 
-With ρ = 1.0 the update is stock verl's bit for bit (a test shows it), so all that is added is time. It is measured in a
-real run of main_ppo: seconds in our functions, of the seconds of the same step. For the whole of both, the run is
-repeated without the plugin's node, and the medians of the steps stand side by side.
+With ρ = 1.0 the update is stock verl's, bit for bit (a test shows it), so the plugin adds only time. This script
+measures it in a real run of main_ppo: the seconds in our functions, divided by the seconds of the same step. It also
+repeats the run without the plugin's node, and prints the median step of both runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from report import chip, median_and_spread, print_table, write_csv
 
 from entropy_fork.common.progress import task
 
-#: the first step pays for what is done once
+#: the first step also does what is done only once
 SKIP = 1
 
 
@@ -69,7 +69,7 @@ def main(
         stock = train(["~entropy_fork", "~entropy_fork_guards"], world, steps, Path(folder))
     driver = [float(seconds) for name, seconds in entries if name == "_entropy_fork_write_weights"][SKIP:]
     loss = [float(seconds) for name, seconds in entries if name == "kept_sums"]
-    per_step = len(loss) / steps  # micro-batches; the demo's one rank has them all
+    per_step = len(loss) / steps  # of micro-batches; the demo has one rank, so these are all
     in_loss = statistics.median(loss) * per_step
     rows: list[dict[str, Any]] = [
         {"step": i + 1 + SKIP, "driver_seconds": d, "loss_seconds": in_loss, "step_seconds": step["timing_s/step"],

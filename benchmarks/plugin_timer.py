@@ -1,7 +1,7 @@
-"""Loaded into every process of a real run by plugin_cost.py: adds up the seconds that this package takes of it.
+"""plugin_cost.py loads this into every process of a real run. It adds up the seconds that this package takes.
 
-Timed is all that a run with ρ = 1.0 does and stock verl does not: reading, selecting, counting and writing on the
-driver, and the guard's own sums in the loss of each micro-batch.
+It times everything that a run with ρ = 1.0 does and stock verl does not: reading, selecting, counting and writing on
+the driver, and the guard's own sums in the loss of each micro-batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time and peak memory of 'entropy-fork data prepare' on a file like DAPO-Math-17K: 1.79M rows, 100 of each question.
+"""Time and peak memory of 'entropy-fork data prepare' on a file like DAPO-Math-17K: 1.79M rows, 100 per question.
 
 python benchmarks/prepare_data.py [--questions 17900 --copies 100]
 """
@@ -25,7 +25,7 @@ ROWS_PER_GROUP = 100_000
 
 
 def write_source(path: Path, questions: int, copies: int) -> None:
-    """Rows in the source's schema, shuffled; questions of about 250 characters, a third of the answers not integers."""
+    """Write shuffled rows in the source's schema: questions of about 250 characters, one answer in three no integer."""
     source = SOURCES["dapo_math_17k"]
     rng = random.Random(0)
     distinct = pa.Table.from_pylist(

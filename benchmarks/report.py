@@ -16,14 +16,14 @@ from rich.table import Table
 
 from entropy_fork.common.progress import track
 
-#: where tables and progress go
+#: the console for tables and progress
 CONSOLE = Console()
 
 
 def seconds_in_turn(sides: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each side, ``repeats`` times after one that does not count.
+    """The seconds of each side, measured ``repeats`` times after one warm-up.
 
-    The sides take turns, so that whatever else the machine does falls on all of them alike.
+    The sides take turns, so that other work on the machine slows all of them equally.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in track("repeats", range(repeats + 1), console=CONSOLE):
@@ -49,7 +49,7 @@ def median_and_spread(values: list[float], digits: int = 3) -> str:
 
 
 def chip(device: str) -> str:
-    """What it was measured on."""
+    """The name of the processor or GPU."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
@@ -62,7 +62,7 @@ def _cpuinfo() -> list[str]:
 
 
 def write_csv(rows: list[dict[str, Any]], file: Path) -> None:
-    """A row per measurement."""
+    """Write a CSV file with one row per measurement."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as out:
         writer = csv.DictWriter(out, list(rows[0]))
@@ -71,7 +71,7 @@ def write_csv(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def print_table(title: str, rows: list[dict[str, str]]) -> None:
-    """Rows of text under their keys."""
+    """Print rows of text as a table, with their keys as the head."""
     table = Table(title=title)
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
@@ -81,7 +81,7 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
 
 
 def pyplot() -> Any:
-    """matplotlib, or None where it is not installed (pip install 'entropy-fork[analysis]'), which is said."""
+    """matplotlib's pyplot. If it is not installed (the extra ``analysis``), print that, and return None."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:

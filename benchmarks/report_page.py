@@ -1,9 +1,9 @@
-"""How large a report is and how fast it opens: answers that were drawn by lot, in a real headless Chromium.
+"""How large a report is, and how fast it opens in a real headless Chromium. The answers are random.
 
     python benchmarks/report_page.py                          200 answers of 4,000 tokens
     python benchmarks/report_page.py --answers 20 --tokens 30000
 
-Half of the entropies are near zero and the others spread, as the paper describes them; random numbers compress worse
+Half of the entropies are near zero and the others are spread out, as the paper describes. Random numbers compress worse
 than a model's.
 """
 
@@ -26,7 +26,7 @@ from entropy_fork.tokens.store import AnswerTokens, write_manifest, write_part
 VOCABULARY = 30_000
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
-#: from the event to the frame that shows what came of it
+#: JavaScript: milliseconds from an event to the frame that shows its effect
 TO_FRAME = """async (event) => {
     const began = performance.now();
     const slider = document.getElementById("ratio");
@@ -42,7 +42,7 @@ TO_FRAME = """async (event) => {
 
 
 def make(folder: Path, num_answers: int, num_tokens: int) -> None:
-    """A folder of tokens as 'entropy-fork analyze' writes it."""
+    """Write a folder of tokens in the form of 'entropy-fork analyze'."""
     random = np.random.default_rng(0)
     frequency = 1 / np.arange(1, VOCABULARY + 1)
     write_manifest(folder, {"source": "model", "model": "random numbers"})
@@ -70,7 +70,7 @@ def main(
     browser: Annotated[str, typer.Option(help="The browser's program.")] = "/usr/bin/chromium",
     repeats: Annotated[int, typer.Option(help="How often each is measured.")] = 5,
 ) -> None:
-    """Write a report, open it, and print what it takes."""
+    """Write a report, open it, and print its size and times."""
     with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
         file = Path(place) / "report.html"
         make(Path(place) / "tokens", answers, tokens)

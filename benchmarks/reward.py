@@ -1,9 +1,9 @@
-"""What the reward costs: answers per second, the longest time of an answer made to hang, and what bounds the memory.
+"""What the reward costs: answers per second, the longest time of an answer that is made to hang, the peak of memory.
 
     python benchmarks/reward.py
 
-A step of the paper's runs has 8192 answers. Every answer here ends a text of 60,000 characters and is a new one, so
-that no cache helps.
+A step of the paper's runs has 8192 answers. Here each answer is the end of a text of 60,000 characters. No answer comes
+twice, so no cache helps.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ PATHOLOGICAL = {
 
 
 def throughput(count: int) -> Table:
-    """Right and wrong answers of four kinds, per second."""
+    """Answers per second, for right and wrong answers of four kinds."""
     table = Table(
         "answers", "one thread", "8 threads", title="answers per second, each at the end of 60,000 characters"
     )
@@ -70,7 +70,7 @@ def throughput(count: int) -> Table:
         number = count if kind in list(KINDS)[:2] else count // 20
         rates = []
         for threads in track(kind, (1, 8)):
-            # So that the processes that compare are there, as they are after the first step.
+            # Start the processes that compare, as they are running after the first step.
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda i: compute_score("", rf"\boxed{{x+{i}}}", f"{i}+y"), range(-start, -start + 16)))
                 rows = [(rf"{TEXT}\boxed{{{answer(i)}}}.", truth(i)) for i in range(start, start + number)]
@@ -83,11 +83,11 @@ def throughput(count: int) -> Table:
 
 
 def worst_times() -> Table:
-    """Seconds by the clock and of the processor for each answer that would hang or blow up."""
+    """Clock seconds and processor seconds for each answer that would hang or need too much memory."""
     table = Table("answer", "seconds", "processor seconds", "stopped", title=f"limit: {TIMEOUT} processor seconds")
     pool = judge.judges(1, MEMORY_MIB)
     for name, answer in track("answers that would hang", PATHOLOGICAL.items()):
-        pool.compare("x", "y", TIMEOUT)  # a process is there
+        pool.compare("x", "y", TIMEOUT)  # so that a process is running
         before, begin = _children_seconds(pool), time.perf_counter()
         score = compute_score("", rf"\boxed{{{answer}}}", r"3\sqrt{2}+x", processes=1)
         seconds = time.perf_counter() - begin
@@ -97,7 +97,7 @@ def worst_times() -> Table:
 
 
 def _children_seconds(pool: judge.Judges) -> float:
-    """Processor seconds of all children, those that ended and were waited for included."""
+    """Processor seconds of all children, running ones and those that have ended."""
     ended = os.times()
     living = 0.0
     for child in list(pool._children):
@@ -107,7 +107,7 @@ def _children_seconds(pool: judge.Judges) -> float:
 
 
 def memory(seconds: float) -> Table:
-    """The largest resident size of the process that compares an answer that needs gigabytes."""
+    """The largest resident size of a process while it compares an answer that needs gigabytes."""
     table = Table("memory_mib", "peak, MiB", "seconds", "stopped by the timer", title="2^{2^{36}}, resident memory")
     for memory_mib in track("limits of memory", (72, 128, 256, MEMORY_MIB, 4096)):
         pool = judge.Judges(1, memory_mib)

@@ -1,4 +1,4 @@
-"""How long the driver takes to choose the tokens of a batch, and how much memory that needs.
+"""How much time and memory the driver needs to choose the tokens of a batch.
 
     python benchmarks/selection.py --tokens 84000000
 
@@ -40,7 +40,7 @@ def main(
     mini_batches: Annotated[int, typer.Option(help="Gradient steps that it is cut into.")] = 16,
     seed: int = 0,
 ) -> None:
-    """Time selection, weighting and counting of one training step for each of some rules."""
+    """Time selection, weighting and counting of one training step, under each rule."""
     random = torch.Generator().manual_seed(seed)
     shares = torch.rand(responses, generator=random) + 0.01
     lengths = (shares / shares.sum() * tokens).long().clamp(min=1)

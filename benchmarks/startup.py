@@ -3,8 +3,8 @@
     python -m examples.cpu_demo.build --output .demo/world
     python benchmarks/startup.py --world .demo/world
 
-Both sides run in turn on the same machine. Memory is the sum of the processes' proportional set sizes: what several
-processes share counts once. Linux only: the numbers are read from /proc.
+Both sides take turns on the same machine. Memory is the sum of the processes' proportional set sizes, in which shared
+memory counts once. Linux only, because the numbers are read from /proc.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from entropy_fork.common.progress import task
 
-#: between two looks at all processes, and between two looks at their memory, which is slower
+#: seconds between two looks at all processes, and between two looks at their memory, which take longer
 LOOK_SECONDS, MEMORY_SECONDS = 0.1, 1.0
 TICKS = os.sysconf("SC_CLK_TCK")
 SIDES = {"without": "False", "with": "True"}
@@ -34,13 +34,13 @@ SIDES = {"without": "False", "with": "True"}
 
 @dataclass
 class Cost:
-    """Of one run.
+    """The cost of one run.
 
     Attributes:
         wall: seconds until the command ended.
-        processor: seconds, by process: user and system.
-        peak: KiB of all processes at once.
-        processes: how many there were then.
+        processor: user and system seconds of each process.
+        peak: the highest memory of all processes together, in KiB.
+        processes: the number of processes at that moment.
     """
 
     wall: float = float("nan")
@@ -50,7 +50,7 @@ class Cost:
 
 
 def measure(arguments: list[str], output: Path) -> Cost:
-    """Run a command, and look at it and at all that it starts until the last process has ended."""
+    """Run a command, and watch it and every process that it starts, until the last one has ended."""
     ray = tempfile.mkdtemp(prefix="ef")  # marks the processes of this run, and is short enough for Ray's sockets
     environment = {**os.environ, "VERL_PLATFORM": "cpu", "RAY_TMPDIR": ray, "PYTHONWARNINGS": "ignore"}
     cost, began, looked = Cost(), time.monotonic(), 0.0
@@ -76,12 +76,12 @@ def measure(arguments: list[str], output: Path) -> Cost:
 
 
 def _look(mark: bytes, members: dict[tuple[str, str], bool], cost: Cost, with_memory: bool) -> tuple[int, int]:
-    """Note every member's processor time; how many there are, and their memory in KiB."""
+    """Note the processor time of each process. Returns the number of processes and their memory in KiB."""
     alive = memory = 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            process = (folder.name, fields[19])  # pids are used again, with another start time
+            process = (folder.name, fields[19])  # Linux reuses pids, but with another start time
             if process not in members:
                 members[process] = mark in (folder / "environ").read_bytes().split(b"\0")
             if not members[process] or fields[0] == "Z":
@@ -100,7 +100,7 @@ def main(
     world: Annotated[Path, typer.Option(help="What examples/cpu_demo/build.py built.")],
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each side.")] = 2,
 ) -> None:
-    """Run one step of the demo's recipe in turn without and with the fork server."""
+    """Run one step of the demo's recipe, without and with the fork server in turn."""
     costs: dict[str, list[Cost]] = {side: [] for side in SIDES}
     console = Console()
     with tempfile.TemporaryDirectory() as folder, task("runs", total=2 * repeats, console=console) as shown:

@@ -1,16 +1,17 @@
-"""On paper: memory and FLOPs of an update of the paper's models, with the head dense, fused and at kept positions only.
+"""Computed, not measured: memory and FLOPs of an update of the paper's models, with a dense, a fused and a sparse head.
 
     python benchmarks/token_budget.py
 
-Nothing is run: these are the formulas of entropy_fork/preflight/memory.py (its docstrings say what is exact and what is
-an estimate), with flash attention's cross entropy, and for the FLOPs, per token and with activation checkpointing,
+A sparse head computes kept positions only. Memory follows the formulas of entropy_fork/preflight/memory.py, whose
+docstrings say what is exact and what is an estimate, with flash attention's cross entropy. The FLOPs per token, with
+activation checkpointing, are
 
     body    8 P + 8 layers · heads · head_dim · L    P: parameters between embedding and head. L: the sequence's length,
                                                      of which a causal mask needs half. Forward, once more for the
                                                      checkpoints, and twice as much for the backward pass
     head    6 V h dense, 8 V h fused (logits twice), ρ times either at kept positions (fused beyond 8192 rows)
 
-with the longest sequence that a recipe allows, 2048 + 20,480 or 2048 + 29,696 tokens.
+L is the longest sequence that a recipe allows: 2048 + 20,480 or 2048 + 29,696 tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from entropy_fork.preflight.logits import Head
 from entropy_fork.preflight.memory import GIB, Layout
 from entropy_fork.preflight.model_shape import ModelShape, find_model_shape
 
-#: as in recipes/cluster: accelerators, sequence parallelism
+#: accelerators and sequence parallelism, as in recipes/cluster
 CLUSTERS = {"paper_16x8": (128, 8), "node_8": (8, 4)}
 LENGTHS = {"20k": 2048 + 20_480, "29k": 2048 + 29_696}
 HEADS = ("dense", "fused", "sparse")
@@ -36,7 +37,7 @@ USABLE = 0.9
 
 
 def peak(model: ModelShape, layout: Layout, head: str, tokens: int, ratio: float) -> int:
-    """Bytes on one accelerator at the peak of a gradient step with so many tokens in its micro-batch."""
+    """The peak of a gradient step on one accelerator, in bytes, with this number of tokens in its micro-batch."""
     if head == "sparse":
         rows = math.ceil(ratio * tokens)
         return memory.update_phase(model, layout, logits.sparse(Head()), tokens, rows).total
@@ -44,7 +45,7 @@ def peak(model: ModelShape, layout: Layout, head: str, tokens: int, ratio: float
 
 
 def largest_budget(model: ModelShape, layout: Layout, head: str, ratio: float, limit: float) -> int:
-    """Tokens of a micro-batch per accelerator, a multiple of 256; 0 if none fits."""
+    """The most tokens per accelerator that a micro-batch can have, a multiple of 256; 0 if none fits."""
     low, high = 0, 2**14
     while low < high:
         middle = (low + high + 1) // 2
@@ -53,7 +54,7 @@ def largest_budget(model: ModelShape, layout: Layout, head: str, ratio: float, l
 
 
 def flops(model: ModelShape, head: str, length: int, tokens: int, ratio: float) -> tuple[float, float]:
-    """Per token of an update: of the body, and of the head."""
+    """The FLOPs per token of an update: of the body, and of the head."""
     body = model.num_parameters - model.num_head_parameters * (1 if model.tied else 2)
     attention = 8 * model.layers * model.heads * model.head_dim * length
     row = 6 * model.vocab * model.hidden

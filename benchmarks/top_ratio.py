@@ -1,9 +1,9 @@
-"""The top ρ of many entropies: this package's whole selection against the obvious ways to a threshold.
+"""The top ρ of many entropies: this package's whole selection, compared with common ways to find a threshold.
 
     python benchmarks/top_ratio.py
 
-The others find a threshold only (``torch.topk``: the tokens too) and break no ties. Half of the entropies are exactly
-zero, as a trained model's nearly are, so that ties matter.
+The others only find a threshold (``torch.topk`` also the tokens) and do not break ties. Half of the entropies are
+exactly zero, as a trained model's nearly are, so that ties matter.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MOST_FOR_QUANTILE = 2**24
 
 
 def ours(entropy: Tensor, ratio: float, lengths: Tensor, eligible: Tensor) -> int:
-    """Exactly ⌈ρN⌉ tokens, ties broken by position."""
+    """Keep exactly ⌈ρN⌉ tokens, with ties broken by position."""
     return select_tokens(entropy, eligible, lengths, Selector(ratio)).num_kept
 
 
 def partition(entropy: Tensor, ratio: float) -> float:
-    """The threshold by numpy's quickselect."""
+    """Find the threshold with numpy's quickselect."""
     rank = entropy.numel() - kept_count(entropy.numel(), ratio)
     return float(np.partition(entropy.numpy(), rank)[rank])
 

@@ -3,7 +3,7 @@
     VERL_PLATFORM=cpu python benchmarks/update_price.py             on a machine without an accelerator
     python benchmarks/update_price.py --hidden 2048 --layers 28     on a GPU
 
-Rules take turns, step by step, so that whatever else the machine does falls on all of them alike.
+The rules take turns, step by step, so that other work on the machine slows all of them equally.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from entropy_fork.core.rule import Rule, Selector
 from entropy_fork.verl.gradient_step import ROW_IDENTITY, RULE
 
 TOP20 = Selector(0.2)
-#: a row of the table: its rule (None: all tokens, or weights that the driver made) and whether the step reports entropy
+#: rows of the table: the rule (None for all tokens, or weights from the driver), and whether the step reports entropy
 RULES: dict[str, Rule | None] = {
     "off, or selected on the driver": None,
     "old, mini_batch, in the worker (shuffle)": Rule(TOP20, "old", "mini_batch"),
@@ -42,7 +42,7 @@ RULES: dict[str, Rule | None] = {
 
 
 def build(folder: str, hidden: int, layers: int, vocabulary: int) -> Any:
-    """The engine, on a random model that is saved and loaded as a real one would be."""
+    """Build the engine on a random model, which is saved and loaded like a real one."""
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -81,7 +81,7 @@ def build(folder: str, hidden: int, layers: int, vocabulary: int) -> Any:
 
 
 def mini_batch(rows: int, prompt: int, response: int, vocabulary: int, per_micro_batch: int, rule: Rule | None) -> Any:
-    """Random answers in verl's layout."""
+    """A mini-batch of random answers, in verl's layout."""
 
     def nested(*shape: int) -> torch.Tensor:
         values = torch.randint(vocabulary, shape) if len(shape) == 2 else torch.rand(shape[:2])

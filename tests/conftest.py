@@ -1,4 +1,4 @@
-"""What the tests share as fixtures: ranks, verl on a CPU in a subprocess, the real main_ppo, and verl's config."""
+"""The fixtures that tests share: ranks, verl on a CPU in a subprocess, the real main_ppo, and verl's config."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from helpers.places import REPOSITORY
 from helpers.processes import PROCESSES, Processes
 from hypothesis import settings
 
-# Before anything imports verl: the platform is resolved once in a process.
+# Set this before anything imports verl, because verl chooses the platform once per process.
 os.environ["VERL_PLATFORM"] = "cpu"
 
-# How long an example takes says something about the machine's load, not about the code. The examples follow from each
-# test's source and from hypothesis, so that a clone, CI and this folder draw the same; 'make fuzz' draws new ones.
+# No deadline: the time of an example depends on the machine's load, not on the code. The examples follow from the
+# test's source and from hypothesis, so that a clone, CI and this folder draw the same. 'make fuzz' draws new ones.
 settings.register_profile("same examples", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.register_profile("fuzz", deadline=None, derandomize=False, database=None, print_blob=True)
 settings.load_profile("same examples")
 
-#: fixtures that start processes; what uses one of them, or is marked ``process``, is not in the quick tier
+#: fixtures that start processes. A test that uses one of them, or has the mark ``process``, is not in the quick tier.
 STARTING_PROCESSES = {
     "application", "chromium", "fused_worlds", "main_ppo", "python", "ranks", "recorded", "two_ranks", "verdicts",
     "wheel", "world", "worlds",
@@ -31,7 +31,7 @@ STARTING_PROCESSES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs other processes, so that ``make check`` can leave it out."""
+    """Mark the tests that need other processes, so that ``make check`` can leave them out."""
     for item in items:
         if STARTING_PROCESSES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
@@ -50,7 +50,7 @@ sys.addaudithook(_refuse_processes)
 
 @pytest.fixture(autouse=True)
 def processes_only_where_marked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The quick tier stays quick: a test that starts a process without the mark fails."""
+    """Keep the quick tier quick: a test that starts a process without the mark fails."""
     global _may_start_processes
     _may_start_processes = any(request.node.get_closest_marker(name) for name in ("process", "e2e", "fault"))
     yield
@@ -59,7 +59,7 @@ def processes_only_where_marked(request: pytest.FixtureRequest) -> Iterator[None
 
 @pytest.fixture(autouse=True)
 def one_environment() -> Iterator[None]:
-    """``datasets`` replaces ``os.environ`` by a copy where it maps in processes; rich goes on reading the first one."""
+    """Keep one ``os.environ``. ``datasets`` sometimes replaces it by a copy, and rich would still read the old one."""
     environment = os.environ
     yield
     os.environ = environment  # noqa: B003
@@ -83,7 +83,7 @@ def compose() -> Iterator[Callable[..., object]]:
     from hydra.core.hydra_config import HydraConfig
 
     config_dir = str(Path(main_ppo.__file__).parent / "config")
-    HydraConfig.instance().cfg = None  # what 'plan' left there: here no application of Hydra's runs
+    HydraConfig.instance().cfg = None  # 'plan' may have set it, but no application of Hydra runs here
     with initialize_config_dir(config_dir, version_base=None):
         yield lambda *overrides: hydra_compose("ppo_trainer", overrides=list(overrides))
 
@@ -107,7 +107,7 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's world with hardly any warm-up: random answers do for these tests."""
+    """The demo's world with almost no warm-up: random answers are good enough for these tests."""
     folder = tmp_path_factory.mktemp("world") / "world"
     build = [sys.executable, "-m", "examples.cpu_demo.build"]
     arguments = ["--steps", "30", "--train-problems", "64", "--test-problems", "8", "--warmup-problems", "500"]
@@ -117,7 +117,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def main_ppo(world: Path, tmp_path: Path) -> Iterator[MainPPO]:
-    """Runs main_ppo; whatever it started is ended with the test."""
+    """Runs main_ppo. All processes that it started are ended with the test."""
     runs = MainPPO(world, tmp_path)
     yield runs
     runs.close()
@@ -127,8 +127,8 @@ def main_ppo(world: Path, tmp_path: Path) -> Iterator[MainPPO]:
 def recorded(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     """One run for all tests that replay.
 
-    Runs that are to be compared bit for bit all replay, because verl lays out recorded answers in the order of the
-    record and new ones as they come.
+    Tests that compare runs bit for bit replay recorded answers in all of them. verl lays out recorded answers in the
+    order of the record, but new answers in the order of their arrival.
     """
     directory = tmp_path_factory.mktemp("recorded")
     dump = f"skip.rollout_tq.dump_dir={directory}/answers"

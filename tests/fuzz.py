@@ -1,6 +1,6 @@
 """New examples for the property tests, for a given time: ``make fuzz``, ``make fuzz MINUTES=60``.
 
-A round is all of them with a seed of its own. At the first failure it stops and says how to replay it.
+Each round runs all of them with a new seed. At the first failure it stops, and says how to replay the round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TESTS = Path(__file__).resolve().parent
 
 def command(seed: int, what: list[str]) -> list[str]:
     """One round; the same seed draws the same examples, for one test as for all of them."""
-    # the warnings are verl's, in every round
+    # hide verl's warnings, which come in every round
     arguments = ["-m", "pytest", "-q", "--disable-warnings", "--hypothesis-profile", "fuzz"]
     return [sys.executable, *arguments, "--hypothesis-seed", str(seed), *what]
 

@@ -1,19 +1,22 @@
-"""Which tokens are trained on, and with what weight: torch and numpy, nothing of verl.
+"""The method: choose the tokens to train on, and weigh them. It uses torch and numpy only, nothing of verl.
 
-Read in this order: ``rule`` (every choice, in words), ``selection`` (which tokens of a pool), ``weighting`` (the factor
-on each), ``responses`` (both, for the pools and mini-batches of a batch), ``schedule`` (ρ over time), ``tally`` (what
-was kept), ``ranks`` (the same on any number of them). Beside them: ``returns``, the forms of Ψ_t, which the weight is
-multiplied with; ``lm_head``, where entropies come from, and the LM head at chosen positions. ``identity`` says who a
-row is, for ties and draws; ``randomness`` and ``flat`` are small tools of these.
+Read the modules in this order. ``rule`` lists every choice, in words. ``selection`` keeps a share of the tokens of one
+pool. ``weighting`` computes the weight of each token. ``responses`` does both for all pools and mini-batches of a
+batch. ``schedule`` changes ρ over the training steps. ``tally`` counts what was kept. ``ranks`` makes the selection the
+same on any number of ranks.
 
-Tensors of this package are *flat*: the response tokens of all rows behind one another, as in the ``values()`` of a
-jagged nested tensor, with ``lengths`` saying how many belong to each row. Nothing is padded, so a batch costs what its
-tokens cost, and there is no padding that could leak into a quantile.
+The others: ``returns`` computes Ψ_t, the factor that the weight is multiplied with. ``entropy`` computes entropies from
+logits, and ``lm_head`` computes logits at chosen positions only. ``identity`` names each row of a batch, for ties and
+random draws. ``randomness`` and ``flat`` are small tools.
+
+Tensors of this package are *flat*: the response tokens of one row follow those of another, as in the ``values()`` of a
+jagged nested tensor, and ``lengths`` says how many belong to each row. There is no padding: it would cost memory and
+time, and could get into a quantile.
 """
 
 from entropy_fork.core.rule import Rule, Selector
 from entropy_fork.core.selection import Selection, select_tokens
 from entropy_fork.core.weighting import token_weights
 
-#: what a loop of one's own needs: examples/quickstart.py
+#: what your own training loop needs; see examples/quickstart.py
 __all__ = ["Rule", "Selection", "Selector", "select_tokens", "token_weights"]

@@ -1,7 +1,7 @@
-"""Going through a batch whose rows lie behind one another: row by row, or in pieces that do not need its memory again.
+"""Go through a flat batch row by row, or in pieces, without a second tensor of the batch's size.
 
-A batch of the paper's size has 168 million tokens. Whatever is made of all of them at once (a float64 of each, a row
-number for each) takes as much memory as the batch itself, and more time than the same in pieces that a cache holds.
+A batch of the paper's size has 168 million tokens. A tensor with one number per token (a float64, a row number) takes
+as much memory as the batch itself. To compute it at once also takes longer than in pieces that fit into a cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 def count_per_row(mask: Tensor, lengths: Tensor) -> Tensor:
     """How many tokens of each row are set, int64, shape (num_rows,).
 
-    One call per row: numpy counts bytes many times faster than anything that first writes a row number for each token.
+    It calls numpy once per row. That is many times faster than to write a row number for each token first.
 
     Args:
         mask: bool or 0/1 int, shape (num_tokens,).
@@ -27,7 +27,7 @@ def count_per_row(mask: Tensor, lengths: Tensor) -> Tensor:
 
 
 def row_slices(lengths: np.ndarray) -> Iterator[slice]:
-    """Where the tokens of each row lie, one after the other; ``lengths``: int, shape (num_rows,)."""
+    """One slice per row: where its tokens are in a flat tensor. ``lengths``: int, shape (num_rows,)."""
     end = 0
     for length in lengths.tolist():
         start, end = end, end + length
@@ -35,6 +35,6 @@ def row_slices(lengths: np.ndarray) -> Iterator[slice]:
 
 
 def pieces(num_tokens: int, size: int = 2**15) -> Iterator[slice]:
-    """All tokens, so many at a time: what a cache holds, and what torch does in one thread without asking others."""
+    """Slices of ``size`` tokens that cover all tokens. The default fits into a cache, and torch uses one thread."""
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))

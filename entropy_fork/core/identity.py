@@ -1,9 +1,9 @@
-"""Who a row of the batch is: the same in every run, on any number of ranks and wherever the row lies.
+"""Name each row of a batch: the same name in every run, on any number of ranks and at any place in the batch.
 
-Random draws and ties between rows must not depend on names that each run invents. verl names a row
-``{uid}_{session}_{output}``, and its uid is random. The data set's index is not enough either: it is 0 where the data
-set has none, two files may both count from 0, and a prompt may be drawn twice. So a row is named by its prompt's tokens
-and its index, by which occurrence of that prompt in the batch it belongs to, and by its session and output.
+Random draws and ties between rows need such a name. verl's own name, ``{uid}_{session}_{output}``, differs from run to
+run, because the uid is random. The data set's index is not enough: it is 0 if the data set has none, two files may both
+count from 0, and a prompt may be drawn twice. So the name, an :class:`Identity`, consists of the data set's index, a
+hash of the prompt's tokens, a number if this prompt is in the batch more than once, the session and the output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from entropy_fork.core.randomness import seed_of
 
-#: token ids of some rows, asked for by their places in the batch: one int tensor for each, shape (num_tokens,)
+#: takes the places of some rows in the batch; returns the token ids of each, one int tensor of shape (num_tokens,)
 TokensOf = Callable[[list[int]], Iterable[Tensor]]
 
 
@@ -26,11 +26,11 @@ class RowKey(NamedTuple):
     """What verl says about a row.
 
     Attributes:
-        group: the same for all answers to one drawn prompt, and different for any other; random in each run.
+        group: the name of the drawn prompt, shared by all answers to it. It is random in each run.
         session: the number of the answer in its group.
-        output: the number of the row in its answer; an agent may give several.
-        data_index: the data set's index as text, the same for all rows of a group; empty where there is none.
-        is_padding: whether verl only added the row to fill up a mini-batch.
+        output: the number of the row in its answer: an agent may return several rows.
+        data_index: the data set's index as text, the same for all rows of a group; empty if there is none.
+        is_padding: whether verl added the row only to fill up a mini-batch.
     """
 
     group: str
@@ -41,11 +41,11 @@ class RowKey(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """Who a row is; no two rows of a batch have the same. Identities sort by index first, so ties follow the data.
+    """The name of a row; no two rows of a batch have the same. It sorts by the data set's index first.
 
     Attributes:
         data_index: as in :class:`RowKey`.
-        prompt: a hash of the prompt's token ids; of a padding row the word ``padding``.
+        prompt: a hash of the prompt's token ids; for a padding row the word ``padding``.
         occurrence: 0 for the first group in the batch with this prompt and index, 1 for the second, and so on.
         session: as in :class:`RowKey`.
         output: as in :class:`RowKey`.
@@ -61,14 +61,14 @@ class Identity(NamedTuple):
 def identify(keys: Sequence[RowKey], prompts: TokensOf, answers: TokensOf) -> list[Identity]:
     """The identity of each row of a batch.
 
-    Groups with the same prompt and index are told apart by their answers: sorted by them, they are occurrence 0, 1, …
-    Where the answers are equal as well, such groups are interchangeable, and the order in the batch decides. Padding
-    rows are in no group, so they change no other row's identity.
+    Groups with the same prompt and index are sorted by their answers, and numbered: occurrence 0, 1, … Groups with
+    equal answers too are interchangeable, so their order in the batch decides. Padding rows are in no group, so they
+    do not change the identity of any other row.
 
     Args:
         keys: one per row; distinct in (group, session, output).
-        prompts: asked once, for one row of each group.
-        answers: asked at most once, for all rows of those groups that share prompt and index with another.
+        prompts: called once, with one row of each group.
+        answers: called at most once, with all rows of the groups that share prompt and index with another group.
 
     Returns:
         One identity per row, in the order of ``keys``.
@@ -100,7 +100,7 @@ def identify(keys: Sequence[RowKey], prompts: TokensOf, answers: TokensOf) -> li
 
 
 def row_order(identities: Sequence[Identity]) -> Tensor:
-    """The rank of each row's identity, int64, shape (num_rows,): what decides between equal tokens."""
+    """The rank of each row's identity, int64, shape (num_rows,). It decides between tokens of equal score."""
     order = torch.empty(len(identities), dtype=torch.int64)
     order[sorted(range(len(identities)), key=identities.__getitem__)] = torch.arange(len(identities))
     return order
@@ -110,8 +110,8 @@ def row_seeds(identities: Sequence[Identity], *when: int) -> Tensor:
     """A seed for each row's draws, int64, shape (num_rows,).
 
     Args:
-        identities: of the rows.
-        when: numbers that make this selection another one than all others of the run (and the run's own seed).
+        identities: one per row.
+        when: the run's seed, and numbers that no other selection of the run has, such as the step.
     """
     return torch.tensor([seed_of(*when, *identity) for identity in identities], dtype=torch.int64)
 

@@ -1,9 +1,9 @@
-"""The LM head at chosen positions only: which ones, and what is computed of their logits.
+"""The LM head at chosen positions only: find the positions, and compute from their logits.
 
-A row of logits has as many numbers as the vocabulary, 151,936 for Qwen3, and every other tensor of a step is small
-beside them. But a loss looks at a few of these rows: none of a prompt, and with token weights of zero none of what was
-dropped. :func:`response_positions` says where the response's predictions lie in a packed batch; :func:`in_chunks` is
-the pass without gradients, for any number of rows in a fixed amount of memory.
+A row of logits has as many numbers as the vocabulary, 151,936 for Qwen3. Every other tensor of a step is small beside
+the logits. But a loss needs few of these rows: none of the prompt, and none of a dropped token, whose weight is 0.
+:func:`response_positions` finds the positions of a packed batch that predict response tokens. :func:`in_chunks`
+computes without gradients, any number of rows in a fixed amount of memory.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.nn.functional import linear, pad
 
 from entropy_fork.core.entropy import entropies
 
-#: rows of logits that exist at once: 512 × 151,936 × 4 bytes are 0.3 GB, and a GPU is busy with them
+#: rows of logits that exist at once: 512 × 151,936 × 4 bytes are 0.3 GB, and enough work for a GPU
 CHUNK = 512
 
-#: as many rows of logits are kept for the backward pass, as in an ordinary head; more are computed a second time, so
-#: many at once. 8192 × 151,936 in bfloat16 are 2.5 GB.
+#: up to this many rows of logits are kept for the backward pass, as an ordinary head keeps all. If there are more, the
+#: backward pass computes them again, this many at once. 8192 × 151,936 numbers in bfloat16 are 2.5 GB.
 ROWS_KEPT = 8192
 
-#: rows of a product, at least. A CPU multiplies up to three rows of float32 in another order than many, and then
-#: unchanged weights would give another log-probability, by 1e-6, where a micro-batch keeps one token.
+#: the fewest rows that are multiplied. For up to three float32 rows a CPU adds in another order than for many. If a
+#: micro-batch keeps one token, its log-probability would then change by 1e-6 although the model's weights did not.
 FEWEST_ROWS = 64
 
 
 def response_positions(offsets: Tensor, response_lengths: Tensor) -> Tensor:
-    """Where each response token is predicted, one position before its own, in a packed batch.
+    """The position in a packed batch that predicts each response token: one before the token's own.
 
     Args:
-        offsets: int64, shape (num_rows + 1,): where each sequence (prompt and response) begins, and where all end.
+        offsets: int64, shape (num_rows + 1,): where each sequence (prompt and response) begins, and the last one ends.
         response_lengths: int64, shape (num_rows,); a sequence ends with its response, and its prompt is not empty.
 
     Returns:
@@ -47,12 +47,12 @@ def response_positions(offsets: Tensor, response_lengths: Tensor) -> Tensor:
 
 
 def padded_positions(positions: Tensor, offsets: Tensor, padded_length: int) -> Tensor:
-    """The same positions where every sequence is padded on its right and rows lie in one line.
+    """Translate positions of a packed batch into those of the same batch padded on the right, then flattened.
 
     Args:
         positions: int64, shape (num_positions,), in the packed batch.
         offsets: int64, shape (num_rows + 1,), as in :func:`response_positions`.
-        padded_length: of every row.
+        padded_length: the length of every padded row.
 
     Returns:
         int64, shape (num_positions,).
@@ -69,14 +69,14 @@ def in_chunks(
     labels: Tensor,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, ...]:
-    """Measure every row of logits, a chunk of rows at a time; no more rows exist at once.
+    """Call ``measure`` on all rows of logits, a chunk of rows at a time. No more rows exist at once.
 
     Args:
-        measure: from a function that makes logits, shape (n, vocabulary), and their labels, shape (n,), to tensors of
-            shape (n,). A function, because Python 3.10 keeps the arguments of a call until it ends: ``measure`` could
-            not free logits that it was given.
+        measure: takes a function that makes logits of shape (n, vocabulary), and the labels of shape (n,). Returns
+            tensors of shape (n,). It does not take the logits themselves, because Python 3.10 keeps the arguments of a
+            call until it ends, so ``measure`` could not free them.
         hidden: float, shape (num_rows, hidden_size): the last layer's output at these positions.
-        weight: same type, shape (vocabulary, hidden_size): the head's, which has no bias.
+        weight: same type, shape (vocabulary, hidden_size): the weight of the head, which has no bias.
         labels: int64, shape (num_rows,): the token that followed.
         chunk: rows of logits at once.
 
@@ -89,7 +89,7 @@ def in_chunks(
 
 
 def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The head's product, whose rows do not depend on how many there are: at least :data:`FEWEST_ROWS` are computed.
+    """The logits of these rows. At least :data:`FEWEST_ROWS` are computed, so a row does not depend on their number.
 
     Args:
         hidden: float, shape (num_rows, hidden_size).
@@ -109,8 +109,8 @@ def log_probs_entropy_and_rank(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of the labels, entropies of the whole distributions, and ranks, in one pass without gradients.
 
-    The matrix product is made in the type of ``hidden``, everything after it, the temperature included, in float32 or
-    better.
+    The matrix product is computed in the type of ``hidden``. Everything after it, the division by the temperature too,
+    is computed in float32 or better.
 
     Args:
         hidden: float, shape (num_rows, hidden_size).
@@ -121,7 +121,7 @@ def log_probs_entropy_and_rank(
 
     Returns:
         Three tensors of shape (num_rows,): log-probabilities and entropies (the paper's Eq. 1) in nats, float32
-        (float64 for such input); how many tokens are strictly likelier than the label, int64.
+        (float64 for such input); the number of tokens that are strictly likelier than the label, int64.
     """
 
     def measure(make: Callable[[], Tensor], labels: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
-"""Random numbers without a generator: a hash of what a draw belongs to.
+"""Random numbers without a generator: each is a hash of a seed and a counter.
 
-A generator has a state, and whoever draws first changes what the next one gets. A hash of (seed, counter) gives each
-token of each answer its own number whatever the order, the rank or the process, also after a resume.
+A generator has a state, so every draw changes the draws after it. A hash of (seed, counter) gives each token of each
+answer its own number: the same one in any order, on any rank, in any process, and after a resume.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def seed_of(*identity: Any) -> int:
-    """A seed in [0, 2^63) for what ``identity`` describes (anything that JSON can write, else its text)."""
+    """A seed in [0, 2^63), a hash of the values in ``identity``. A value that JSON cannot write counts as its text."""
     text = json.dumps(identity, sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -1,8 +1,9 @@
-"""The same selection on any number of ranks: what one mini-batch's ranks must tell each other.
+"""Make the same selection on any number of ranks: exchange what the ranks of a mini-batch must know.
 
-If each rank took a threshold of its own, the selection would depend on how many ranks there are. And a collective on
-tensors whose length differs by rank hangs or reads garbage. So every rank gathers the responses of all ranks, selects
-from the same tokens and takes its own part. A rank without a single eligible token takes part like any other.
+If each rank had its own threshold, the selection would depend on the number of ranks. So every rank gathers the
+responses of all ranks, selects from the same tokens and takes its own part. A collective on tensors whose length
+differs by rank hangs or reads garbage, so :meth:`Ranks.gather` pads them. A rank without an eligible token takes part
+like any other.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Ranks:
     """The data-parallel ranks that share a mini-batch.
 
     Attributes:
-        group: their process group; None for a process alone.
-        device: where its collectives want tensors (``cpu`` for gloo, the accelerator for nccl).
+        group: their process group; None if there is one process.
+        device: where the group's collectives need their tensors (``cpu`` for gloo, the accelerator for nccl).
     """
 
     group: dist.ProcessGroup | None = None
@@ -33,19 +34,19 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        """How many ranks there are; 1 for a process alone."""
+        """The number of ranks; 1 if there is one process."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """The number of this one, from 0 on."""
+        """The number of this rank, from 0."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, in their order, on the CPU. All ranks must call.
+        """The tensors of all ranks, in the order of the ranks, on the CPU. All ranks must call this.
 
         Args:
-            values: any type, shape (n, …); n may differ between ranks, and be 0, the rest may not.
+            values: any type, shape (n, …); n may differ between ranks and may be 0. The other sizes must be equal.
         """
         if self.size == 1:
             return [values.cpu()]
@@ -61,30 +62,30 @@ class Ranks:
         return [part[: int(size)].cpu() for part, size in zip(parts, sizes, strict=True)]
 
     def sum_counts(self, counts: Counts) -> Counts:
-        """The counts of all ranks together. All ranks must call."""
+        """The sum of the counts of all ranks. All ranks must call this."""
         parts = self.gather(torch.tensor([astuple(counts)], dtype=torch.float64))
         num_tokens, num_kept, entropy_kept = torch.cat(parts).sum(0).tolist()
         return Counts(int(num_tokens), int(num_kept), entropy_kept)
 
     def merge_tallies(self, tally: Tally) -> Tally:
-        """The tallies of all ranks as one. All ranks must call."""
+        """The tallies of all ranks as one. All ranks must call this."""
         parts = self.gather(torch.tensor([astuple(tally)], dtype=torch.float64))
         return Tally.merged(Tally(*part[0].tolist()) for part in parts)
 
 
 def select_over_ranks(responses: Responses, selector: Selector, ranks: Ranks) -> tuple[Tensor, Pool]:
-    """Keep a share of the tokens that all ranks have together.
+    """Keep a share of one pool, which is the tokens of all ranks together.
 
     Args:
-        responses: this rank's.
+        responses: the responses of this rank.
         selector: what to keep; the same on all ranks.
-        ranks: who takes part. All must call.
+        ranks: the ranks that take part. All must call this.
 
     Returns:
-        bool, shape (num_tokens,): what is kept of this rank's tokens; and the counts and threshold of the whole pool.
+        bool, shape (num_tokens,): which of this rank's tokens are kept; and the counts and τ of the whole pool.
 
     Raises:
-        ValueError: on every rank, if an eligible entropy of any of them is not finite.
+        ValueError: on every rank, if the entropy of an eligible token of any rank is not finite.
     """
     tokens = [ranks.gather(values) for values in (responses.entropy, responses.eligible.to(torch.uint8))]
     per_response = [ranks.gather(values) for values in (responses.lengths, responses.order, responses.seeds)]

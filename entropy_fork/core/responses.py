@@ -1,7 +1,7 @@
 """A whole batch at once: select in each pool, weigh in each mini-batch.
 
-A pool and a mini-batch need not be the same. A pool is a response, a micro-batch, a mini-batch or the whole batch. What
-verl divides by is always counted over the mini-batch, because a gradient step is taken on a mini-batch.
+A pool and a mini-batch need not be the same. A pool is a response, a micro-batch, a mini-batch or the whole batch.
+Weights always belong to a mini-batch: verl takes a gradient step, and divides the loss, over a mini-batch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from entropy_fork.core.weighting import token_weights
 
 @dataclass(frozen=True)
 class Responses:
-    """The responses of a batch, or of a part of it: one behind the other, without padding between them.
+    """The responses of a batch, or of a part of it: one after another, without padding.
 
     Attributes:
         entropy: float, shape (num_tokens,), nats.
         eligible: bool or int, shape (num_tokens,): the response mask.
         lengths: int64, shape (num_responses,): tokens per response.
-        order: int64, shape (num_responses,): decides between equal tokens; see
+        order: int64, shape (num_responses,): decides between tokens of equal score; see
             :func:`entropy_fork.core.selection.select_tokens`.
-        seeds: int64, shape (num_responses,): what the draws of ``select=random`` are derived from.
+        seeds: int64, shape (num_responses,): the seed of each response's draws, for ``select=random``.
     """
 
     entropy: Tensor
@@ -44,10 +44,10 @@ def pool_of_responses(pool: str, mini_batch: Tensor, micro_batch: Tensor | None 
     Args:
         pool: one of :data:`entropy_fork.core.rule.POOLS`.
         mini_batch: int, shape (num_responses,): the mini-batch of each response.
-        micro_batch: int, shape (num_responses,): its micro-batch, where that is known.
+        micro_batch: int, shape (num_responses,): the micro-batch of each response, if known.
 
     Raises:
-        ValueError: no such pool, or ``micro_batch`` without the micro-batches.
+        ValueError: there is no such pool, or it is ``micro_batch`` and no micro-batches are given.
     """
     if pool == "response":
         return torch.arange(mini_batch.numel())
@@ -57,7 +57,7 @@ def pool_of_responses(pool: str, mini_batch: Tensor, micro_batch: Tensor | None 
         return torch.zeros_like(mini_batch)
     if pool == "micro_batch" and micro_batch is not None:
         return micro_batch
-    raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    raise ValueError(f"pool must be one of {', '.join(POOLS)} (micro_batch needs micro-batches), got {pool!r}")
 
 
 def select_in_pools(responses: Responses, pool_of_response: Tensor, selector: Selector) -> tuple[Tensor, list[Pool]]:
@@ -69,7 +69,7 @@ def select_in_pools(responses: Responses, pool_of_response: Tensor, selector: Se
         selector: what to keep of each pool.
 
     Returns:
-        bool, shape (num_tokens,): what is kept; and each pool's counts and threshold.
+        bool, shape (num_tokens,): which tokens are kept; and each pool's counts and threshold.
 
     Raises:
         ValueError: see :func:`entropy_fork.core.selection.select_tokens`.
@@ -103,11 +103,11 @@ def weigh_mini_batches(responses: Responses, kept: Tensor, mini_batch: Tensor, r
         float32, shape (num_tokens,).
 
     Raises:
-        ValueError: a ``loss_agg_mode`` or a ``denominator`` that there is not.
+        ValueError: an unknown ``loss_agg_mode`` or ``denominator``.
     """
     weights = torch.zeros(responses.entropy.numel(), dtype=torch.float32)
     for members, tokens in _groups(mini_batch, responses.lengths):
-        # without a name, which would keep the weights of one mini-batch while the next are made
+        # No variable for the weights: it would hold those of one mini-batch while the next ones are computed.
         _scatter(
             weights,
             tokens,
@@ -124,7 +124,7 @@ def weigh_mini_batches(responses: Responses, kept: Tensor, mini_batch: Tensor, r
 
 
 def _groups(group_of_response: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, list[slice]]]:
-    """The responses of each group, and where their tokens lie; neighbouring responses are one slice."""
+    """For each group, its responses and the slices of their tokens. Neighbouring responses share a slice."""
     ends = lengths.cumsum(0)
     order = torch.argsort(group_of_response, stable=True)
     for members in order.split(torch.bincount(group_of_response).tolist()):

@@ -9,12 +9,13 @@
 | 5 | advantage A(s_t, a_t) | :func:`gae` |
 | 6 | TD residual | :func:`td_residual` |
 
-The seventh, training on forks, is any of them times the indicator that the token is one: ``selection.py``.
+The seventh form, training on forking tokens, multiplies any of these by 1 for a kept token and by 0 for a dropped one:
+``selection.py``.
 
-Unlike the rest of this package these functions take padded tensors of shape (rows, length), as verl's advantage
-estimators do. An *action* is a position where ``response_mask`` is set; time passes from action to action. What lies
-between them (the output of a tool) and behind the last one (padding) is no action: it has no Ψ, takes no discount, and
-a reward that stands there belongs to the action before it, which brought it about.
+Unlike the rest of this package, these functions take padded tensors of shape (rows, length), as verl's advantage
+estimators do. An *action* is a position where ``response_mask`` is set, and each action is one step of time. Positions
+between actions (the output of a tool) and after the last action (padding) have no Ψ and no discount. A reward at such a
+position belongs to the action before it, which caused it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Actions:
-    """The actions of each row, counted through, and the way between positions and actions.
+    """Numbers the actions of each row, and converts from positions to actions and back.
 
     Args:
         response_mask: bool or 0/1, shape (rows, length).
@@ -38,11 +39,11 @@ class Actions:
 
     @cached_property
     def _number(self) -> Tensor:
-        """Which action a position belongs to: its own or the last one before it. What is before the first, to it."""
+        """The action that a position belongs to: its own, else the last one before it, else the first of the row."""
         return (self.response_mask.long().cumsum(dim=1) - 1).clamp_(min=0)
 
     def gather(self, rewards: Tensor) -> Tensor:
-        """The sum of what stands at each action and behind it, shape (rows, length): column k is the k-th action.
+        """The sum of the rewards that belong to each action, shape (rows, length): column k is the k-th action.
 
         Args:
             rewards: float, shape (rows, length).
@@ -50,18 +51,18 @@ class Actions:
         return torch.zeros_like(rewards).scatter_add_(1, self._number, rewards)
 
     def pick(self, values: Tensor) -> Tensor:
-        """What stands at each action itself, shape (rows, length): column k is the k-th action, 0 behind the last."""
+        """The value at each action's position, shape (rows, length): column k is the k-th action, 0 after the last."""
         return self.gather(values.masked_fill(~self.response_mask.bool(), 0.0))
 
     def spread(self, of_actions: Tensor) -> Tensor:
-        """The way back, shape (rows, length): each action's number at its position, 0 at every other position."""
+        """The reverse, shape (rows, length): each action's number at the action's position, 0 at all others."""
         return of_actions.gather(1, self._number) * self.response_mask
 
 
 def discounted_sums(x: Tensor, gamma: float) -> Tensor:
     """``Σ_{k ≥ t} gamma^(k-t) x_k`` for each t, along the last dimension, without a loop over it.
 
-    After the i-th pass each number holds the sum of its next 2^i ones.
+    After pass i, each number is the discounted sum of 2^i numbers: itself and those after it.
 
     Args:
         x: float, shape (…, length).
@@ -97,7 +98,7 @@ def reward_to_go(rewards: Tensor, response_mask: Tensor, gamma: float = 1.0) -> 
 def total_return(rewards: Tensor, response_mask: Tensor, gamma: float = 1.0) -> Tensor:
     """Form 1: the (discounted) reward of the whole trajectory, at each of its actions: REINFORCE (Williams, 1992).
 
-    Args and Returns as :func:`reward_to_go`. At the first action the two are the same number.
+    Args and Returns as :func:`reward_to_go`, which gives the same number at the first action.
     """
     return trajectory_return(rewards, response_mask, gamma)[:, None] * response_mask
 
@@ -110,16 +111,16 @@ def trajectory_return(rewards: Tensor, response_mask: Tensor, gamma: float = 1.0
 
 
 def group_baseline(returns: Tensor, group: Tensor, leave_one_out: bool = False) -> Tensor:
-    """What the answers to the same question are worth: the baseline b(s_t) of form 3.
+    """The mean return of the answers to the same question: the baseline b(s_t) of form 3.
 
-    The mean over the whole group contains the answer itself, so it shrinks the expected gradient by (n-1)/n for a
-    group of n; the mean over the *others* (Kool et al., 2019; RLOO) does not depend on the answer and leaves the
-    expectation as it is. An answer without others has the baseline 0.
+    The mean over the whole group contains the answer itself, so in a group of n answers it multiplies the expected
+    gradient by (n-1)/n. The mean over the *other* answers (Kool et al., 2019; RLOO) does not depend on the answer, so
+    it does not change the expectation. In a group of one answer the baseline is 0.
 
     Args:
         returns: float, shape (rows,), see :func:`trajectory_return`.
-        group: int64, shape (rows,): equal for the answers to one question, from 0 on.
-        leave_one_out: the mean over the other answers of the group.
+        group: int64, shape (rows,): the number of each answer's question, from 0.
+        leave_one_out: True for the mean over the other answers, False for the mean over the whole group.
 
     Returns:
         Float, shape (rows,).
@@ -133,14 +134,14 @@ def group_baseline(returns: Tensor, group: Tensor, leave_one_out: bool = False) 
 
 
 def q_value(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float = 1.0) -> Tensor:
-    """Form 4: ``r_t + gamma V(s_{t+1})``, the value of an action as one reward and the critic's view of the next state.
+    """Form 4: ``r_t + gamma V(s_{t+1})``, an action's reward and the critic's value of the next state.
 
     Args:
         rewards: float, shape (rows, length).
-        values: float, same shape: V(s_t), the critic's value of the state in which action t is chosen. What stands at
-            other positions is not looked at.
+        values: float, same shape: V(s_t), the critic's value of the state in which action t is chosen. Values at
+            positions without an action have no effect.
         response_mask: bool or 0/1, same shape.
-        gamma: the discount from one action to the next. Behind the last action the value is 0.
+        gamma: the discount from one action to the next. After the last action the value is 0.
 
     Returns:
         Float, same shape; 0 where there is no action.
@@ -160,8 +161,8 @@ def td_residual(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: f
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float = 1.0, lam: float = 1.0) -> Tensor:
     """Form 5, generalised (Schulman et al., 2016, Eq. 16): the TD residuals from each action on, discounted by γλ.
 
-    ``lam`` = 0 is the TD residual, ``lam`` = 1 the reward to go minus V. verl's own ``gae`` is this, whitened over the
-    batch (except that it drops a reward that stands behind an action's position instead of on it).
+    ``lam`` = 0 is the TD residual, ``lam`` = 1 the reward to go minus V. verl's own ``gae`` is the same, whitened over
+    the batch, except that it drops a reward at a position without an action.
 
     Args and Returns as :func:`q_value`.
     """

@@ -1,4 +1,4 @@
-"""What "train on the top 20%" means: every key of the rule, every value of each key, and what goes together.
+"""What "train on the top 20%" means: every key of the rule, every value of each key, and which values go together.
 
 This is the one place for the words. :data:`KEYS` has a sentence for each key and for each value. The trainer's log,
 ``entropy-fork plan``, ``entropy-fork doctor`` and the reference page take their words from it. :class:`Selector` and
@@ -6,8 +6,8 @@ This is the one place for the words. :data:`KEYS` has a sentence for each key an
 value of ``select`` also needs its score in ``selection.py``.
 
 Each sentence of a value starts with a verb whose subject is the run ("Keeps the tokens with the highest entropy.").
-What stands before its first colon becomes a part of :meth:`Rule.describe`. A number's key in backticks is replaced by
-the number there.
+:meth:`Rule.describe` uses the part before the first colon. Where a sentence names a number's key in backticks,
+``describe`` writes the number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Key:
     Attributes:
         name: of the key.
         sentence: what the key decides.
-        default: its value where nobody writes one.
+        default: its value if the config does not set it.
         values: the sentence of each value; empty for a number, a path or a switch.
     """
 
@@ -148,10 +148,10 @@ WEIGHTS = tuple(KEY_OF["weight"].values)
 SCHEDULES = tuple(KEY_OF["schedule"].values)
 LOSS_AGG_MODES = tuple(KEY_OF["loss_agg_mode"].values)
 
-#: values of ``select`` that look at no entropy, so there is no threshold on it and no policy to choose
+#: values of ``select`` that do not use entropy: there is no τ, and the key ``entropy`` makes no difference
 BLIND = ("random",)
 
-#: keys that have an effect only with some values of another key: that key, and those values
+#: keys that have an effect only with some values of another key: {key: (the other key, those values)}
 ONLY_WITH = {
     "band_from": ("select", ("band",)),
     "seed": ("select", ("random",)),
@@ -165,8 +165,8 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     """Whether a key changes what is trained on, given the values of the other keys.
 
     Args:
-        name: of the key.
-        values: of the keys that are known. Where the other key is missing, the key has an effect.
+        name: the name of the key.
+        values: the values of other keys, as far as known. If the key that decides is missing, the answer is True.
     """
     other, with_values = ONLY_WITH.get(name, ("", ()))
     return other not in values or values[other] in with_values
@@ -182,15 +182,15 @@ def check_value(name: str, value: object) -> None:
     """Raise a ValueError for a value that a key does not have.
 
     Args:
-        name: of a key that has a list of values.
-        value: what was written.
+        name: the name of a key with a list of values.
+        value: the value to check.
     """
     if value not in KEY_OF[name].values:
         raise ValueError(f"{name} must be one of {', '.join(KEY_OF[name].values)}, got {value!r}")
 
 
 def check_schedule(schedule: str, schedule_steps: int) -> None:
-    """Raise a ValueError for an unknown schedule, or one without the step at which it ends."""
+    """Raise a ValueError for an unknown schedule, or for one that changes ρ but has no step at which it ends."""
     check_value("schedule", schedule)
     if schedule != "constant" and schedule_steps < 2:
         raise ValueError(f"schedule={schedule} needs schedule_steps, the step at which final_ratio is reached (≥ 2)")
@@ -201,14 +201,14 @@ class Selector:
     """What to keep of a pool. The keys and their values are those of :data:`KEYS`.
 
     Attributes:
-        top_ratio: ρ in (0, 1], the share that is kept.
+        top_ratio: ρ in (0, 1], the share to keep.
         select: which tokens, one of :data:`SELECTS`.
         ties: what to do with equal entropies, one of :data:`TIES`.
         band_from: for ``select=band``, the upper end in (0, ρ): 0.1 with ρ = 0.2 keeps the tokens between the top 10%
             and the top 20%. Otherwise 0. See :func:`entropy_fork.core.selection.ranks_kept`.
 
     Raises:
-        ValueError: a value that has no meaning, or two that do not go together, with what to write instead.
+        ValueError: a value is unknown, or two values do not go together. The message says what to write instead.
     """
 
     top_ratio: float
@@ -226,7 +226,7 @@ class Selector:
                 f"in (0, top_ratio), got band_from={self.band_from!r}, top_ratio={self.top_ratio!r}"
             )
         if self.select != "band" and self.band_from != 0.0:
-            raise ValueError(f"band_from={self.band_from!r} means something with select=band only")
+            raise ValueError(f"band_from={self.band_from!r} needs select=band; write select=band, or band_from=0")
         if self.select in BLIND and self.ties == "threshold":
             raise ValueError(f"select={self.select} has no threshold on the entropy; write ties=exact")
 
@@ -238,24 +238,24 @@ class Selector:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which tokens are trained on, and with what weight: all of it. The keys and values are those of :data:`KEYS`.
+    """The whole rule: which tokens are trained on, and with what weight. The keys and values are those of :data:`KEYS`.
 
     :func:`entropy_fork.core.schedule.rule_at` gives the rule of one training step, whose ρ is constant.
 
     Attributes:
         selector: what to keep of a pool.
-        entropy: of which policy, one of :data:`ENTROPIES`.
+        entropy: whose entropy, one of :data:`ENTROPIES`.
         pool: the tokens of which the share is kept, one of :data:`POOLS`.
         loss_agg_mode: verl's ``actor.loss_agg_mode``, one of :data:`LOSS_AGG_MODES`.
-        denominator: the tokens whose number divides the loss, one of :data:`DENOMINATORS`.
+        denominator: the number of which tokens divides the loss, one of :data:`DENOMINATORS`.
         weight: how much a kept token counts, one of :data:`WEIGHTS`.
         schedule: how ρ changes over the training steps, one of :data:`SCHEDULES`.
         final_ratio: ρ at ``schedule_steps`` and after, in (0, 1]; a constant schedule ignores it.
         schedule_steps: at least 2, except with a constant schedule.
-        seed: of the draws of ``select=random``.
+        seed: the seed of the draws of ``select=random``.
 
     Raises:
-        ValueError: a value that has no meaning, or two that do not go together, with what to write instead.
+        ValueError: a value is unknown, or two values do not go together. The message says what to write instead.
     """
 
     selector: Selector
@@ -274,10 +274,10 @@ class Rule:
         """A rule from the keys as the config has them: ``Rule.of(top_ratio=0.1, select="bottom")``.
 
         Args:
-            **values: of any of :data:`KEYS`; the others have their defaults.
+            **values: a value for any of :data:`KEYS`; the other keys get their defaults.
 
         Raises:
-            ValueError: as the class, and for a key that there is not.
+            ValueError: as for the class, and for an unknown key.
         """
         if unknown := [name for name in values if name not in KEY_OF]:
             raise ValueError(f"there is no key {unknown[0]}; the keys are {', '.join(KEY_OF)}")
@@ -295,18 +295,18 @@ class Rule:
             )
         if self.entropy == "current" and self.selector.select in BLIND:
             raise ValueError(
-                f"select={self.selector.select} looks at no entropy; write entropy=old, which costs nothing"
+                f"select={self.selector.select} does not use entropy; write entropy=old, which costs nothing"
             )
         check_schedule(self.schedule, self.schedule_steps)
-        if self.schedule != "constant":  # between two shares that are possible, all are
+        if self.schedule != "constant":  # if both ends are possible, every ρ between them is
             Selector(self.final_ratio, self.selector.select, self.selector.ties, self.selector.band_from)
 
     @property
     def selected_in_loss(self) -> bool:
-        """Whether a micro-batch is selected from the entropies of the update's own forward pass.
+        """Whether the loss of a micro-batch selects its tokens, from the entropies of the update's own forward pass.
 
-        That needs hard weights of exactly so many tokens: how many other micro-batches keep then follows from their
-        sizes.
+        That needs ``ties=exact`` and hard weights. A weight depends on how many tokens the whole mini-batch keeps, and
+        only then the sizes of the other micro-batches say how many they keep.
         """
         exact = self.selector.ties == "exact" and self.weight == "hard"
         return self.entropy == "current" and self.pool == "micro_batch" and exact
@@ -323,7 +323,7 @@ class Rule:
         return {name: getattr(self.selector if hasattr(self.selector, name) else self, name) for name in KEY_OF}
 
     def sentences(self) -> list[tuple[str, str]]:
-        """What the rule does, a sentence for each key that has a say in it, as (``key=value``, sentence)."""
+        """What the rule does: one (``key=value``, sentence) for each key that has an effect and is worth saying."""
         values = self.values
         said = [(f"top_ratio={self.selector.top_ratio:g}", self._share())]
         if self.keeps_all:
@@ -337,7 +337,7 @@ class Rule:
         return said
 
     def describe(self) -> str:
-        """One sentence: which tokens are trained on, and what each counts."""
+        """One sentence: which tokens are trained on, and how much each counts."""
         (_, share), *others = self.sentences()
         if not others:
             return share
@@ -358,7 +358,7 @@ def _percent(share: float) -> str:
 
 
 def _with_numbers(sentence: str, values: Mapping[str, Any]) -> str:
-    """A sentence with the numbers of this rule in the place of their keys."""
+    """The sentence with each number's key in backticks replaced by the number."""
     for key in KEYS:
         if not key.values:
             number = values[key.name]
@@ -369,6 +369,6 @@ def _with_numbers(sentence: str, values: Mapping[str, Any]) -> str:
 
 
 def _clause(sentence: str) -> str:
-    """The part of a sentence before its first colon, to be put behind others."""
+    """The part of a sentence before its first colon, as a clause that can follow others."""
     clause = sentence.partition(":")[0].rstrip(".")
     return clause[0].lower() + clause[1:]

@@ -17,7 +17,7 @@ def ratio_at(step: int, top_ratio: float, schedule: str, final_ratio: float, sch
         top_ratio: ρ at step 1, and at every step with ``constant``.
         schedule: ``constant``, ``linear`` or ``cosine`` (slow at both ends).
         final_ratio: ρ at ``schedule_steps`` and after.
-        schedule_steps: at least 2, but with ``constant``, where it says nothing.
+        schedule_steps: at least 2; ``constant`` ignores it.
 
     Raises:
         ValueError: an unknown schedule, or fewer than two steps.

@@ -1,10 +1,12 @@
-"""Which tokens are trained on: a share ρ of a pool, by entropy (arXiv 2506.01939, Eq. 6) or by its controls.
+"""Choose the tokens to train on: a share ρ of a pool, by entropy (arXiv 2506.01939, Eq. 6) or by a control.
 
-The paper keeps every token with ``H_t >= τ_ρ``. That is not well defined when entropies are equal (with 90% of them
-equal it keeps everything), and an interpolated quantile keeps another number than was asked for. ``ties="exact"``
-keeps exactly ``ceil(ρN)`` tokens, and among equals at the threshold the one that comes first in its response;
-``ties="threshold"`` is the paper's text. All selections are one: the tokens of highest *score*, where the score is the
-entropy (top, band), its negative (bottom) or a hash of the token's identity (random).
+The paper keeps every token with ``H_t >= τ_ρ``. That does not fix the number of tokens: if 90% of the entropies are
+equal it can keep everything, and an interpolated quantile keeps more or fewer than ρN. ``ties="exact"`` keeps exactly
+``ceil(ρN)`` tokens. Of tokens with an entropy of exactly τ, it takes those that come first in their response.
+``ties="threshold"`` does what the paper says.
+
+Every selection keeps the tokens of the highest *score*. The score is the entropy (top, band), its negative (bottom) or
+a random number that depends on the token's row and position (random).
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from entropy_fork.core.rule import Selector, check_ratio
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens kept of one pool.
+    """The tokens of one pool that are kept.
 
     Attributes:
         kept: bool, shape (num_tokens,): True where the token is trained on.
-        threshold: τ in nats, the entropy at the edge: of the last token that was kept (the lowest for top and band,
-            the highest for bottom); NaN for random and for a pool without tokens.
-        num_tokens: N, the tokens of the pool that could be kept (those with ``eligible``).
-        num_kept: how many were; :func:`exact_count` with ``ties="exact"``, so ceil(ρN) without a band.
+        threshold: τ in nats: the lowest entropy that is kept (top and band), or the highest one (bottom). NaN for
+            random, and for a pool without tokens.
+        num_tokens: N, the number of eligible tokens in the pool.
+        num_kept: how many of them are kept. With ``ties="exact"`` it is :func:`exact_count`: ceil(ρN), but for a band.
     """
 
     kept: Tensor
@@ -42,10 +44,10 @@ class Selection:
 
 
 def kept_count(num_tokens: int, top_ratio: float) -> int:
-    """ceil(ρN), at least 1 when there is a token at all.
+    """ceil(ρN), and at least 1 if there is a token.
 
-    ρ is taken as the decimal that was written down, not as its binary neighbour: ``0.07 * 100`` is
-    ``7.000000000000001`` in floating point, whose ceiling would be one token too many.
+    The computation uses the decimal number ρ as it was written, not its nearest binary fraction: ``0.07 * 100`` is
+    ``7.000000000000001`` in floating point, and its ceiling would be one token too many.
 
     Raises:
         ValueError: a ρ outside (0, 1].
@@ -59,9 +61,9 @@ def kept_count(num_tokens: int, top_ratio: float) -> int:
 def ranks_kept(num_tokens: int, selector: Selector) -> tuple[int, int]:
     """Which ranks of a pool's scores ``ties="exact"`` keeps: (first, end), counted from 0 for the highest score.
 
-    Without a band the ranks are 0 to ceil(ρN). A band leaves out the ceil(band_from·N) highest. In a small pool these
-    may be all that ρ keeps: of 5 tokens, both the top 10% and the top 20% are one. A pool that has a token keeps at
-    least one, so the band then is the one token right below those left out, and in a pool of one token that token.
+    Without a band, (first, end) is (0, ceil(ρN)). A band leaves out the ceil(band_from·N) highest. In a small pool that
+    may leave nothing: of 5 tokens, the top 10% is one token, and so is the top 20%. A pool with tokens keeps at least
+    one: then it is the next lower token, or, in a pool of one token, that token.
     """
     end = kept_count(num_tokens, selector.top_ratio)
     if selector.select != "band" or num_tokens == 0:
@@ -71,7 +73,7 @@ def ranks_kept(num_tokens: int, selector: Selector) -> tuple[int, int]:
 
 
 def exact_count(num_tokens: int, selector: Selector) -> int:
-    """How many tokens of a pool ``ties="exact"`` keeps: known before any entropy is; 0 only for a pool without any."""
+    """How many tokens of a pool ``ties="exact"`` keeps. Only the pool's size decides; 0 only for an empty pool."""
     first, end = ranks_kept(num_tokens, selector)
     return end - first
 
@@ -86,24 +88,25 @@ def select_tokens(
 ) -> Selection:
     """Keep a share of the tokens of one pool: the indicator in the paper's Eq. 6.
 
-    Linear in the number of tokens and without a limit on it (``torch.quantile`` refuses more than 2^24).
+    The time is linear in the number of tokens. There is no limit on their number (``torch.quantile`` refuses more than
+    2^24).
 
     Args:
-        entropy: float, shape (num_tokens,), nats: H_t of each position, rows behind one another.
-        eligible: bool or int, shape (num_tokens,): the response mask. Tokens outside (tool output in a multi-turn
+        entropy: float, shape (num_tokens,), nats: H_t of each position, one row after another.
+        eligible: bool or int, shape (num_tokens,): the response mask. Tokens outside it (tool output in a multi-turn
             answer, padding rows) are neither counted in N nor kept.
         lengths: int, shape (num_rows,): tokens per row; sums to num_tokens.
         selector: what to keep.
         row_order: int, shape (num_rows,), distinct: decides between tokens of equal score at equal positions of
-            different rows. Give something that belongs to the row itself, so that the choice does not depend on where
-            the row happens to lie in the batch. By default the order in which the rows are given.
-        row_seeds: int64, shape (num_rows,): for ``random``, what a row's draws are derived from.
+            different rows. Compute it from the row itself (:func:`entropy_fork.core.identity.row_order`), so that the
+            choice does not depend on the row's place in the batch. The default is the order of the rows given.
+        row_seeds: int64, shape (num_rows,): the seed of each row's draws, for ``random``.
 
     Returns:
         The :class:`Selection`, on the CPU.
 
     Raises:
-        ValueError: shapes that do not fit, an entropy of an eligible token that is not finite, or ``random`` without
+        ValueError: the shapes do not fit, the entropy of an eligible token is not finite, or ``random`` has no
             ``row_seeds``.
     """
     mask = eligible.detach().cpu().numpy().astype(bool, copy=False)
@@ -126,7 +129,7 @@ def select_tokens(
 
     score = SCORES[selector.select]
     scores = score.of(PoolTokens(values, mask, rows, row_seeds))
-    # What must not be kept is put below all others: no more than N are ever kept, so it never comes in.
+    # Tokens that must not be kept get the lowest score. At most N tokens are kept, so these never are.
     ranked = scores if everything else np.where(mask, scores, -np.inf)
     order = None if row_order is None else row_order.cpu().numpy()
     first, end = ranks_kept(num_tokens, selector)
@@ -143,13 +146,13 @@ def select_tokens(
 
 @dataclass(frozen=True)
 class PoolTokens:
-    """What a score is made of: the tokens of one pool, rows behind one another.
+    """The tokens of one pool, one row after another: the input of a score.
 
     Attributes:
         entropy: float32, shape (num_tokens,), nats; finite where ``eligible``.
         eligible: bool, same shape: the response mask.
         lengths: int, shape (num_rows,): tokens per row.
-        row_seeds: int64, shape (num_rows,): what a row's draws are derived from.
+        row_seeds: int64, shape (num_rows,): the seed of each row's draws; None if there are no draws.
     """
 
     entropy: np.ndarray
@@ -164,7 +167,7 @@ class Score:
 
     Attributes:
         of: the scores, float, shape (num_tokens,). The tokens with the highest ones are kept.
-        sign: times the lowest score that is kept, it gives τ in nats; NaN where the score is not made of entropy alone.
+        sign: 1 or -1: τ in nats is this times the lowest score that is kept. NaN if the score is not an entropy.
     """
 
     of: Callable[[PoolTokens], np.ndarray]
@@ -195,9 +198,9 @@ SCORES = {
 def _highest(
     scores: np.ndarray, count: int, ties: str, lengths: np.ndarray, order: np.ndarray | None
 ) -> tuple[np.ndarray, float]:
-    """The ``count`` highest scores as a mask; with ``ties="threshold"`` also all that equal the last of them.
+    """A mask of the ``count`` highest scores, and the lowest of these scores.
 
-    And the last of them.
+    With ``ties="threshold"`` the mask includes every score that equals the lowest.
     """
     threshold = _highest_but(scores, count)
     if ties == "threshold":
@@ -211,20 +214,20 @@ def _highest(
     return kept, float(threshold)
 
 
-#: fewer scores than these are partitioned as they are
+#: with fewer scores than this, all of them are partitioned
 MANY = 2**20
 
-#: scores of the sample that narrows down where the threshold is, and how many of them to either side it may lie
+#: the size of the sample that estimates the threshold, and how many places of the sample the estimate may be off
 SAMPLE, MARGIN = 2**16, 2**10
 
 
 def _highest_but(scores: np.ndarray, count: int) -> np.floating:
     """The ``count``-th highest score.
 
-    numpy's quickselect is fast, but takes up to fifty times as long where many scores are equal (as entropies near
-    zero are, or all of them in 16 bits). So a sample says between which two scores the threshold must lie, passes that
-    only compare say whether it does, and what lies strictly between is partitioned: a few percent, without the values
-    that are so frequent that they bound it. The result is exact whatever the sample.
+    numpy's quickselect is fast, but takes up to fifty times as long if many scores are equal, as entropies near zero
+    are, or entropies in 16 bits. So first a sorted sample gives a lower and an upper bound of the threshold. Then
+    passes that only compare check the bounds. At last only the scores strictly between the bounds are partitioned: a
+    few percent, without very frequent values, because these are bounds themselves. The result is exact for any sample.
     """
     if scores.size >= MANY:
         sample = np.sort(scores[:: scores.size // SAMPLE])
@@ -246,15 +249,15 @@ def _highest_but(scores: np.ndarray, count: int) -> np.floating:
 
 
 def _drop_all_but_earliest(tied: np.ndarray, count: int, lengths: np.ndarray, row_order: np.ndarray | None) -> None:
-    """Leave of the tokens set in ``tied`` the ``count`` that come first in their own response.
+    """Clear ``tied`` in place, except for the ``count`` tokens that come first in their own response.
 
-    Row by row: of a policy that is sure of itself most entropies are exactly 0, and a number for each would be eight
-    times as large as the mask.
+    It works row by row. With a confident policy most entropies are exactly 0, and an index of each tied token would
+    take eight times the memory of the mask.
     """
     at_position = np.zeros(lengths.max(), dtype=np.int64)
     for row in row_slices(lengths):
         at_position[: row.stop - row.start] += tied[row]
-    # All before the position at which there are enough; of those at it, the first rows.
+    # There are enough tied tokens up to position ``edge``. Keep all before it, and at it those of the first rows.
     edge = int(np.searchsorted(np.cumsum(at_position), count))
     rows_at_edge = np.flatnonzero(lengths > edge)
     tokens_at_edge = (np.cumsum(lengths) - lengths)[rows_at_edge] + edge

@@ -1,4 +1,4 @@
-"""What a selection did, in the numbers that metrics and reports share."""
+"""Count what a selection kept: the numbers that metrics and reports share."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ class Pool:
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over a set of tokens. Sums, so that the tallies of ranks and of mini-batches add up without wrong weights.
+    """Counts and sums over a set of tokens. They are no means, so the tallies of ranks and mini-batches add up exactly.
 
     Attributes:
         num_tokens, num_kept: eligible tokens, and those of them that were kept.
-        entropy_kept, entropy_dropped: summed entropy of either side, nats.
+        entropy_kept, entropy_dropped: the summed entropy of the kept and of the dropped tokens, in nats.
         positive_tokens, positive_kept, negative_tokens, negative_kept: the same counts, by sign of the advantage.
         responses, responses_without_kept: responses with an eligible token, and those of them without a kept one.
-        known_to_both, kept_by_both: kept tokens where another selection of the same pools is known, and those of them
-            that it keeps as well.
-        thresholds, threshold_sum, threshold_min, threshold_max: how many pools have a τ, and its sum and ends in nats.
+        known_to_both, kept_by_both: kept tokens for which another selection is known too, and those of them that the
+            other selection also keeps.
+        thresholds, threshold_sum, threshold_min, threshold_max: the number of pools that have a τ; the sum, the lowest
+            and the highest of these τ, in nats.
         pool_tokens_min: eligible tokens of the smallest pool.
     """
 
@@ -92,12 +93,12 @@ class Tally:
         """Count a selection.
 
         Args:
-            kept: bool, shape (num_tokens,), flat: what is trained on.
+            kept: bool, shape (num_tokens,), flat: the tokens that are trained on.
             entropy: float, same shape, nats.
             eligible: bool or int, same shape: the response mask.
             lengths: int, shape (num_rows,): tokens per row.
-            pools: what the selection was made in.
-            advantages: float, same shape as ``kept``, where known.
+            pools: the pools of the selection.
+            advantages: float, same shape as ``kept``, if known.
             kept_by_other: bool, same shape: another selection of the same tokens, to compare with.
         """
         has_token, has_kept = (count_per_row(mask, lengths) > 0 for mask in (eligible, kept))
@@ -132,7 +133,7 @@ class Tally:
 
     @classmethod
     def merged(cls, tallies: Iterable[Tally]) -> Tally:
-        """One tally of several, of ranks or of micro-batches."""
+        """Several tallies as one, such as those of ranks or micro-batches."""
         rows = [asdict(tally) for tally in tallies]
         combined = {}
         for field in fields(cls):
@@ -149,7 +150,7 @@ class Tally:
         """The metrics of a step.
 
         Returns:
-            Those of :data:`METRICS` that this tally knows, by name. What has no value is left out, not reported as 0.
+            The value of each of :data:`METRICS` that this tally knows. A metric without a value is left out, not 0.
         """
         if self.num_tokens == 0:
             return {}
@@ -176,16 +177,16 @@ class Tally:
 
 
 def draws(seeds: Tensor, eligible: Tensor, lengths: Tensor) -> dict[str, float]:
-    """Whether ``select=random`` draws for each response by itself; two with one seed keep the same positions.
+    """Show whether ``select=random`` draws for each response by itself. Two with the same seed keep the same positions.
 
     Args:
-        seeds: int64, shape (num_rows,): what each row's draws are derived from.
+        seeds: int64, shape (num_rows,): the seed of each row's draws.
         eligible: bool or int, shape (num_tokens,), flat: the response mask.
         lengths: int, shape (num_rows,): tokens per row.
 
     Returns:
-        The metrics ``responses``, how many have an eligible token, and ``distinct_draws``, how many different seeds
-        these have. Equal, if all is well.
+        Two metrics: ``responses``, the number of responses with an eligible token, and ``distinct_draws``, the number
+        of their different seeds. They are equal if all is well.
     """
     has_token = count_per_row(eligible, lengths) > 0
     return {"responses": float(has_token.sum()), "distinct_draws": float(seeds[has_token].unique().numel())}

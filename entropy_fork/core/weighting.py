@@ -1,10 +1,10 @@
-"""From kept tokens to token weights: 0 for a dropped token, the declared factor for a kept one.
+"""From kept tokens to token weights: 0 for a dropped token, a factor for a kept one.
 
-verl multiplies ``rollout_is_weights`` into the policy-gradient loss of each token and then divides by a number of
-tokens (``verl/trainer/ppo/core_algos.py: agg_loss``). The paper's second version and the authors' code divide by the
-number of *kept* tokens; its first version, TRL and ms-swift by *all*, which at ρ = 0.2 is a loss five times smaller
-under the same name. verl's own division is the one by all, so the other is a factor (all / kept) on the weight, and
-verl's own aggregation does the rest.
+verl multiplies the policy-gradient loss of each token by ``rollout_is_weights``, and then divides the sum by a number
+of tokens (``verl/trainer/ppo/core_algos.py: agg_loss``). The paper's second version and the authors' code divide by
+the number of *kept* tokens. The paper's first version, TRL and ms-swift divide by the number of *all* response tokens:
+at ρ = 0.2 that loss is five times smaller. verl divides by all. So to divide by the kept tokens, a kept token gets the
+weight all / kept, and verl's own aggregation does the rest.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from entropy_fork.core.rule import LOSS_AGG_MODES, SEQ_MEAN_TOKEN_MEAN, TOKEN_ME
 
 @dataclass(frozen=True)
 class Counts:
-    """What a factor is made of, summed over a whole mini-batch on all ranks.
+    """The counts that a weight is computed from, summed over a whole mini-batch on all ranks.
 
     Attributes:
         num_tokens, num_kept: eligible tokens, and those of them that were kept.
-        entropy_kept: their summed entropy in nats; used by soft weights only.
+        entropy_kept: the summed entropy of the kept tokens in nats; used by soft weights only.
     """
 
     num_tokens: int
@@ -58,26 +58,27 @@ def token_weights(
 ) -> Tensor:
     """The weight of each token of one mini-batch, or of a part of one.
 
-    With everything kept and hard weights all are exactly 1.0, so that ρ = 1.0 is the plain run bit for bit.
+    If everything is kept with hard weights, every weight is exactly 1.0: so ρ = 1.0 is the plain run, bit for bit.
 
-    Where rollout correction rejects tokens, verl's token-mean still divides by the rejected ones: it takes the divisor
-    from ``loss_mask``, which rejection does not change (``verl/workers/engine/fsdp/transformer_impl.py:
-    forward_backward_batch``). The weights leave that as it is. With ``denominator="kept"`` the loss is then the mean
-    over the kept tokens times the share of the response tokens that was not rejected, and the plain loss of ρ = 1.0 is
-    its own mean times the same share. So ρ changes nothing but the choice of tokens.
+    Rollout correction may reject tokens. verl's token-mean still counts the rejected tokens in its divisor: it takes
+    the divisor from ``loss_mask``, which rejection does not change (``verl/workers/engine/fsdp/transformer_impl.py:
+    forward_backward_batch``). These weights do not change that. With ``denominator="kept"`` the loss is then the mean
+    over the kept tokens, times the share of response tokens that was not rejected. The plain loss, ρ = 1.0, is its mean
+    times the same share. So ρ changes the choice of tokens and nothing else.
 
     Args:
         kept: bool, shape (num_tokens,): the selection, flat.
         eligible: bool or int, shape (num_tokens,): the response mask.
         lengths: int, shape (num_rows,): tokens per row.
         loss_agg_mode: verl's ``actor.loss_agg_mode``.
-        denominator: ``kept`` turns verl's mean over all tokens into the mean over the kept ones, ``all`` leaves it.
-        soft_entropy: float, shape (num_tokens,), nats: where given, a kept token's weight is in proportion to its
-            entropy, with a mean of 1 over the kept tokens, instead of 1.
-        counts: of the whole mini-batch, where the tokens given are only a part of it (a micro-batch, a rank's share).
+        denominator: ``kept`` turns verl's mean over all tokens into the mean over the kept ones; ``all`` does not.
+        soft_entropy: float, shape (num_tokens,), nats: if given, a kept token weighs in proportion to its entropy
+            instead of 1. The mean over the kept tokens is 1.
+        counts: the counts of the whole mini-batch, if the tokens given are only a part of it (a micro-batch, a rank's
+            share).
 
     Returns:
-        float32, shape (num_tokens,). All zero where nothing is kept (never NaN).
+        float32, shape (num_tokens,). All zero if nothing is kept (never NaN).
 
     Raises:
         ValueError: a ``loss_agg_mode`` that verl 0.9 does not have, or an unknown ``denominator``.
@@ -96,7 +97,7 @@ def token_weights(
     if loss_agg_mode == TOKEN_MEAN:
         return weights.mul_(counts.num_tokens / counts.num_kept)
     if loss_agg_mode == SEQ_MEAN_TOKEN_MEAN:
-        # Each sequence has a mean of its own; one without a kept token keeps weight zero.
+        # Each sequence has its own mean. In a sequence without a kept token, all weights stay 0.
         all_of_row, kept_of_row = (count_per_row(mask, lengths) for mask in (eligible, kept))
         factor = torch.where(kept_of_row > 0, all_of_row / kept_of_row.clamp(min=1), 0.0).to(torch.float32)
         for row, factor_of_row in zip(weights.split(lengths.tolist()), factor.tolist(), strict=True):

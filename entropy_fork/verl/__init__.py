@@ -1,10 +1,12 @@
 """Everything of Entropy Fork that touches verl, one file per extension point.
 
-The two imports below are all that may stand here, and they must. A Ray actor that unpickles one of our classes imports
-that class's module first. Importing verl loads its plugins, ours included, and ours registers by importing its
-neighbours: if that happened half-way through one of our modules, the registration would meet a half-imported module
-and silently not happen (verl swallows the exception). And whoever imports anything of ours, be it only to unpickle
-the config node, has the plugin active afterwards, or an error.
+This file contains the two imports below and nothing else. A process that imports any module of this package runs them
+first, so the plugin is then active, or there is an error. That holds for a Ray actor too, which only unpickles one of
+our classes.
+
+The order of imports matters as well. Importing verl loads its plugins, and ours registers by importing the modules
+beside it. If one of these modules were only half imported at that moment, it would silently not be registered, because
+verl swallows the exception. So verl is imported here, before any of them.
 """
 
 import verl  # noqa: F401

@@ -1,13 +1,14 @@
-"""The forms of Ψ_t that verl does not have, as values of ``algorithm.adv_estimator``.
+"""Forms of Ψ_t that verl does not have, as values of ``algorithm.adv_estimator``.
 
 Hook: verl's public registry of advantage estimators (``verl/trainer/ppo/core_algos.py: register_adv_est``). The math is
-in ``core/returns.py``; γ and λ are verl's ``algorithm.gamma`` and ``algorithm.lam``. Unlike verl's ``gae`` and ``grpo``
-nothing is whitened or divided by a standard deviation: each is the form that its name says. What selects forks knows
-nothing of them, and they nothing of it: with ``entropy_fork=global`` each one becomes its seventh form.
+in ``core/returns.py``. γ and λ are verl's ``algorithm.gamma`` and ``algorithm.lam``. These estimators do not whiten and
+do not divide by a standard deviation, unlike verl's ``gae`` and ``grpo``. The mask does not depend on the estimator:
+with ``entropy_fork=global`` each of them trains on forking tokens, which is the seventh form.
 
-verl hands a registered estimator rewards, mask, groups and its config, but not the critic's values, which go to its own
-``gae`` alone. So ``compute_advantage`` is wrapped where the V1 trainer takes it from, to remember the values of the
-batch at hand. Version guard: plugin.py. ``tests/verl/test_advantages.py`` fails where verl calls it in another way.
+verl gives a registered estimator the rewards, the mask, the groups and the config. It gives the critic's values only to
+its own ``gae``. So ``compute_advantage`` is wrapped, in the module that the V1 trainer imports it from, to remember the
+values of the batch at hand. Version guard: plugin.py. ``tests/verl/test_advantages.py`` fails if verl calls it in
+another way.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ _values: ContextVar[Tensor | None] = ContextVar("entropy_fork_values", default=N
 
 
 def _register(name: str) -> Callable[[Any], Any]:
-    """As verl's ``register_adv_est``; an estimator of the user's own that has the name already keeps it."""
+    """verl's ``register_adv_est``, unless a user's module has registered an estimator with this name."""
     return (lambda estimator: estimator) if name in ADV_ESTIMATOR_REGISTRY else register_adv_est(name)
 
 
 @_register("total_return")
 def total_return(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
-    """Form 1. As all estimators here: (rows, response_length) in, Ψ and the critic's targets of the same shape out."""
+    """Form 1. All tensors have the shape (rows, response_length). Returns Ψ and the critic's targets."""
     psi = returns.total_return(token_level_rewards, response_mask, config.gamma)
     return psi, returns.reward_to_go(token_level_rewards, response_mask, config.gamma)
 
@@ -77,7 +78,7 @@ def _minus_baseline(
 
 @_register("q_value")
 def q_value(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
-    """Form 4, by the critic; shapes as :func:`total_return`. Its targets are verl's for ``gae``: the λ-returns."""
+    """Form 4, from the critic's values; shapes as :func:`total_return`. The targets are λ-returns, as in verl's gae."""
     values = _critic_values("q_value")
     psi = returns.q_value(token_level_rewards, values, response_mask, config.gamma)
     return psi, _lambda_returns(token_level_rewards, values, response_mask, config)
@@ -85,7 +86,7 @@ def q_value(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_
 
 @_register("td_residual")
 def td_residual(token_level_rewards: Tensor, response_mask: Tensor, config: Any, **_: Any) -> tuple[Tensor, Tensor]:
-    """Form 6, by the critic; shapes as :func:`total_return`. Its targets are verl's for ``gae``: the λ-returns."""
+    """Form 6, from the critic's values; shapes as :func:`total_return`. The targets are λ-returns, as in verl's gae."""
     values = _critic_values("td_residual")
     psi = returns.td_residual(token_level_rewards, values, response_mask, config.gamma)
     return psi, _lambda_returns(token_level_rewards, values, response_mask, config)

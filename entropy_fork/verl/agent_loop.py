@@ -1,9 +1,9 @@
-"""Answers whose randomness belongs to them: a seed from the run, the step, the prompt and the number in the group.
+"""Give each answer its own seed, made from the run, the step, the prompt and the answer's number in its group.
 
 Hook: verl's registry of agent loops, chosen by ``actor_rollout_ref.rollout.agent.default_agent_loop``. Requests reach a
-rollout server in any order and may be served by any replica, so randomness that comes from a server's own generator
-differs from run to run. This agent loop sends a seed with each request; the rollout of ``cpu/rollout.py`` and vLLM both
-draw an answer's tokens from it alone.
+rollout server in any order, and any replica may serve them. So if a server's own generator drew the tokens, they would
+differ from run to run. This agent loop sends a seed with each request. The rollout of ``cpu/rollout.py`` and vLLM both
+draw an answer's tokens from this seed alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def answer_seed(run_seed: int, step: int, raw_prompt: Any, index: Any, session: 
         run_seed: ``actor_rollout_ref.rollout.seed``.
         step: the training step that the prompt was drawn for.
         raw_prompt: the chat messages.
-        index: the data set's index of the prompt (two rows may hold the same text).
+        index: the data set's index of the prompt, because two rows may have the same text.
         session: the answer's number in its group.
     """
     return seed_of(run_seed, step, list(raw_prompt), str(index), session)
@@ -35,7 +35,7 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
     """verl's single-turn agent loop, with a seed in the sampling parameters of each request."""
 
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
-        """verl's own, with the answer's seed added to ``sampling_params``."""
+        """verl's own ``run``, with the answer's seed added to ``sampling_params``."""
         seed = answer_seed(
             self.rollout_config.seed,
             int(kwargs["global_steps"]),

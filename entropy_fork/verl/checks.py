@@ -1,9 +1,9 @@
-"""The checks before Ray starts: what cannot be done as it was asked for is refused, with what to write instead.
+"""The checks before Ray starts. They refuse a config that cannot do what it asks for, and say what to write instead.
 
-Hook: verl's ``main_ppo`` calls ``verl.utils.config.validate_config`` before it starts Ray. There is no registry for
-further checks, so :func:`check_first` is run right before it and :func:`check_before_training` right after it (see
-``plugin.py``). What each check is asked for by stands in ``entropy_fork/common/asked_for.py``: on a run that asks for
-nothing of ours none of them says a word.
+Hook: verl's ``main_ppo`` calls ``verl.utils.config.validate_config`` before it starts Ray. verl has no registry for
+more checks. So :func:`check_first` runs right before ``validate_config``, and :func:`check_before_training` right after
+it (see ``plugin.py``). ``entropy_fork/common/asked_for.py`` lists which part of a config each check belongs to. A run
+that asks for nothing of ours passes all of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from entropy_fork.verl.guards.resume import check_resumable
 
 
 def check_before_training(config: DictConfig) -> None:
-    """Refuse what cannot be done as it was asked for, before Ray starts. Called with main_ppo's whole config.
+    """Refuse a config that cannot do what it asks for, before Ray starts.
+
+    Args:
+        config: main_ppo's whole config.
 
     Raises:
         EntropyForkError: with what is wrong and what to write instead.
@@ -63,12 +66,15 @@ _checked: weakref.ref[DictConfig] | None = None
 
 
 def was_checked(config: DictConfig) -> bool:
-    """Whether this config was the last to pass :func:`check_before_training`. Hydra's presets are typed before that."""
+    """Whether this config was the last one to pass :func:`check_before_training`.
+
+    The types of our nodes do not prove that: Hydra gives a preset its types before any check.
+    """
     return _checked is not None and _checked() is config
 
 
 def check_groups(config: DictConfig) -> None:
-    """Refuse a recipe, a cluster or a template that was asked for and did not arrive.
+    """Refuse a recipe, a cluster or a template that Hydra did not apply.
 
     Raises:
         EntropyForkError: with what is wrong and what to write instead.
@@ -77,12 +83,12 @@ def check_groups(config: DictConfig) -> None:
         value = OmegaConf.select(config, group, default=None)
         if came_as_a_plain_value(group, value):
             raise EntropyForkError(
-                f"'{group}: {value}' arrived as a plain key, so the {group} was not applied and verl's defaults would "
-                f"be trained. Check the name ({group}s of this install: {', '.join(preset_names(group))})."
+                f"'{group}: {value}' arrived as a plain key: Hydra did not apply the {group}, and the run would train "
+                f"with verl's defaults. Check the name ({group}s of this install: {', '.join(preset_names(group))})."
             )
 
 
-#: keys that a recipe leaves open (null: '???' over a value of verl's keeps that value), and what to write for them
+#: keys that a recipe leaves open, and what to write for them. Their value is null, because '???' would keep verl's.
 OPEN_KEYS = {
     "data.train_files": "data.train_files=FILE.parquet (made by 'entropy-fork data prepare')",
     "data.val_files": "data.val_files=FILE.parquet (made by 'entropy-fork data prepare')",
@@ -92,18 +98,18 @@ OPEN_KEYS = {
 
 
 def check_complete(config: DictConfig) -> None:
-    """Refuse a recipe's run that lacks a key. Runs before verl's own checks, whose message would mislead.
+    """Refuse a run of a recipe that lacks a key. Runs before verl's own checks, whose message would mislead.
 
     Raises:
-        EntropyForkError: with groups in an order in which the recipe would undo the cluster, or with the keys that are
-            missing and what to write for each.
+        EntropyForkError: the recipe would undo the cluster, because it stands after it; or keys are missing. The
+            message says what to write for each.
     """
     words = [word.lstrip("+").partition("=") for word in overrides() or []]
     ours = [group for group, _, name in words if group in ("recipe", "cluster") and name in preset_names(group)]
     if ours == ["cluster", "recipe"]:
         raise EntropyForkError(
-            "+cluster=… stands before +recipe=…, and Hydra applies them in their order, so the recipe would undo what "
-            "the cluster says. Write +recipe=… +cluster=…"
+            "+cluster=… stands before +recipe=…. Hydra applies them in this order, so the recipe would undo what the "
+            "cluster sets. Write +recipe=… +cluster=…"
         )
     missing = [
         remedy.format(clusters=", ".join(preset_names("cluster")))
@@ -127,7 +133,7 @@ def check_first(config: DictConfig) -> None:
 
 
 def _is_ours(registry: str, name: str, ours: tuple[str, ...]) -> bool:
-    """Whether a name of ours means ours: a module of the user's may have registered its own under it."""
+    """Whether the name stands for our loss or estimator, and not for one that a user's module has registered."""
     if name not in ours:
         return False
     core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
@@ -136,7 +142,7 @@ def _is_ours(registry: str, name: str, ours: tuple[str, ...]) -> bool:
 
 
 def check_estimator(config: DictConfig) -> None:
-    """Refuse one of our advantage estimators where what it is computed from will not be there.
+    """Refuse one of our advantage estimators if the run lacks what it is computed from.
 
     Raises:
         EntropyForkError: no critic, a group of one answer, or verl's legacy trainer.
@@ -146,8 +152,8 @@ def check_estimator(config: DictConfig) -> None:
         return
     if name in NEED_CRITIC and not config.critic.enable:
         raise EntropyForkError(
-            f"algorithm.adv_estimator={name} is computed from a critic's values, and verl starts a critic unasked for "
-            f"gae alone. Write critic.enable=True (and critic.model.path=…), or an estimator that needs none: "
+            f"algorithm.adv_estimator={name} is computed from a critic's values, but verl starts a critic by itself "
+            f"only for gae. Write critic.enable=True (and critic.model.path=…), or an estimator that needs no critic: "
             f"{', '.join(name for name in ESTIMATORS if name not in NEED_CRITIC)}."
         )
     if not config.trainer.use_v1:
@@ -163,10 +169,10 @@ def check_estimator(config: DictConfig) -> None:
 
 
 def check_on_policy(config: DictConfig) -> None:
-    """Refuse ``reinforce`` where answers would be trained on that another policy has given.
+    """Refuse ``reinforce`` if it would train on answers of another policy.
 
-    The loss has no ratio that could account for it: from the second gradient step of a batch on its gradient is that of
-    nothing.
+    The loss has no importance ratio that corrects for another policy. From the second gradient step of a batch on, its
+    gradient would not be the gradient of any objective.
 
     Raises:
         EntropyForkError: several gradient steps per batch, or an asynchronous trainer.
@@ -187,18 +193,19 @@ def check_on_policy(config: DictConfig) -> None:
         wrong.append(f"trainer.v1.trainer_mode=sync (not {trainer.v1.trainer_mode})")
     if wrong:
         raise EntropyForkError(
-            f"actor.policy_loss.loss_mode=reinforce has no importance ratio, so it is for one gradient step per batch, "
+            f"actor.policy_loss.loss_mode=reinforce has no importance ratio, so it needs one gradient step per batch, "
             f"on answers of the policy that is trained. Write {', '.join(wrong)}; or use loss_mode=vanilla."
         )
 
 
 def check_maskable(config: DictConfig, fork_config: EntropyForkConfig) -> None:
-    """Refuse what the token weights would not reach, or would not be exact in.
+    """Refuse a config in which token weights would have no effect, or not the exact one.
 
-    The launcher asks before Ray starts, and the trainer once more, for those who start it in another way.
+    The launcher calls this before Ray starts. The trainer calls it again, because a program may start without the
+    launcher's checks.
 
     Raises:
-        EntropyForkError: what cannot be masked, with the way out.
+        EntropyForkError: with what cannot be masked, and what to write instead.
     """
     actor = config.actor_rollout_ref.actor
     correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None)
@@ -228,39 +235,45 @@ def check_maskable(config: DictConfig, fork_config: EntropyForkConfig) -> None:
         and actor.loss_agg_mode != SEQ_MEAN_TOKEN_MEAN
     ):
         raise EntropyForkError(
-            f"verl {verl.__version__} takes the mean of loss_mode={loss_mode} as seq-mean-token-mean whatever "
-            f"actor.loss_agg_mode={actor.loss_agg_mode} says, and the weights would be made for another mean. Write "
+            f"verl {verl.__version__} averages loss_mode={loss_mode} as seq-mean-token-mean and ignores "
+            f"actor.loss_agg_mode={actor.loss_agg_mode}, so the weights would be made for another mean. Write "
             f"actor_rollout_ref.actor.loss_agg_mode={SEQ_MEAN_TOKEN_MEAN}, which changes nothing else."
         )
     if actor.loss_agg_mode not in LOSS_AGG_MODES:
-        raise EntropyForkError(f"actor.loss_agg_mode={actor.loss_agg_mode} is not known to entropy_fork.")
+        raise EntropyForkError(
+            f"actor.loss_agg_mode={actor.loss_agg_mode} is not known to entropy_fork. Write one of "
+            f"{', '.join(LOSS_AGG_MODES)}."
+        )
     if fork_config.in_worker(actor.shuffle) and actor.strategy not in MASKED_STRATEGIES:
         raise EntropyForkError(
-            f"entropy=current, pool=micro_batch and actor.shuffle=True select in the worker, which works in verl's "
-            f"engines {', '.join(MASKED_STRATEGIES)}, and actor.strategy={actor.strategy}. Write {NODE}.entropy=old "
-            f"{NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False (the preset "
-            f"{NODE}=global says so), which works in every engine."
+            f"entropy=current, pool=micro_batch and actor.shuffle=True select in the worker. That works in verl's "
+            f"engines {', '.join(MASKED_STRATEGIES)} only, and actor.strategy={actor.strategy}. Write "
+            f"{NODE}.entropy=old {NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False, which works in every "
+            f"engine (the preset {NODE}=global has these values)."
         )
     if OmegaConf.select(config, "distillation.enabled", default=False):
         raise EntropyForkError(
-            "distillation.enabled=True replaces the policy loss by one that is not masked. Switch one of the two off."
+            "distillation.enabled=True replaces the policy loss by one that is not masked. Write "
+            "distillation.enabled=False, or entropy_fork=off."
         )
 
 
 def check_dumpable(config: DictConfig) -> None:
-    """Refuse a dump of tokens where there would be none: in an all-token baseline, which is not checked for a mask.
+    """Refuse a dump of tokens if the run would write none.
+
+    A baseline on all tokens can dump too, and :func:`check_maskable` does not check it.
 
     Raises:
-        EntropyForkError: a trainer or an option with which nothing would be dumped.
+        EntropyForkError: the trainer or an option makes the dump impossible.
     """
     fork_config = read_node(config)
     if fork_config is None or fork_config.dump_every == 0:
         return
-    wanted = f"{NODE}.dump_every={fork_config.dump_every} writes"
+    wanted = f"{NODE}.dump_every={fork_config.dump_every} needs"
     if not config.trainer.use_v1:
-        raise EntropyForkError(f"{wanted} in verl's V1 trainers. Write trainer.use_v1=True, or {NODE}.dump_every=0.")
+        raise EntropyForkError(f"{wanted} verl's V1 trainer. Write trainer.use_v1=True, or {NODE}.dump_every=0.")
     if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode", default=False):
         raise EntropyForkError(
-            f"{wanted} entropies of verl's log-prob pass, which algorithm.rollout_correction.bypass_mode=True skips. "
+            f"{wanted} entropies from verl's log-prob pass, which algorithm.rollout_correction.bypass_mode=True skips. "
             f"Write bypass_mode=False, or {NODE}.dump_every=0."
         )

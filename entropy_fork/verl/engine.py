@@ -1,9 +1,9 @@
-"""verl's FSDP engines, with the mask of each gradient step where it can only be made in the worker.
+"""verl's FSDP engines, with the mask of each gradient step if only the worker can make it.
 
 Hook: verl's public ``EngineRegistry``. It looks for an engine under (device, vendor) first, and then under the device
 alone. verl registers its own engines under the device. So our subclasses, registered under (device, vendor), are found
-first, and no entry is replaced. A batch without a rule goes straight to verl's own method: that is every pass but the
-update of an actor whose mask is made in the worker.
+first, and no entry is replaced. A batch without a rule goes straight to verl's own method. Only the update of an actor
+has a rule, and only if the worker makes the mask.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from verl.workers.engine.base import EngineRegistry
 
 from entropy_fork.common.errors import EntropyForkError, process_name
 
-# As modules: if importing one of them is what imported verl's engines, its names are not all there at this moment.
+# Import modules, not names: if one of them has caused this import, it is only half imported and lacks some names.
 from entropy_fork.verl import gradient_step, policy_loss, sparse_head
 from entropy_fork.verl.config import MASKED_STRATEGIES, NODE
 
-#: vendors of verl's own platforms: no engine is registered for them. Another vendor's plugin may have one; it keeps it.
+#: vendors of verl's own platforms: verl registers no engine for them. The plugin of another vendor keeps its engine.
 VENDORS = ("nvidia", "amd", "huawei", "cpu")
 
 
@@ -61,12 +61,12 @@ def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
 
     Args:
         worker: verl's, as Ray holds it.
-        loss_mode: the guarded loss that it will be asked for.
+        loss_mode: the guarded loss that the worker will use.
         in_worker: whether its engine must write the token weights.
 
     Raises:
-        EntropyForkError: the worker has no actor that takes a loss function, or its engine does not select.
-        ValueError: verl's, for a loss that is not registered.
+        EntropyForkError: the worker has no actor that takes a loss function, or its engine cannot select.
+        ValueError: from verl, if the loss is not registered.
     """
     get_policy_loss_fn(loss_mode)
     actor = _actor_of(worker)
@@ -82,7 +82,7 @@ def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
 
 
 def _actor_of(worker: Any) -> Any:
-    """What trains the policy in a worker. One worker of verl's may hold the workers of several roles."""
+    """The actor in a worker, which trains the policy. One worker of verl may hold the workers of several roles."""
     for held in (worker, *getattr(worker, "worker_dict", {}).values()):
         actor = getattr(held, "actor", None)
         if callable(getattr(actor, "set_loss_fn", None)) and getattr(actor, "loss_fn", None) is not None:

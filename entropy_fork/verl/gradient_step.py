@@ -54,14 +54,14 @@ class GradientStep:
 
     Args:
         engine: verl's engine with our mixin. All its data-parallel ranks must make their step.
-        data: this rank's rows of the mini-batch, in verl's layout without padding. Weights are multiplied into its
-            field ``rollout_is_weights`` at once, unless they are made in the loss.
+        data: this rank's rows of the mini-batch, in verl's layout without padding. The weights are multiplied into its
+            field ``rollout_is_weights`` at once, unless the loss computes them.
         rule: what to keep.
-        loss_function: verl's.
+        loss_function: verl's loss function.
 
     Raises:
-        EntropyForkError: entropies that the rule needs are not there.
-        ValueError: an entropy that is not finite.
+        EntropyForkError: the batch lacks the entropies that the rule needs.
+        ValueError: an entropy is not finite.
     """
 
     def __init__(self, engine: SparseHead, data: TensorDict, rule: Rule, loss_function: Callable[..., Any]):
@@ -93,7 +93,7 @@ class GradientStep:
 
     @contextmanager
     def selecting_in_loss(self) -> Iterator[None]:
-        """If the mask is made in the loss, let the engine give the loss the entropies, without a graph."""
+        """If the mask is made in the loss, let the engine give the entropies to the loss, without a gradient."""
         self._engine.selects_in_loss = self.in_loss
         try:
             yield
@@ -232,7 +232,7 @@ def _multiply_into(data: TensorDict, weights: Tensor) -> None:
     data["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(
         weights,
         mask.offsets(),
-        # without these, torch pads every row to the length of all of them together
+        # without these, torch pads every row to the sum of all lengths
         min_seqlen=int(lengths.min()),
         max_seqlen=int(lengths.max()),
     )

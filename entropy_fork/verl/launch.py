@@ -1,17 +1,17 @@
-"""The guard at the launch: a config that asks for a mask takes its guard along into the next process.
+"""The guard at the launch: before a config that asks for a mask goes to another process, it gets its guard.
 
-Hook: none. A program with a task runner of its own starts it by verl's ``run_ppo(config, task_runner_class)``, or
-without it. So two things are wrapped:
+Hook: none. A user's program may have its own task runner. It starts it with verl's ``run_ppo(config,
+task_runner_class)``, or in another way. So two functions are wrapped:
 
-- ``run_ppo``, where a program that does not call verl's ``validate_config`` comes by: our checks, before Ray starts.
-  Around it, the launcher's terminal shows a line per step (``terminal.py``).
-- Pickling the config, which every launch ends with. A root config with a node of ours leaves its process typed: a
-  process without this plugin cannot unpickle it. And it asks for the guarded loss, which refuses a batch without token
-  weights, whatever the trainer is. OmegaConf has no hook for that, so ``DictConfig.__getstate__`` is wrapped. A config
-  without a node of ours is not touched.
+- ``run_ppo`` runs our checks before Ray starts, if the program has not called verl's ``validate_config``. While it
+  trains, the launcher's terminal shows one line per step (``terminal.py``).
+- ``DictConfig.__getstate__`` pickles the config, which every launch does at its end. Before that, a root config with a
+  node of ours gets its types, so a process without this plugin cannot unpickle it. It also gets the guarded loss, which
+  refuses a batch without token weights, whatever the trainer is. OmegaConf has no hook for that. A config without a
+  node of ours does not change.
 
-A program without Hydra, in an environment whose ``VERL_USE_EXTERNAL_PLUGINS`` leaves us out, runs no line of ours in
-any process. Nothing can be noticed there.
+One case cannot be noticed: a program without Hydra, in an environment whose ``VERL_USE_EXTERNAL_PLUGINS`` leaves this
+plugin out. It runs none of our code in any process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from entropy_fork.verl.config import guard_loss, is_guarded, make_typed, read_co
 
 
 def _checking_first(run_ppo: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(run_ppo)  # a function, not wrapt's proxy: programs pickle it with what refers to it
+    @wraps(run_ppo)  # a function, not wrapt's proxy, because programs pickle it
     def checking(config: Any, *args: Any, **kwargs: Any) -> Any:
         if in_config(config) and not checks.was_checked(config):  # validate_config has not been called on it
             checks.check_before_training(config)
@@ -76,6 +76,6 @@ def _with_guard(wrapped: Callable[..., Any], instance: DictConfig, args: Any, kw
 
 
 def guard_pickling() -> None:
-    """Wrap what pickles an ``OmegaConf`` mapping."""
-    # mypy: a method of a class may not be assigned. OmegaConf has no hook for pickling, so it is.
+    """Wrap the method that pickles an ``OmegaConf`` mapping."""
+    # mypy forbids to assign a method of a class. OmegaConf has no hook for pickling, so there is no other way.
     DictConfig.__getstate__ = _with_guard(DictConfig.__getstate__)  # type: ignore[method-assign]

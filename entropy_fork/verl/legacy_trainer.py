@@ -1,8 +1,8 @@
-"""The older trainers of verl, which have no token weights: refused where a mask is asked for.
+"""Refuse verl's legacy trainer, which has no token weights, if the config asks for a mask.
 
-Hook: none. ``RayPPOTrainer`` is what the legacy trainer is, and what programs outside of verl still derive their own
-from; such a program does not pass main_ppo's checks. Its constructor is wrapped, so that a config that asks for a mask
-stops it instead of training on all tokens.
+Hook: none. ``RayPPOTrainer`` is the legacy trainer. Programs outside of verl still derive their trainers from it, and
+such a program does not run main_ppo's checks. So the constructor is wrapped: if the config asks for a mask, it stops
+instead of training on all tokens.
 """
 
 from __future__ import annotations

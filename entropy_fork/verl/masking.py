@@ -6,12 +6,12 @@
 - :class:`SelectOnDriverWeighInWorker`, for ``pool=batch`` with ``actor.shuffle``: before the update the driver selects
   the tokens, and at each gradient step the worker writes their weights.
 
-The driver cannot know what to keep if the rule needs the current policy's entropies (``entropy=current``), what shares
-a micro-batch (``pool=micro_batch``), or mini-batches that verl shuffles in the worker (``actor.shuffle``).
+The driver cannot know what to keep in three cases: the rule uses the current policy's entropies (``entropy=current``);
+a pool is a micro-batch (``pool=micro_batch``); or the worker shuffles the mini-batches (``actor.shuffle``).
 
-The third case has a part for each. A worker sees no more than its mini-batch, so the driver must select from the whole
-batch. The driver does not know which rows verl's shuffle puts into one mini-batch, so the worker must compute the
-denominator.
+In ``SelectOnDriverWeighInWorker`` both have a part. A worker sees only its mini-batch, so the driver must select from
+the whole batch. The driver does not know which rows verl's shuffle puts into one mini-batch, so the worker must compute
+the denominator.
 
 ``trainer.py`` calls these objects and does not ask which one it has. What a worker does is in ``gradient_step.py``.
 """
@@ -45,7 +45,7 @@ class Update:
 
     Attributes:
         step: the training step, from 1.
-        number: of the update in this step, from 0; verl's trainer ``separate_async`` takes several in one.
+        number: the number of the update in this step, from 0. verl's trainer ``separate_async`` makes several per step.
         workers: verl's worker group of the actor.
     """
 
@@ -63,8 +63,8 @@ class Masking(ABC):
 
     Attributes:
         in_worker: whether the worker's engine must make, or apply, the selection.
-        selected_field: the field of the batch on the driver that is not 0 where a token is trained on; None if there is
-            no such field.
+        selected_field: the field of the batch on the driver that is 0 for a dropped token and not 0 for a kept one;
+            None if there is no such field.
     """
 
     in_worker: ClassVar[bool]
@@ -76,12 +76,12 @@ class Masking(ABC):
 
     @abstractmethod
     def fields_to_write(self, batch: QueuedBatch, update: Update, metrics: dict[str, float]) -> dict[str, FlatField]:
-        """Select in each pool, if that is done here; and report what was kept.
+        """Select in each pool, if the driver selects, and report what was kept.
 
         Args:
-            batch: with the advantages, the entropies and verl's layout of rows, as the update will see it.
-            update: that the batch is for.
-            metrics: of the step; those of the selection are added.
+            batch: the batch as the update will see it: with advantages and entropies, in verl's layout of rows.
+            update: the update that the batch is for.
+            metrics: the metrics of the step; those of the selection are added.
 
         Returns:
             What to write into the batch for the workers.
@@ -104,11 +104,11 @@ class Masking(ABC):
 
         Args:
             returned: our metrics, averaged by verl over the ranks and gradient steps of the update.
-            num_rows: of the batch.
+            num_rows: the number of rows of the batch.
             step: the training step, from 1.
 
         Raises:
-            EntropyForkError: the update trained on tokens that were given the weight 0.
+            EntropyForkError: the update trained on tokens that had the weight 0.
         """
 
     def _rule_at(self, step: int) -> Rule:
@@ -118,7 +118,7 @@ class Masking(ABC):
         self, batch: QueuedBatch, update: Update, rule: Rule, metrics: dict[str, float]
     ) -> tuple[Responses, Tensor]:
         """The responses of the batch, and where each begins and ends: int64, shape (num_rows + 1,)."""
-        identities = batch.identities()  # first: it may fetch answers, which are as large as all of the rest
+        identities = batch.identities()  # first, because it may fetch answers, which are as large as everything else
         eligible, offsets = _response_mask(batch)
         entropy = batch.fetch("entropy")
         if entropy is None:
@@ -137,7 +137,7 @@ class Masking(ABC):
 
 
 class SelectOnDriver(Masking):
-    """The driver selects and writes the token weights. The workers only multiply: every engine of verl's can do it."""
+    """The driver selects and writes the token weights. The workers only multiply, which every engine of verl can do."""
 
     in_worker = False
     selected_field = WEIGHTS
@@ -167,7 +167,11 @@ class SelectOnDriver(Masking):
         return {WEIGHED: True}
 
     def metrics_of_update(self, returned: dict[str, float], num_rows: int, step: int) -> dict[str, float]:
-        """None: the driver reported all. Raise EntropyForkError if the update did not use the mask."""
+        """None: all were reported when the driver selected. Checks that the weights reached the loss.
+
+        Raises:
+            EntropyForkError: the update trained on tokens that had the weight 0.
+        """
         if self._num_dropped and not returned[f"{NODE}/loss_dropped"]:
             raise EntropyForkError(
                 f"{self._num_dropped} tokens of this batch were given the weight 0, but the actor's update of step "
@@ -243,13 +247,13 @@ def mini_batch_of_row(num_rows: int, prompts: int, answers: int, num_ranks: int)
     ``prompts * answers / num_ranks`` rows. The j-th pieces of all ranks together are mini-batch j.
 
     Args:
-        num_rows: of the batch.
-        prompts: of a mini-batch, verl's ``actor.ppo_mini_batch_size``.
-        answers: to each prompt, verl's ``rollout.n``.
-        num_ranks: data-parallel ranks.
+        num_rows: the number of rows of the batch.
+        prompts: the number of prompts of a mini-batch, verl's ``actor.ppo_mini_batch_size``.
+        answers: the number of answers to each prompt, verl's ``rollout.n``.
+        num_ranks: the number of data-parallel ranks.
 
     Raises:
-        EntropyForkError: the rows cannot be cut so.
+        EntropyForkError: the rows cannot be cut in this way.
     """
     rows_per_rank, remainder = divmod(num_rows, num_ranks)
     piece, rest = divmod(prompts * answers, num_ranks)
@@ -266,7 +270,10 @@ def _num_ranks(workers: Any) -> int:
 
 
 def _response_mask(batch: QueuedBatch) -> tuple[Tensor, Tensor]:
-    """Of all rows: bool, shape (num_tokens,); and the offsets. A function, so that verl's int64 mask is freed."""
+    """The response mask of all rows, bool, shape (num_tokens,), and its offsets.
+
+    This is a function of its own so that verl's int64 mask is freed when it returns.
+    """
     mask = batch.fetch("response_mask")
     assert mask is not None  # verl's agent loops write it
     return mask.values.bool(), mask.offsets
@@ -275,7 +282,7 @@ def _response_mask(batch: QueuedBatch) -> tuple[Tensor, Tensor]:
 def _select(
     batch: QueuedBatch, responses: Responses, pool_of_response: Tensor, rule: Rule, metrics: dict[str, float]
 ) -> tuple[Tensor, Tally]:
-    """Select in each pool, and add to the metrics what was kept: bool, shape (num_tokens,); and the counts."""
+    """Select in each pool, and add the counts to the metrics. Returns the kept tokens, bool, shape (num_tokens,)."""
     kept, pools = select_in_pools(responses, pool_of_response, rule.selector)
     advantages = batch.fetch("advantages")
     assert advantages is not None  # verl has just written them

@@ -1,10 +1,12 @@
-"""What verl loads in every process: registers our parts, each when the module of verl that it extends is imported.
+"""The plugin that verl loads in every process. It registers our parts.
 
 Hook: the entry point group ``verl.plugins``. verl imports this module at the end of its own ``__init__``, in the
-launcher and in every Ray worker, and swallows whatever it raises. So it is cheap (none of verl's heavy modules is
-imported here: each part waits for the import of what it extends), does its work once, and what must not be swallowed
-is checked from the outside: by Hydra's search path plugin (``hydra_plugins/entropy_fork``) in the launcher, and by the
-typed config node everywhere else (see ``config/nodes.py``).
+launcher and in every Ray worker. So this module is cheap: it imports none of verl's heavy modules. Each of our parts
+registers only when the module of verl that it extends has been imported.
+
+verl swallows every error that this module raises. So two other places check that the plugin is active: in the launcher
+Hydra's search path plugin (``hydra_plugins/entropy_fork``), and in every other process the typed config node, which
+cannot be unpickled without the plugin (``config/nodes.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import wrapt
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.supported import why_unsupported
 
-#: asked for, and only then: see cpu_platform.py
+#: whether the environment asks for verl on a CPU; see cpu_platform.py
 ON_CPU = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
@@ -33,7 +35,7 @@ def _check_verl(version: str) -> None:
     raise EntropyForkError(problem)
 
 
-# Before the imports of what holds on to verl, which in another verl would fail with a reason that helps nobody.
+# Check first: in another version of verl the imports below would fail, with a message that does not name the reason.
 _check_verl(verl.__version__)
 
 from entropy_fork.verl import checks, config, launch  # noqa: E402
@@ -43,7 +45,7 @@ from entropy_fork.verl.cpu import cpu_platform, fork_server  # noqa: E402
 def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..., Any]:
     """verl's checks, and those of ours that a run asks for: see ``entropy_fork/common/asked_for.py``."""
 
-    @wraps(validate_config)  # a function, not wrapt's proxy: programs pickle it with what refers to it
+    @wraps(validate_config)  # a function, not wrapt's proxy, because programs pickle it
     def validate(config: Any, *args: Any, **kwargs: Any) -> Any:
         checks.check_first(config)
         result = validate_config(config, *args, **kwargs)
@@ -68,8 +70,8 @@ def _extend_validation(module: Any) -> None:
 def register_on_import(extended: str, ours: str) -> None:
     """Import our module, which registers itself, as soon as the module of verl that it extends has been imported.
 
-    The import is all that may happen then: where our module is what caused verl's to be imported, it is half-way
-    through its own imports at that moment, and registers when it gets to its end.
+    Do nothing but import it. If our module is the one that imports verl's, it is itself only half imported at that
+    moment. It then registers at its own end.
     """
     wrapt.register_post_import_hook(lambda _: import_module(ours), extended)
 
@@ -86,7 +88,7 @@ def _register() -> None:
     register_on_import("verl.trainer.ppo.ray_trainer", "entropy_fork.verl.legacy_trainer")
     register_on_import("verl.workers.engine", "entropy_fork.verl.engine")
     if ON_CPU:
-        cpu_platform.register()  # before our engines, which derive from those that it registers
+        cpu_platform.register()  # before our engines: they derive from the engines that this registers
         register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")
         register_on_import("verl.checkpoint_engine.base", "entropy_fork.verl.cpu.checkpoint_engine")
 

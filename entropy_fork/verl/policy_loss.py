@@ -1,10 +1,10 @@
-"""The guard in the worker: verl's policy losses, which refuse to run on a batch that has no token weights of ours.
+"""The guard in the worker: policy losses that compute verl's loss, but refuse a batch without our token weights.
 
 Hook: verl's public registry of policy losses (``verl/trainer/ppo/core_algos.py: register_policy_loss``). A masked run
-tells its workers to use the loss ``entropy_fork/NAME`` instead of ``NAME`` (see ``trainer.py``, ``launch.py``). It
-computes what verl's loss computes. A worker without this plugin does not know the name and stops. A worker with the
-plugin runs the loss only inside :func:`weights_written`. The field ``rollout_is_weights`` alone proves nothing, since
-rollout correction writes its importance weights there. Two callers open that context:
+tells its workers to use the loss ``entropy_fork/NAME`` instead of ``NAME`` (see ``trainer.py``, ``launch.py``). A
+worker without this plugin does not know that name and stops. A worker with the plugin runs the loss only inside the
+context :func:`weights_written`. The field ``rollout_is_weights`` alone proves nothing, because rollout correction
+writes importance weights into the same field. Two callers open the context:
 
 - :func:`weighed_by_driver`, around the worker's loss function, for batches with the driver's flag :data:`WEIGHED`;
 - ``gradient_step.py``, if the worker itself writes the token weights.
@@ -116,14 +116,14 @@ def kept_sums(
 ) -> dict[str, float]:
     """What verl's ``pg_clipfrac`` and ``ppo_kl`` would be on the kept tokens, as sums over a micro-batch.
 
-    verl averages a loss's metrics over the micro-batches and ranks of a mini-batch, whatever their sizes, and then over
-    mini-batches. The ratio of two averaged sums is still right (see :func:`kept_means`): exactly in a mini-batch, and
-    in a step whose mini-batches are cut into equally many micro-batches. With dynamic batch sizes the numbers of
-    micro-batches may differ; a mini-batch with more of them then counts for less.
+    verl averages a loss's metrics over the micro-batches and ranks of a mini-batch, without regard to their sizes, and
+    then over mini-batches. The ratio of two averaged sums (see :func:`kept_means`) is still exact in one mini-batch. It
+    is exact in a step too, if all its mini-batches have the same number of micro-batches. With dynamic batch sizes that
+    number may differ: then a mini-batch with more micro-batches counts for less.
 
     Args:
         old_log_prob: float, shape (rows, response_length), nats.
-        log_prob: the same, of the current policy.
+        log_prob: float, same shape, nats: of the current policy.
         advantages: float, same shape.
         kept: bool, same shape.
         config: verl's ``ActorConfig``, for its clip range.
@@ -166,14 +166,14 @@ def kept_means(sums: dict[str, float]) -> dict[str, float]:
 
 
 def reinforce(**arguments: Any) -> tuple[Tensor, dict[str, Any]]:
-    """-Ψ_t log π(a_t | s_t), for one gradient step per batch (``config.py: check_on_policy``).
+    """-Ψ_t log π(a_t | s_t), for one gradient step per batch (``checks.py: check_on_policy``).
 
     Arguments, shapes and aggregation are those of every policy loss of verl's.
     """
     return get_policy_loss_fn("gpg")(**arguments)
 
 
-if "reinforce" not in POLICY_LOSS_REGISTRY:  # a module of the user's may have registered its own
+if "reinforce" not in POLICY_LOSS_REGISTRY:  # a user's module may have registered its own
     register_policy_loss("reinforce")(reinforce)
 
 for _name in MASKABLE_LOSSES:

@@ -1,4 +1,4 @@
-"""One batch of verl's in the TransferQueue: fetch fields of it, write fields to it, and say who its rows are.
+"""One batch of verl's in the TransferQueue: fetch its fields, write fields to it, and name its rows.
 
 verl hands its trainer a description of the batch: the keys of the rows and the names of the fields. The values are in
 the TransferQueue, in other processes. Each fetch copies them to this process, each :meth:`QueuedBatch.put` copies them
@@ -21,7 +21,7 @@ from entropy_fork.core.identity import Identity, RowKey, identify
 
 
 class FlatField(NamedTuple):
-    """One field of all rows of a batch, one row behind the other.
+    """One field of all rows of a batch, one row after another.
 
     Attributes:
         values: any type, shape (num_values,).
@@ -46,7 +46,7 @@ class QueuedBatch:
     """A batch in the TransferQueue.
 
     Args:
-        description: verl's.
+        description: verl's description of the batch.
     """
 
     def __init__(self, description: BatchDescription):
@@ -62,11 +62,11 @@ class QueuedBatch:
     def fetch(self, name: str) -> FlatField | None:
         """One field of all rows; None if the batch does not have it.
 
-        Fetch one field at a time. While the TransferQueue puts a field together it takes twice the field's size, and
-        no other part of a selection needs as much memory as verl's response mask does then, with eight bytes per token.
+        Fetch one field at a time. The TransferQueue needs twice a field's size while it puts the field together. For
+        verl's response mask, with eight bytes per token, that is the peak of a selection's memory.
 
         Args:
-            name: of a field of tensors.
+            name: the name of a field of tensors.
         """
         if name not in self:
             return None
@@ -77,8 +77,8 @@ class QueuedBatch:
         """Some fields of some rows, in one call.
 
         Args:
-            names: of fields, of tensors or of other objects. Fields that the batch does not have are left out.
-            rows: their places in the batch; None for all.
+            names: the names of fields, of tensors or of other objects. Fields that the batch lacks are left out.
+            rows: the places of the rows in the batch; None for all.
 
         Returns:
             For each field a list with one item per row: a tensor, or the object.
@@ -108,7 +108,7 @@ class QueuedBatch:
         return [tag.get("is_padding", False) for tag in self.description.tags]
 
     def identities(self) -> list[Identity]:
-        """Who each row is, the same in every run; see ``core/identity.py``.
+        """The name of each row, the same in every run; see ``core/identity.py``.
 
         Fetches one prompt per group. Fetches answers only of groups that have the same prompt and index.
 

@@ -2,16 +2,16 @@
 
 Hook: a mixin in front of the engines that ``engine.py`` registers. It extends ``forward_step`` and the two methods that
 ``forward_step`` calls. A micro-batch without the flag :data:`HEAD` goes straight through. While a micro-batch with the
-flag is under way, two things of the model change:
+flag is under way, two parts of the model change:
 
 - A forward hook of the decoder hands on only the hidden states of the wanted positions. Whatever computes logits from
   them, the model's own head or one of verl's fused ones, then does it for these positions.
 - The head, a linear layer, returns log-probabilities instead of logits. They must be computed *inside* the model's
   forward pass, because only there FSDP has gathered the head's weight.
 
-transformers' ``logits_to_keep`` cannot replace the hook: of padded rows it keeps the same columns in every row, and
-verl's fused forward passes ignore it. It cannot replace the head's forward either: the log-prob pass must not hold the
-logits of all response tokens.
+transformers' ``logits_to_keep`` cannot replace the hook: it keeps the same columns in every padded row, and verl's
+fused forward passes ignore it. It cannot replace the head's forward either: the log-prob pass must not hold the logits
+of all response tokens.
 
 The results are put back to their positions, so they have verl's shapes. At a position that the loss must not look at,
 the old log-probability is filled in: a ratio of 1.
@@ -71,14 +71,14 @@ ENTROPY_OF_MASK = "entropy_fork_entropy"
 
 
 class RowsOfHead:
-    """What is installed in a causal LM. It is idle unless ``rows`` is set.
+    """Replaces the LM head's forward pass in a causal LM. It is idle unless ``rows`` is set.
 
     Attributes:
         rows: int64, shape (num_rows,): which positions of the decoder's flattened output the head computes.
-        labels: int64, shape (num_rows,).
-        temperature: T.
+        labels: int64, shape (num_rows,): the token that follows each of these positions.
+        temperature: T, which logits are divided by.
         log_probs: what the head returned last, shape (1, num_rows, 1).
-        entropy: of these rows, float32, shape (num_rows,); None in a pass with gradients.
+        entropy: the entropies of these rows, float32, shape (num_rows,); None in a pass with gradients.
     """
 
     def __init__(self, model: Any) -> None:
@@ -100,7 +100,7 @@ class RowsOfHead:
     def unsuitable(model: Any) -> str | None:
         """Why the head cannot compute single rows, or None. Only a head that computes ``x @ weight.T`` can."""
         if hasattr(model.config, "vision_config"):
-            return "a model that sees has its own forward pass"
+            return "a vision model has its own forward pass"
         head = model.get_output_embeddings()
         name = type(head).__name__
         if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -140,8 +140,8 @@ def log_probs_with_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, temp
     """Log-probabilities of the labels, as verl's dense pass computes them.
 
     Keeps the logits of up to :data:`ROWS_KEPT` rows. If there are more rows, computes the logits again in the backward
-    pass, :data:`ROWS_KEPT` rows at once. The gradient of the weight is a sum over all rows; with so many rows at once
-    it is rounded as rarely as possible.
+    pass, :data:`ROWS_KEPT` rows at once. The gradient of the weight is a sum over these chunks. Each addition rounds,
+    so large chunks are better than small ones.
 
     Args:
         hidden: float, shape (num_rows, hidden_size).
@@ -198,7 +198,7 @@ def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
     if not isinstance(temperature, Tensor):
         if temperature == 1.0:
             return logits
-        # On a GPU, not a scalar of the host: torch would multiply by its inverse.
+        # A tensor, not a Python number: on a GPU torch would multiply by the number's inverse.
         temperature = torch.full((1,), temperature, dtype=torch.float32, device=logits.device)
     return logits.div_(temperature.clamp(min=1e-8).to(logits.dtype).unsqueeze(-1))
 
@@ -218,19 +218,19 @@ class SparseHead(Base):
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
     ) -> Any:
-        """verl's, with the head only where the batch says."""
+        """verl's forward step, with the LM head only at the positions that the batch names."""
         self._where = self._where_wanted(micro_batch)
         if self._where == AT_KEPT and loss_function is not None:
             loss_function = policy_loss.seeing_kept_only(loss_function)
         try:
             return super().forward_step(micro_batch, loss_function, forward_only)
-        finally:  # also after an error: the next call of the model may not come by here
+        finally:  # also after an error, because the next call of the model may not go through this method
             self._where = None
             if self._rows_of_head is not None:
                 self._rows_of_head.forget()
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
-        """verl's; and tells the head which rows are wanted."""
+        """verl's inputs. Also tells the head which rows to compute."""
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
         if self._rows_of_head is None:
             return model_inputs, output_args
@@ -253,14 +253,14 @@ class SparseHead(Base):
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, Tensor]:
-        """verl's. If the head computed only some rows, the same names and shapes, with all positions filled."""
+        """verl's outputs. If the head computed only some rows, all positions are filled: same names, same shapes."""
         if HEAD_POSITIONS in output_args:
             return self._of_some_rows(output, output_args, micro_batch)
         is_wanted = tu.get_non_tensor_data(micro_batch, key="calculate_entropy", default=False)
         is_pass = is_wanted and HEAD in micro_batch and not torch.is_grad_enabled()
         if not is_pass and not self.selects_in_loss:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        # verl computes entropies for an entropy bonus, and in its fused kernels, which make no logits.
+        # Let verl compute entropies only for an entropy bonus, or in its fused kernels, which make no logits.
         is_fused = _is_fused(micro_batch)
         micro_batch = micro_batch.copy()
         tu.assign_non_tensor(micro_batch, calculate_entropy=is_fused or (is_wanted and not is_pass))
@@ -273,7 +273,7 @@ class SparseHead(Base):
         return model_output
 
     def _of_some_rows(self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict) -> dict[str, Tensor]:
-        """Log-probabilities, and entropies if asked for, of the rows that the head computed, at all positions."""
+        """The head's log-probabilities, and entropies if wanted, put back to their positions in the whole batch."""
         head = self._rows_of_head
         assert head is not None
         if _is_fused(micro_batch):
@@ -357,8 +357,8 @@ class SparseHead(Base):
         Args:
             values: float, shape (num_positions or more,); those beyond ``num_positions`` are dropped.
             positions: int64, shape (num_positions,), in this rank's part of the packed sequence.
-            output_args: verl's.
-            micro_batch: verl's.
+            output_args: verl's, from :meth:`prepare_model_inputs`.
+            micro_batch: verl's micro-batch.
         """
         zeros = values.new_zeros(len(output_args["input_ids_rmpad_rolled"]))
         everywhere = zeros.index_put((positions,), values[: len(positions)])

@@ -1,4 +1,4 @@
-"""``entropy_fork.dump_every``: the training run itself writes the tokens of a few answers, to see how forks move.
+"""``entropy_fork.dump_every``: a training run writes the tokens of a few answers, to show how forks change.
 
 Hook: ``trainer.py`` calls :meth:`TokenDump.write` on the driver, right after it wrote the token weights of a batch. The
 selection is read back from the field that the workers will get, so the dump says what is trained on. If the workers
@@ -31,9 +31,9 @@ from entropy_fork.verl.config import ANSWERS_PER_STEP, EntropyForkConfig, read_n
 from entropy_fork.verl.masking import Masking
 from entropy_fork.verl.queued_batch import QueuedBatch
 
-#: of an answer, one number per token, in this order: its tokens, what of them the policy wrote, entropies, log-probs
+#: fields with one number per token: the tokens, whether the policy wrote them, the entropies, the log-probs
 PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs")
-#: of an answer as well
+#: the other fields of an answer
 PER_ANSWER = ("prompts", "rm_scores", "reward_model", "data_source")
 
 
@@ -43,7 +43,7 @@ class TokenDump:
     Args:
         config: the root of verl's config.
         fork_config: ours.
-        masking: how the mask of the run is made; None for a run that trains on every token.
+        masking: makes the mask of the run; None if the run trains on every token.
     """
 
     def __init__(self, config: Any, fork_config: EntropyForkConfig, masking: Masking | None):
@@ -53,21 +53,21 @@ class TokenDump:
 
     @classmethod
     def asked_for(cls, config: Any, masking: Masking | None) -> TokenDump | None:
-        """The dump of a run; None where ``dump_every`` is 0. Arguments as of the class."""
+        """The dump of a run; None if ``dump_every`` is 0. Arguments as for the class."""
         fork_config = read_node(config)
         if fork_config is None or fork_config.dump_every == 0:
             return None
         return cls(config, fork_config, masking)
 
     def start(self) -> None:
-        """Make the folder, so that one that cannot be written to stops the run before its first step.
+        """Make the folder. If it cannot be written to, the run stops before its first step.
 
         Raises:
-            EntropyForkError: the folder cannot be written to, or holds something else.
+            EntropyForkError: the folder cannot be written to, or holds other files.
         """
         if (self.folder / MANIFEST).exists() and read_manifest(self.folder).get("source") != "training":
             raise EntropyForkError(
-                f"{self.folder} holds other tokens than those of a training run, which would be mixed with this run's: "
+                f"{self.folder} holds other tokens than those of a training run. This run's would be mixed with them: "
                 f"write entropy_fork.dump_dir=FOLDER with another folder."
             )
         fork_config, model = self._fork_config, self._config.actor_rollout_ref
@@ -93,14 +93,14 @@ class TokenDump:
             ) from error
 
     def write(self, batch: BatchDescription, step: int, tokenizer: Any) -> None:
-        """Write the part of a step, if the step is one that is dumped.
+        """Write the part of a step, if ``dump_every`` asks for this step.
 
-        A dump that fails later on (a full disk) says so and does not end the training.
+        If the dump fails (a full disk), it prints the reason and the training goes on.
 
         Args:
             batch: verl's description of the step's batch, as the workers will get it.
-            step: of training, from 1.
-            tokenizer: the model's.
+            step: the training step, from 1.
+            tokenizer: the model's tokenizer.
         """
         if step % self._fork_config.dump_every:
             return
@@ -113,7 +113,7 @@ class TokenDump:
             print(f"entropy_fork: the tokens of step {step} could not be dumped: {error}", flush=True)
 
     def _delete_from(self, step: int) -> None:
-        """Delete the parts from ``step`` on: a run that was abandoned wrote them, and this run takes these steps."""
+        """Delete the parts from ``step`` on: an abandoned run wrote them, and this run makes these steps itself."""
         for number in parts(self.folder):
             if number >= step:
                 delete_part(self.folder, number)
@@ -156,7 +156,7 @@ class TokenDump:
         return answers
 
     def _rows(self, batch: QueuedBatch) -> list[int]:
-        """Which rows to dump: first the first answer of each prompt, then the second of each; the same in every run."""
+        """The rows to dump: the first answer of each prompt, then the second of each, …; the same in every run."""
         identities, is_padding = batch.identities(), batch.is_padding()
         real = [row for row in range(len(identities)) if not is_padding[row]]
         real.sort(key=lambda row: (identities[row].session, identities[row].output, identities[row]))

@@ -1,11 +1,11 @@
-"""The trainer hook: when verl's trainer does what, and what we do then.
+"""The trainer hook: what we add to the steps of verl's trainer.
 
 Hook: verl's base class of V1 trainers (``verl/trainer/ppo/v1/trainer_base.py: PPOTrainer``). verl has no hook between
-the advantages and the update. A registry of trainers cannot serve, because verl's own classes can still be imported: a
-task runner that derives its trainer from one of them would train without the mask. So :func:`install` puts our mixins
-*below* ``PPOTrainer``. verl's own version of each method that a mixin extends moves into a base class behind the
-mixins; the method that stays in ``PPOTrainer`` calls the mixins. So every trainer comes by here, whoever builds or
-derives it and whatever its name is. The mixins do nothing unless the config asks for it.
+the advantages and the update. A trainer of our own in verl's registry would not be enough: a task runner can still
+derive its trainer from one of verl's classes, and would train without the mask. So :func:`install` puts our mixins
+*below* ``PPOTrainer``. For each method that a mixin extends, verl's own version moves into a base class behind the
+mixins, and the method that stays in ``PPOTrainer`` calls the mixins. So every trainer that derives from ``PPOTrainer``
+calls them. The mixins do nothing unless the config asks for it.
 
 When verl has computed the advantages, everything that a mask needs is there. verl has computed the old policy's
 log-probs and entropies over all ranks (``_compute_old_log_prob``). It has ordered the rows so that each data-parallel
@@ -14,7 +14,7 @@ rank gets one contiguous part (``_balance_batch``), which the worker cuts into m
 verl's policy losses multiply that field into the loss of each token. Importance weights that already stand there are
 multiplied, not replaced.
 
-What is written, and by whom, is decided in ``masking.py``.
+``masking.py`` decides what the driver writes and what the workers write.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ else:
 
 
 class TokenWeights(Base):
-    """Mixin below verl's trainer: token weights after the advantages.
+    """Mixin below verl's trainer: it writes the token weights when the advantages are there.
 
-    Its attributes and methods begin with ``_entropy_fork``, so that they meet none of a trainer that somebody derives.
+    Its attributes and methods begin with ``_entropy_fork``, so that they do not clash with those of a user's trainer.
     """
 
     __slots__ = ()  # Python lets :func:`install` change __bases__ only if the mixins add no slots.
@@ -95,11 +95,11 @@ class TokenWeights(Base):
         batch = super()._compute_advantage(batch, metrics)
         if self.config.trainer.critic_warmup > self.global_steps:  # the actor is not updated yet
             return batch
-        number = getattr(self, "local_trigger_step", 0)  # separate_async takes several updates in one step
+        number = getattr(self, "local_trigger_step", 0)  # separate_async makes several updates in one step
         if self._entropy_fork_masking is not None:
             update = Update(self.global_steps, number, self.actor_rollout_wg)
             batch = self._entropy_fork_write_weights(self._entropy_fork_masking, batch, update, metrics)
-        # the first of these updates: the answers came from its policy
+        # Dump only at the first of these updates, whose policy gave the answers.
         if self._entropy_fork_dump is not None and number == 0:
             self._entropy_fork_dump.write(batch, self.global_steps, self.tokenizer)
         return batch
@@ -134,7 +134,7 @@ class TokenWeights(Base):
         return queued.put(written)
 
     def _entropy_fork_ask_for_head(self, batch: BatchDescription, is_update: bool = False) -> None:
-        """Say with the batch where the LM head is wanted. Where nothing is dropped, say nothing: stock verl."""
+        """Tell the workers, with the batch, where to compute the LM head. If nothing is dropped, leave it to verl."""
         if self._entropy_fork_masking is None:
             return
         fork_config = self._entropy_fork_masking.fork_config
@@ -160,18 +160,18 @@ def _in_words(fork_config: EntropyForkConfig, loss_agg_mode: str = TOKEN_MEAN) -
 def install() -> None:
     """Put the mixins below verl's ``PPOTrainer``; a second call changes nothing.
 
-    A trainer's method then calls the mixins', and theirs verl's, by ``super()``, also in classes that were derived from
-    it before.
+    A method of a trainer then calls the mixins' method, which calls verl's by ``super()``. That also holds for classes
+    that were derived from ``PPOTrainer`` before.
 
     Raises:
-        EntropyForkError: this verl's trainer has not the methods that the mixins extend.
+        EntropyForkError: the trainer of this verl lacks a method that the mixins extend.
     """
     if issubclass(PPOTrainer, TokenWeights):
         return
     mixins = (TokenWeights, WholeCheckpoints, WatchedWaiting)
     stock = vars(PPOTrainer)
     extended = {name for name in EXTENDED if name in stock}
-    # A method that itself calls super() would come back to the mixins from below.
+    # A method of verl that calls super() itself would call the mixins a second time.
     if extended != set(EXTENDED) or any("__class__" in stock[name].__code__.co_freevars for name in extended):
         raise EntropyForkError(f"verl's PPOTrainer has changed: entropy_fork extends its {', '.join(EXTENDED)}")
     moved = {"__slots__": (), "__module__": PPOTrainer.__module__} | {name: stock[name] for name in EXTENDED}
@@ -182,7 +182,7 @@ def install() -> None:
 
 
 def _by_the_mixins(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of PPOTrainer's: of a trainer the mixins', of anything else, which tests pass as ``self``, verl's."""
+    """A method for PPOTrainer that calls the mixins. If ``self`` is no trainer, as in some tests, it calls verl's."""
 
     @wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +193,7 @@ def _by_the_mixins(stock: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-#: what the mixins extend of verl's PPOTrainer
+#: the methods of verl's PPOTrainer that the mixins extend
 EXTENDED = (
     "__init__", "_setup", "_build_replay_buffer", "_load_checkpoint", "_save_checkpoint",
     "_compute_old_log_prob", "_compute_ref_log_prob", "_compute_advantage", "_update_actor",

@@ -84,7 +84,7 @@ def _refuse() -> NoReturn:
 
 
 def _refuse_a_node_in_a_file() -> None:
-    """Check the config itself, later: the command line has nothing of ours, but a config file of the user may.
+    """Check the config itself, later. The command line has nothing of ours, but the user's config file may have.
 
     Hydra reads config files after this. Two functions are wrapped, once each, even if a program composes many configs:
     ``run_ppo``, the last call of main_ppo or of a program with its own task runner before Ray starts (verl 0.8 to

@@ -1,4 +1,4 @@
-"""Hydra's launcher for sweeps of verl: every job in a process and a Ray session of its own. See docs/guide/sweeps.md.
+"""Hydra's launcher for sweeps of verl: each job has its own process and Ray session. See docs/guide/sweeps.md.
 
 Hook: Hydra finds the class here, and its entry ``hydra/launcher=entropy_fork`` in the config store. It is the default
 for main_ppo with ``-m``, if the command line asks for anything of ours (see :func:`make_default`). Hydra's own default,
@@ -66,7 +66,7 @@ class JobsFailed(CompactHydraException):
 
 
 class FreshProcessLauncher(Launcher):
-    """Runs the jobs one after the other, goes on when one fails, and ends with a table of all of them."""
+    """Runs the jobs one after another, continues if one fails, and prints a table of all jobs at the end."""
 
     def __init__(self, patience_s: float, grace_s: float) -> None:
         self.patience_s, self.grace_s = patience_s, grace_s
@@ -81,7 +81,7 @@ class FreshProcessLauncher(Launcher):
         self.places = Places()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs one after the other, each in a process of its own; a sweep may call this several times.
+        """Run the jobs one after another, each in its own process. A sweep may call this several times.
 
         Raises:
             SystemExit: 130, after Ctrl-C.
@@ -178,7 +178,7 @@ def _program() -> list[str]:
 
 
 def _returned(outcome: Outcome, config: DictConfig, message: str) -> JobReturn:
-    """The end of a job in the form that Hydra's sweepers want. main_ppo returns nothing."""
+    """A job's result in the form that Hydra's sweepers need. main_ppo returns nothing."""
     from entropy_fork.sweep import jobs as sweep
 
     task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])

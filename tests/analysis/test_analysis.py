@@ -1,4 +1,4 @@
-"""``entropy-fork analyze`` and ``compare`` on models of known forks, and on random ones beside plain formulas."""
+"""``entropy-fork analyze`` and ``compare`` on models with known forks, and on random models with plain formulas."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from entropy_fork.verl.sparse_head import log_probs_and_entropy
 
 QUIET = Console(quiet=True)
 
-#: after each of these the distribution is uniform over so many
+#: after each of these characters the distribution is uniform over this number of successors
 SUCCESSORS = {
     "=": "ab",
     "a": "c",
@@ -52,7 +52,7 @@ FINAL = SUCCESSORS | {"g": "0123"}
 
 
 def entropies_after(text: str, successors: dict[str, str]) -> list[float]:
-    """Of the characters that follow each character of ``text``."""
+    """The entropies of the distributions after each character of ``text``."""
     return [math.log(len(successors.get(letter, "x"))) for letter in text]
 
 
@@ -98,7 +98,7 @@ def settings(base: Path, data: Path, tmp_path: Path) -> Callable[..., analyze.An
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """For tensors this small, threads that wait for each other take many times as long."""
+    """Use one thread: for tensors this small, threads that wait for each other take many times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -183,7 +183,7 @@ def test_checkpoints_on_the_same_tokens(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the final model eight successors of g are four; the answers are the final model's, as in the paper."""
+    """In the final model g has four successors instead of eight. The answers are the final model's, as in the paper."""
     analyze.analyze(settings(model=final, output=tmp_path / "late"), QUIET)
     analyze.analyze(settings(like=tmp_path / "late", output=tmp_path / "early"), QUIET)
     late, early = (list(store.read_answers(tmp_path / name)) for name in ("late", "early"))
@@ -217,7 +217,7 @@ def test_checkpoints_on_the_same_tokens(
 
 
 def test_a_comparison_is_what_its_definitions_say(tmp_path: Path) -> None:
-    """Random entropies, also equal ones, in three folders cut into different parts."""
+    """On random entropies, some of them equal, in three folders that are cut into different parts."""
     draw = np.random.default_rng(0)
     lengths = draw.integers(0, 40, 30)
     ids = [draw.integers(0, 9, length) for length in lengths]
@@ -370,7 +370,7 @@ def test_a_stopped_analysis_goes_on_and_gives_the_same_files(
 def test_texts_are_read_as_they_are_measured(
     settings: Callable[..., analyze.AnalysisSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One part in memory: no text of the next one is made before a part is written."""
+    """Only one part is in memory: no text of the next part is made before this part is written."""
     made: list[int] = []
     real = Rollouts.texts
 
@@ -397,7 +397,7 @@ def test_texts_are_read_as_they_are_measured(
 def test_what_vllms_process_refuses_is_said_here(
     settings: Callable[..., analyze.AnalysisSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without vLLM: the model is looked at before it, and importing it fails."""
+    """vLLM is not needed: the model is checked first, and then the import of vLLM fails."""
     from entropy_fork.analysis import draw_answers
 
     monkeypatch.setattr(draw_answers, "choose_engine", lambda _: "vllm")
@@ -462,7 +462,7 @@ def test_bad_settings_are_one_clear_error(
 
 
 def dumped(folder: Path, steps: dict[int, list[tuple[str, str]]]) -> Path:
-    """Files as verl's own writer makes them."""
+    """Files in the form of verl's own writer."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
     for step, rows in steps.items():

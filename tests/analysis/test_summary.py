@@ -1,4 +1,4 @@
-"""What is said about a folder of tokens, against literal re-statements; the parts of a text; tables and figures."""
+"""The summary of a folder of tokens, compared with literal restatements; the parts of a text; tables and figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from entropy_fork.core.selection import select_tokens
 from entropy_fork.tokens.store import AnswerTokens, read_answers, write_manifest, write_part
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
-#: few different values, so that many are equal; as entropies in 16 bits are
+#: few different values, so that many are equal, like entropies in 16 bits
 COARSE = st.sampled_from([0.0, -0.0, -1e-7, 0.25, 0.5, 1.0, 3.0])
 
 
@@ -307,7 +307,7 @@ def test_a_folder_without_a_token_has_no_figures_and_no_tables(tmp_path: Path) -
 
 
 def test_an_entropy_that_is_no_number_is_named(tmp_path: Path) -> None:
-    """A training that has diverged writes such ones with dump_every."""
+    """A training that has diverged writes such entropies with dump_every."""
     written(tmp_path, [[0.5, 1.0], [0.5, float("nan")]], part_size=1)
     with pytest.raises(EntropyForkError, match=r"answer 1 in .* not finite"):
         summarise(tmp_path)

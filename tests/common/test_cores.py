@@ -1,4 +1,4 @@
-"""How many threads a process takes: as many as there are cores for it."""
+"""A process uses as many threads as there are cores for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that installs an extra: where the package came from, not an index that does not have it."""
+"""The command that installs an extra names the place that the package came from, not an index without the package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def installed_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An installed entropy-fork that comes first on the path, with what pip wrote down about its origin."""
+    """An installed entropy-fork, first on the path, with pip's record of its origin."""
 
     def install(origin: dict[str, Any] | None) -> None:
         folder = tmp_path / "site" / "entropy_fork-0.0.0.dist-info"
@@ -65,7 +65,7 @@ def test_from_nothing_that_pip_wrote_down(installed_from: Any) -> None:
 
 
 def test_not_installed_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout on PYTHONPATH."""
+    """The package is only a checkout on PYTHONPATH."""
     monkeypatch.setattr(installing, "NAME", "entropy-fork-that-is-not-installed")
     assert install_command("analysis").startswith("pip install '.[analysis]' (in the folder of a clone")
 
@@ -80,7 +80,7 @@ def test_the_sentence_agrees_with_the_number_of_modules(installed_from: Any) -> 
 
 
 def test_no_message_says_to_install_the_package_from_an_index() -> None:
-    """It is on none."""
+    """The package is on no index."""
     package = Path(installing.__file__).parents[1]
     files = [*package.rglob("*.py"), *(package.parent / "hydra_plugins").rglob("*.py")]
     assert len(files) > 80

@@ -1,4 +1,4 @@
-"""No command of ours is silent: a bar on a terminal, lines on stderr elsewhere, and nothing between the results."""
+"""Every command shows progress: a bar on a terminal, else lines on stderr, and nothing between the results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Told:
-    """Lines as they are written, with a clock that the test turns."""
+    """Collects the lines that are written, with a clock that the test sets."""
 
     def __init__(self) -> None:
         self.now, self.lines = 100.0, list[tuple[float, str]]()
@@ -147,7 +147,7 @@ def test_a_failure_ends_the_display() -> None:
 
 @pytest.mark.process
 def test_a_redirected_run_says_lines_on_stderr_alone(tmp_path: Path) -> None:
-    """A whole process, whose work holds its main thread."""
+    """A whole process whose main thread is busy."""
     script = (
         "import time\nfrom entropy_fork.common.progress import task\n"
         "with task('outer'), task('inner', 7): time.sleep(4.5)\n"
@@ -160,7 +160,7 @@ def test_a_redirected_run_says_lines_on_stderr_alone(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_a_file_gets_the_results_and_a_terminal_the_bar(tmp_path: Path) -> None:
-    """``command > file`` on a terminal: what is printed during the work is not drawn above the bar, as rich would."""
+    """``command > file`` on a terminal: output goes to the file, not above the bar, where rich would draw it."""
     script = (
         "import time, sys\nfrom rich.console import Console\nfrom entropy_fork.common.progress import task\n"
         "with task('work', console=Console()):\n    print('result'); time.sleep(1)\n"
@@ -207,7 +207,7 @@ def commands() -> list[str]:
     return found
 
 
-#: what each needs on its command line to get as far as its imports
+#: the arguments with which each command gets as far as its imports
 ARGUMENTS = {
     "evaluate": ["m", "--data", "d", "--output", "o"],
     "analyze": ["m", "--output", "o", "--rollouts", "r"],
@@ -220,7 +220,7 @@ ARGUMENTS = {
 }
 
 
-#: what imports torch or verl
+#: the commands that import torch or verl
 HEAVY = (
     "torch",
     "verl",
@@ -235,7 +235,7 @@ def test_the_commands_are_these() -> None:
 
 @pytest.mark.parametrize("command", ARGUMENTS)
 def test_every_command_says_that_it_is_at_work(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From its first import on, before anything that takes long."""
+    """It says so from its first import on, before any long work."""
     begun, imported, before = list[str](), set[str](), set(sys.modules)
 
     def stop(what: str, *_: Any, **__: Any) -> Any:
@@ -252,7 +252,7 @@ def test_every_command_says_that_it_is_at_work(command: str, monkeypatch: pytest
 
 
 def test_there_is_one_way_to_show_progress() -> None:
-    """A bar of rich or tqdm, or a status, says nothing where the output is no terminal."""
+    """A bar of rich or tqdm, or a status, shows nothing if the output is no terminal."""
     private = re.compile(r"from rich\.(progress|status|live) import|rich\.progress\.|tqdm\(|\.status\(\"|\.status\(f\"")
     files = [file for folder in ("entropy_fork", "examples", "benchmarks")
              for file in (REPOSITORY / folder).rglob("*.py")]  # fmt: skip
@@ -262,7 +262,7 @@ def test_there_is_one_way_to_show_progress() -> None:
 
 
 def test_every_script_that_takes_long_says_how_far_it_is() -> None:
-    """Except those that are quick, or that start a command which says it."""
+    """Except scripts that are quick, or that start a command which shows progress."""
     uses: Callable[[Path], bool] = lambda file: "entropy_fork.common.progress import" in file.read_text("utf-8")  # noqa: E731
     by_report = {"lm_head.py", "top_ratio.py"}  # seconds_in_turn, in benchmarks/report.py
     quick = {"live_bytes.py", "token_budget.py", "plugin_timer.py", "prepare_data.py"}

@@ -1,4 +1,4 @@
-"""Who a row is: the same in every run and layout, and never the same for two rows, whatever the data set's index is."""
+"""The name of a row is the same in every run and layout, and no two rows share one, with any index of the data set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from entropy_fork.verl.queued_batch import QueuedBatch, tq
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a batch, and what belongs to it whatever the run: its group's content and its place in the group."""
+    """A row of a batch, with what is the same in every run: its group's content and its place in the group."""
 
     uid: str
     session: int
@@ -47,7 +47,7 @@ def groups(draw: st.DrawFn) -> list[tuple[tuple[int, ...], Any, list[Answer]]]:
     index = draw(st.sampled_from([st.just(0), st.integers(0, 2), st.sampled_from(["a", 0, "0"])]))
     one = st.tuples(tokens, index, st.lists(answer, min_size=1, max_size=3))
     some = draw(st.lists(one, min_size=1, max_size=5))
-    return some + draw(st.lists(st.sampled_from(some), max_size=2))  # and a few that are equal in everything
+    return some + draw(st.lists(st.sampled_from(some), max_size=2))  # and a few groups that are equal in everything
 
 
 def batch_of(some: list[tuple[tuple[int, ...], Any, list[Answer]]], run: str) -> list[Row]:
@@ -60,7 +60,7 @@ def batch_of(some: list[tuple[tuple[int, ...], Any, list[Answer]]], run: str) ->
 
 
 def padding_rows(number: int, of: Row) -> list[Row]:
-    """As verl makes them: a real row's index and a uid of their own; here even with tokens that a real row may have."""
+    """Padding rows as verl makes them: with a real row's index and a new uid. Here they may even have real tokens."""
     row = replace(of, uid="pad0f", output=0, prompt=(0,), response=(0,), is_padding=True)
     return [replace(row, session=session) for session in range(number)]
 
@@ -68,7 +68,7 @@ def padding_rows(number: int, of: Row) -> list[Row]:
 def identities_of(
     monkeypatch: pytest.MonkeyPatch, rows: list[Row], with_index: bool = True
 ) -> tuple[list[Identity], dict[str, int]]:
-    """Through the trainer's class, with the rows in the place of the TransferQueue; and the rows that it fetched."""
+    """The identities that the trainer's class computes, and the rows that it fetched. No TransferQueue is needed."""
     of_key = {f"{row.uid}_{row.session}_{row.output}": row for row in rows}
     assert len(of_key) == len(rows)
     fetched: dict[str, int] = Counter()
@@ -91,7 +91,7 @@ def identities_of(
 
 
 def by_content(rows: list[Row], values: list[Any]) -> dict[tuple, list[Any]]:
-    """The values of all rows of one content: groups that are equal in everything may change places."""
+    """The values, grouped by the content of their rows: groups that are equal in everything may change places."""
     content: dict[str, tuple] = {}
     for row in sorted(rows, key=lambda row: (row.session, row.output)):
         content[row.uid] = (*content.get(row.uid, ()), (row.session, row.output, row.response))
@@ -107,7 +107,7 @@ def by_content(rows: list[Row], values: list[Any]) -> dict[tuple, list[Any]]:
 def test_draws_and_ties_are_the_same_in_another_run_and_layout(
     some: list, with_index: bool, random: Any, padding: int
 ) -> None:
-    """Other uids, groups and rows in another order, padding rows among them."""
+    """The other run has other uids, other orders of groups and rows, and padding rows between them."""
     monkeypatch = pytest.MonkeyPatch()
     if not with_index:
         some = [(prompt, None, answers) for prompt, _, answers in some]
@@ -131,7 +131,7 @@ def test_draws_and_ties_are_the_same_in_another_run_and_layout(
 
 
 def test_64_prompts_of_a_data_set_without_index_have_512_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """verl gives every prompt the index 0 where the data set has none. There were 8 seeds for all of them."""
+    """verl gives every prompt the index 0 if the data set has none. By index alone there were 8 seeds for all."""
     rows = batch_of([((prompt,), 0, [[(1, 2)]] * 8) for prompt in range(64)], "run")
     identities, fetched = identities_of(monkeypatch, rows)
     assert len(set(row_seeds(identities, 0, 1).tolist())) == 512
@@ -165,7 +165,7 @@ def test_a_batch_without_prompts_is_refused() -> None:
 def seen(
     monkeypatch: pytest.MonkeyPatch, update: int | None = None, **settings: Any
 ) -> tuple[Responses, dict[str, float]]:
-    """The rows that the hook selects from, and its metrics; 4 prompts of 4 answers, all of them with the index 0."""
+    """The rows that the hook selects from, and its metrics. There are 4 prompts of 4 answers, all with the index 0."""
     kept: list[Responses] = []
     select = masking.select_in_pools
 
@@ -202,7 +202,7 @@ def test_the_number_of_distinct_draws_is_logged(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_updates_of_one_step_draw_differently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """separate_async takes several batches between two weight syncs, and a prompt may be in two of them."""
+    """separate_async trains on several batches between two weight syncs, and a prompt may be in two of them."""
     plain, first, second = (seen(monkeypatch, update, select="random")[0].seeds for update in (None, 0, 1))
     assert torch.equal(plain, first)
     assert not set(first.tolist()) & set(second.tolist())

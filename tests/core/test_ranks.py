@@ -31,7 +31,7 @@ def test_the_same_weights_on_any_number_of_ranks(
     worlds: dict[int, Processes], seed: int, selector: Selector, mode: str, denominator: str, weight: str, size: int,
     shuffle: Any,
 ) -> None:  # fmt: skip
-    """Against one process with all rows: rows dealt out in another order, and padding rows among them."""
+    """The rows are dealt out in another order, with padding rows, and compared with one process that has all rows."""
     rule = Rule(selector, loss_agg_mode=mode, denominator=denominator, weight=weight)
     rows = make_rows(seed, num_rows=8)
     one = torch.zeros(8, dtype=torch.int64)
@@ -49,12 +49,12 @@ def test_the_same_weights_on_any_number_of_ranks(
             wanted = expected[row] if row < 8 else torch.zeros(1)
             if weight == "hard":
                 assert torch.equal(actual, wanted)
-            else:  # divided by a mean, whose last bits depend on the order of summation
+            else:  # soft weights are divided by a mean, whose last bits depend on the order of summation
                 torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=0)
 
 
 def test_no_token_anywhere(worlds: dict[int, Processes]) -> None:
-    """A mini-batch of padding rows alone, which verl's balancing can make."""
+    """verl's balancing can make a mini-batch that has only padding rows."""
     nothing = make_rows(0, num_rows=3, eligible=0.0)
     for weights, pool in worlds[2](weights_on_rank, [(nothing, Rule(TOP20))] * 2):
         assert pool.num_kept == pool.num_tokens == 0
@@ -62,13 +62,13 @@ def test_no_token_anywhere(worlds: dict[int, Processes]) -> None:
 
 
 def test_broken_entropies_of_one_rank_stop_all(worlds: dict[int, Processes]) -> None:
-    """Every rank raises; none is left waiting in a collective."""
+    """Every rank raises the error; none waits in a collective."""
     good, bad = make_rows(0, 4, eligible=1.0), make_rows(1, 4, eligible=1.0)
     bad.entropy[3] = float("nan")
     with pytest.raises(RuntimeError) as error:
         worlds[2](weights_on_rank, [(good, Rule(TOP20)), (bad, Rule(TOP20))])
     assert str(error.value).count("ValueError: the entropy of a response token is not finite") == 2
-    worlds[2](weights_on_rank, [(good, Rule(TOP20))] * 2)  # and the group is still in step
+    worlds[2](weights_on_rank, [(good, Rule(TOP20))] * 2)  # the group still works
 
 
 def merged_tally(_: dict, tally: Tally) -> Tally:
@@ -76,7 +76,7 @@ def merged_tally(_: dict, tally: Tally) -> Tally:
 
 
 def test_tallies_of_ranks_add_up(worlds: dict[int, Processes]) -> None:
-    """Counting on four ranks is counting once."""
+    """Counts of four ranks add up to the count of one process."""
     rows = make_rows(5, num_rows=8)
     advantages = torch.randn(rows.entropy.numel(), generator=torch.Generator().manual_seed(1))
 

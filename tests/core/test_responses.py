@@ -1,4 +1,4 @@
-"""A rule says itself what it cannot mean, whoever makes it; and which rows share a pool."""
+"""A rule refuses wrong values by itself; and which rows share a pool."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from entropy_fork.core.rule import POOLS, Rule, Selector
         ({"weight": "fuzzy"}, "weight must be one of .+, got 'fuzzy'"),
         ({"loss_agg_mode": "mean"}, "loss_agg_mode must be one of token-mean, seq-mean-token-mean, .*got 'mean'"),
         ({"entropy": "current", "pool": "batch"}, "no pool=batch: .*Write pool=mini_batch, or entropy=old"),
-        ({"entropy": "current", "selector": Selector(0.2, "random")}, "looks at no entropy; write entropy=old"),
+        ({"entropy": "current", "selector": Selector(0.2, "random")}, "does not use entropy; write entropy=old"),
     ],
 )
 def test_a_rule_without_meaning_is_refused(settings: dict[str, Any], match: str) -> None:
@@ -31,7 +31,7 @@ def test_a_rule_without_meaning_is_refused(settings: dict[str, Any], match: str)
 #: eight rows, by mini-batch and by micro-batch
 MINI_BATCH, MICRO_BATCH = [0, 0, 1, 1, 0, 0, 1, 1], [0, 1, 2, 2, 1, 1, 3, 3]
 
-#: each pool, restated: the rows that share one
+#: for each value of ``pool``, restated: the rows that share a pool
 SHARING = {
     "response": [[0], [1], [2], [3], [4], [5], [6], [7]],
     "micro_batch": [[0], [1, 4, 5], [2, 3], [6, 7]],

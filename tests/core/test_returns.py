@@ -1,4 +1,4 @@
-"""The six forms of Ψ_t against slow, literal sums, the known identities, and a problem that is solved exactly."""
+"""The six forms of Ψ_t, compared with slow literal sums, known identities, and an exactly solved problem."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAMBDAS = st.sampled_from([1.0, 0.95, 0.3, 0.0])
 
 @st.composite
 def trajectories(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards (several per row, also between actions and behind them), values, and a mask with holes and ends."""
+    """Random rewards (several per row, also between and after actions), values, and a mask with holes and ends."""
     rows, length = draw(st.integers(1, 5)), draw(st.integers(1, 17))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     mask = (torch.rand(rows, length, generator=random) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))).long()
@@ -31,7 +31,7 @@ def trajectories(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def literal(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> dict[str, Tensor]:
-    """Every form, action by action, as the definitions read."""
+    """Every form, action by action, exactly as it is defined."""
     names = ("total_return", "reward_to_go", "q_value", "td_residual", "gae")
     out = {name: torch.zeros_like(rewards) for name in names}
     for row in range(len(rewards)):
@@ -39,7 +39,7 @@ def literal(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: fl
         if not places:
             continue
         ends = [*places[1:], mask.shape[1]]
-        starts = [0, *places[1:]]  # what stands before the first action counts as the first's
+        starts = [0, *places[1:]]  # a reward before the first action belongs to the first action
         r = [float(rewards[row, start:end].sum()) for start, end in zip(starts, ends, strict=True)]
         v = [float(values[row, place]) for place in places] + [0.0]
         delta = [r[k] + gamma * v[k + 1] - v[k] for k in range(len(r))]
@@ -81,7 +81,7 @@ def test_the_two_ends_of_lambda(batch: tuple[Tensor, Tensor, Tensor], gamma: flo
 def test_form_five_is_verls_before_it_is_whitened(
     batch: tuple[Tensor, Tensor, Tensor], gamma: float, lam: float
 ) -> None:
-    """Where rewards stand on actions, as verl expects them."""
+    """If every reward is at an action, as verl expects."""
     rewards, values, mask = batch
     rewards = rewards * mask
     if mask.sum() < 2:
@@ -123,17 +123,17 @@ def test_the_baseline_is_the_mean_of_the_group_or_of_the_others(groups: list[int
 # --- a tabular problem: horizon 3, two actions, every trajectory enumerated -----------------------------------------
 
 HORIZON, GROUP = 3, 3
-ACTIONS = torch.tensor(list(itertools.product([0, 1], repeat=HORIZON)))  # (8, 3): every trajectory there is
-#: a reward at each step; a trajectory's good and bad luck lie at different steps
+ACTIONS = torch.tensor(list(itertools.product([0, 1], repeat=HORIZON)))  # (8, 3): every possible trajectory
+#: a reward at each step; good and bad luck of a trajectory are at different steps
 REWARDS = torch.stack(
     [ACTIONS[:, 0] + 1.0, 2.0 * (ACTIONS[:, 0] == ACTIONS[:, 1]), 3.0 * ACTIONS[:, 2]], dim=1
 ).double()
-LOGITS = torch.tensor([0.4, -0.3, 0.2], dtype=torch.float64)  # of action 1 at each step
+LOGITS = torch.tensor([0.4, -0.3, 0.2], dtype=torch.float64)  # the probability of action 1 at each step
 MASK = torch.ones(len(ACTIONS), HORIZON, dtype=torch.long)
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Of each trajectory, shape (8,)."""
+    """The probability of each trajectory, shape (8,)."""
     return torch.where(ACTIONS == 1, logits.sigmoid(), 1 - logits.sigmoid()).prod(dim=1)
 
 
@@ -143,7 +143,7 @@ def scores() -> Tensor:
 
 
 def moments(gradient: Tensor, weight: Tensor) -> tuple[Tensor, float]:
-    """Expectation and total variance of a gradient over outcomes with these probabilities."""
+    """The expectation and the total variance of a gradient over outcomes with these probabilities."""
     mean = (weight[:, None] * gradient).sum(dim=0)
     return mean, float((weight[:, None] * (gradient - mean) ** 2).sum())
 
@@ -156,7 +156,7 @@ def test_one_two_and_three_have_the_same_expectation_and_falling_variance() -> N
     means[1], variances[1] = moments(returns.total_return(REWARDS, MASK) * scores(), weight)
     means[2], variances[2] = moments(returns.reward_to_go(REWARDS, MASK) * scores(), weight)
 
-    # Form 3 looks at the others of the group: every group of three trajectories is an outcome.
+    # Form 3 uses the other members of the group, so every group of three trajectories is an outcome.
     outcomes = torch.tensor(list(itertools.product(range(len(ACTIONS)), repeat=GROUP)))  # (512, 3)
     of_outcome = weight[outcomes].prod(dim=1)
     of_trajectory = returns.trajectory_return(REWARDS, MASK)[outcomes].flatten()
@@ -176,7 +176,7 @@ def test_one_two_and_three_have_the_same_expectation_and_falling_variance() -> N
 
 
 def test_the_true_critic_makes_four_five_and_six_exact_as_well() -> None:
-    """With V the true value, Q, advantage and TD residual have the exact gradient as expectation, and less variance."""
+    """With the true V, the forms Q, advantage and TD residual have the exact gradient in expectation, less variance."""
     logits = LOGITS.clone().requires_grad_()
     (exact,) = torch.autograd.grad((probabilities(logits) * REWARDS.sum(dim=1)).sum(), logits)
     weight, to_go = probabilities(LOGITS), returns.reward_to_go(REWARDS, MASK)

@@ -17,7 +17,7 @@ from entropy_fork.preflight.doctor import sentences
 from entropy_fork.preflight.plan import mask_in_words
 from entropy_fork.verl.config import RULE_KEYS, EntropyForkConfig, GuardsConfig, keys
 
-#: for the keys that are numbers: what makes every value of the others possible
+#: values of the keys that are numbers, with which every value of the other keys is possible
 NUMBERS = {"top_ratio": 0.3, "final_ratio": 0.5, "schedule_steps": 40, "seed": 7}
 
 VALUES = [(key, value) for key in KEYS for value in key.values]
@@ -43,7 +43,7 @@ RULES = [(values, rule) for values in combinations() if (rule := rule_or_none(va
 
 @pytest.mark.parametrize(("key", "value"), VALUES, ids=lambda x: x.name if isinstance(x, Key) else x)
 def test_every_value_can_be_used_and_has_a_sentence_about_the_run(key: Key, value: str) -> None:
-    """A verb with the run as its subject: what stands before the first colon goes into the middle of a description."""
+    """The sentence begins with a verb about the run, because a description uses the part before its first colon."""
     assert re.fullmatch(r"[A-Z][a-z]+s [^:]+[^.:](: .+)?\.", key.values[value]), key.values[value]
     named = re.findall(r"`([^`]+)`", key.values[value])
     assert set(named) <= set(KEY_OF), "only keys stand in backticks"
@@ -58,7 +58,7 @@ def test_every_key_has_a_sentence() -> None:
 
 
 def test_every_combination_has_one_description_that_tells_all_of_it() -> None:
-    """Two rules that train differently are told apart, and no key that has an effect is left out."""
+    """Two rules that train differently have different descriptions, and every key that has an effect is in them."""
     described: dict[str, dict[str, Any]] = {}
     for values, rule in RULES:
         assert rule.values == values

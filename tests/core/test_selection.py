@@ -1,4 +1,4 @@
-"""The selection against a slow re-statement, and its invariants over random batches."""
+"""The selection, compared with a slow restatement, and its invariants on random batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RATIOS = st.one_of(st.sampled_from([0.01, 0.07, 0.1, 0.2, 0.3, 0.5, 0.9, 1.0]), 
 
 @st.composite
 def pools(draw: st.DrawFn) -> tuple[list[list[float]], list[list[int]]]:
-    """Rows of entropies, few distinct ones so that ties are common, and masks with holes and all-masked rows."""
+    """Rows of entropies with few distinct values, so that ties are common, and masks with holes and empty rows."""
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
     values = st.sampled_from([0.0, 0.0, 0.001, 0.5, 0.5, 1.25, 2.0, 3.5])
     rows = [draw(st.lists(values, min_size=n, max_size=n)) for n in lengths]
@@ -91,7 +91,7 @@ BANDS = st.sampled_from([(0.1, 0.2), (0.1, 0.6), (0.25, 0.8), (0.5, 0.6), (0.5, 
 
 
 def restated_band(rows: list[list[float]], masks: list[list[int]], band_from: float, ratio: float) -> tuple[set, set]:
-    """One top without the other, and that other; where nothing would be left, one token is, right below the other."""
+    """The upper top, and the lower top without the upper one. If that is empty: the token right below the upper top."""
     tokens = in_order(rows, masks)
     above = restated(rows, masks, band_from)
     if len(above) == len(tokens):
@@ -116,7 +116,7 @@ def test_a_band_is_one_top_without_the_other_but_never_empty(pool: tuple, band: 
 @given(pools(), BANDS)
 @settings(max_examples=300)
 def test_a_band_by_threshold_is_never_empty(pool: tuple, band: tuple[float, float]) -> None:
-    """Every token between the two edges; where these are equal, what ``ties=exact`` keeps."""
+    """It keeps every token between the two edges. If the edges are equal, it keeps what ``ties=exact`` keeps."""
     rows, masks = pool
     band_from, ratio = band
     kept, _ = select(rows, masks, ratio, select="band", band_from=band_from, ties="threshold")
@@ -129,7 +129,7 @@ def test_a_band_by_threshold_is_never_empty(pool: tuple, band: tuple[float, floa
 
 
 def drawn(rows: list[list[float]]) -> list[list[float]]:
-    """What ``random`` draws for each token where the seeds of the rows are 0, 1, 2, …"""
+    """The number that ``random`` draws for each token, if the seeds of the rows are 0, 1, 2, …"""
     return [
         [
             float(uniform_numbers(np.array([row], np.uint64), np.array([place], np.uint64))[0])
@@ -167,7 +167,7 @@ def test_every_way_to_select_equals_its_restatement(select_by: str, pool: tuple,
     [(0, (0, 0)), (1, (0, 1)), (2, (1, 2)), (5, (1, 2)), (6, (1, 2)), (10, (1, 2)), (11, (2, 3)), (20, (2, 4))],
 )
 def test_the_band_between_the_top_10_and_the_top_20_percent(num_tokens: int, ranks: tuple[int, int]) -> None:
-    """In a pool of 2 to 5 tokens both tops are one token. The band is then the token below it."""
+    """In a pool of 2 to 5 tokens both tops are the same token. The band is then the token below it."""
     assert ranks_kept(num_tokens, Selector(0.2, "band", band_from=0.1)) == ranks
 
 
@@ -204,7 +204,7 @@ def test_random_without_seeds_is_refused() -> None:
         select_tokens(torch.rand(4), torch.ones(4), torch.tensor([4]), Selector(0.5, select="random"))
 
 
-#: every way to select, and the ties that are not the default
+#: every way to select, and the value of ``ties`` that is not the default
 SELECTORS = st.sampled_from(
     [
         *({"select": select, "band_from": 0.0005 if select == "band" else 0.0} for select in SELECTS),
@@ -233,7 +233,7 @@ def test_the_order_of_rows_does_not_matter(pool, ratio: float, settings: dict, r
         ({"ties": "all"}, "ties must be one of .+"),
         ({"select": "band"}, r"band_from must be in \(0, top_ratio\)"),
         ({"select": "band", "band_from": 0.3}, r"band_from must be in \(0, top_ratio\)"),
-        ({"band_from": 0.1}, "means something with select=band only"),
+        ({"band_from": 0.1}, "needs select=band; write select=band, or band_from=0"),
         ({"select": "random", "ties": "threshold"}, "write ties=exact"),
     ],
 )
@@ -281,7 +281,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @given(data=st.data(), size=st.integers(16, 300), distinct=st.sampled_from([1, 2, 5, 1000]))
 @settings(max_examples=300)
 def test_the_threshold_of_many_is_exact_whatever_the_sample_says(data: st.DataObject, size: int, distinct: int) -> None:
-    """The way taken for millions of scores, with limits that make it the way for these; also where they are sorted."""
+    """Test the path for millions of scores on few scores, with changed limits; also on sorted scores."""
     random = np.random.default_rng(data.draw(st.integers(0, 1000)))
     scores = random.integers(0, distinct, size).astype(np.float32)
     scores[random.random(size) < 0.2] = -np.inf

@@ -1,4 +1,4 @@
-"""What is reported, against plain Python over the single tokens: tallies of a selection, and PPO's on kept tokens."""
+"""The reported numbers, compared with plain Python over single tokens: tallies, and PPO's metrics on kept tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Token:
 
 @dataclass
 class Part:
-    """A micro-batch, or what a rank has of one: tokens row by row, rows of no token among them, and pools."""
+    """A micro-batch, or a rank's part of one: tokens row by row, pools, and some rows without a token."""
 
     tokens: list[Token]
     num_rows: int
@@ -80,7 +80,7 @@ def tally(part: Part, with_advantages: bool = True, with_other: bool = True) -> 
 
 
 def restated(some: list[Part], with_advantages: bool = True, with_other: bool = True) -> dict[str, float]:
-    """Every metric from the tokens themselves, one definition after the other."""
+    """Every metric, computed from the tokens by its definition."""
     eligible = [token for part in some for token in part.tokens if token.eligible]
     kept = [token for token in eligible if token.kept]
     dropped = [token for token in eligible if not token.kept]
@@ -114,7 +114,7 @@ def restated(some: list[Part], with_advantages: bool = True, with_other: bool = 
 @given(st.lists(parts(), max_size=4), st.booleans(), st.booleans())
 @settings(max_examples=400)
 def test_tallies_say_what_the_tokens_say(some: list[Part], with_advantages: bool, with_other: bool) -> None:
-    """Of one part, and of several merged as if they had been one."""
+    """For one part, and for several parts merged into one tally."""
     tallies = [tally(part, with_advantages, with_other) for part in some]
     for part, its in zip(some, tallies, strict=True):
         assert its.metrics() == pytest.approx(restated([part], with_advantages, with_other))
@@ -122,7 +122,7 @@ def test_tallies_say_what_the_tokens_say(some: list[Part], with_advantages: bool
 
 
 def test_what_has_no_value_is_left_out() -> None:
-    """No token: no metric. No dropped token, no advantage of a sign, no other selection, no pool: not theirs."""
+    """Without tokens there is no metric. Without dropped tokens, their metrics are missing, and so on."""
     assert Tally().metrics() == {}
     assert tally(Part([Token(0, False, False, False, math.nan, 1.0)], 1, [Pool(0, 0, math.nan)])).metrics() == {}
     kept = Token(0, eligible=True, kept=True, kept_by_other=False, entropy=2.0, advantage=1.0)
@@ -138,7 +138,7 @@ def test_what_has_no_value_is_left_out() -> None:
 @given(st.lists(parts(), min_size=1, max_size=4))
 @settings(max_examples=200)
 def test_the_average_that_verl_takes_over_mini_batches_loses_nothing(mini_batches: list[Part]) -> None:
-    """verl reduces by name: the least where a name has ``min`` in it, the greatest where ``max``, else the mean."""
+    """verl reduces by name: the minimum if the name has ``min`` in it, the maximum if ``max``, else the mean."""
     steps = [asdict(tally(part)) for part in mini_batches]
     collected: dict[str, Any] = {f"entropy_fork/{name}": [step[name] for step in steps] for name in steps[0]}
     of_the_step = tally_of(reduce_metrics(collected), len(mini_batches))
@@ -156,7 +156,7 @@ class MicroBatch:
 
 @st.composite
 def micro_batches(draw: st.DrawFn) -> MicroBatch:
-    """Ratios inside the clip range, outside of it, and outside of the ±20 nats that verl cuts them to."""
+    """Random ratios inside the clip range, outside it, and beyond the ±20 nats to which verl cuts them."""
     shape = draw(st.integers(1, 3)), draw(st.integers(1, 6))
 
     def numbers(values: list[float]) -> Tensor:
@@ -200,7 +200,7 @@ def loss_metrics(batch: MicroBatch, loss_mode: str, weights: Tensor) -> dict[str
 
 
 def restated_means(some: list[MicroBatch]) -> dict[str, float]:
-    """PPO's clipped share, and the mean of ``old_log_prob - log_prob``, over every kept token of all micro-batches."""
+    """PPO's clipped share, and the mean of ``old_log_prob - log_prob``, over the kept tokens of all micro-batches."""
     clipped, kl = [], []
     for batch in some:
         columns = (batch.old_log_prob, batch.log_prob, batch.advantages, batch.kept)
@@ -230,10 +230,10 @@ def test_with_everything_kept_they_are_verls_own(batch: MicroBatch) -> None:
 @given(st.lists(micro_batches(), min_size=1, max_size=4))
 @settings(max_examples=200)
 def test_with_a_mask_they_are_those_of_the_kept_tokens_in_micro_batches_of_any_size(some: list[MicroBatch]) -> None:
-    """Averaged over the micro-batches of a mini-batch as verl does, which is wrong for the means themselves."""
+    """verl averages over the micro-batches of a mini-batch, which would be wrong for means but is right for sums."""
     collected: dict[str, Metric] = {}
     for batch in some:
-        # a weight that is not 1 where a token is kept, and stands outside of the response mask as well
+        # the weight of a kept token is not 1, and it is also set outside the response mask
         metrics = loss_metrics(batch, "entropy_fork/vanilla", 2.5 * batch.kept + 7.0 * ~batch.mask)
         for name, metric in Metric.from_dict(metrics, AggregationType.MEAN).items():
             collected.setdefault(name, metric.init_list()).append(metric)

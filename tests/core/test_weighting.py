@@ -1,4 +1,4 @@
-"""Token weights through verl's own losses: gradients of dropped tokens are zero, of kept ones the declared factor."""
+"""Token weights in verl's own losses: the gradient of a dropped token is 0, that of a kept one has the right factor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODES = (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN, *TOKEN_SUMS)
 def batch() -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     mask = torch.rand(ROWS, WIDTH, generator=random) < 0.8
-    mask[4] = False  # a row that rejection sampling or padding left without tokens
+    mask[4] = False  # a row without tokens, as rejection sampling or padding makes it
     entropy = torch.rand(ROWS, WIDTH, generator=random)
     entropy[5] = 0.001  # a response without a kept token
     return {
@@ -70,7 +70,7 @@ def test_verls_aggregation_becomes_the_mean_over_kept_tokens(batch: dict[str, to
 
 
 def test_rejected_tokens_stay_in_verls_divisor_with_and_without_a_mask() -> None:
-    """verl divides by ``loss_mask``, which rejection does not change: 2 of 5 tokens are left, so 0.4 of each mean."""
+    """verl divides by ``loss_mask``, which rejection does not change. 2 of 5 tokens are left: 0.4 times each mean."""
     loss_mask = torch.ones(1, 5)
     response_mask = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0]])
     loss = torch.tensor([[2.0, 6.0, 9.0, 9.0, 9.0]])
@@ -81,16 +81,16 @@ def test_rejected_tokens_stay_in_verls_divisor_with_and_without_a_mask() -> None
         weights = token_weights(chosen, eligible, lengths, TOKEN_MEAN, denominator)
         return float(agg_loss(loss * weights, response_mask, TOKEN_MEAN, batch_num_tokens=int(loss_mask.sum())))
 
-    assert masked([1, 0, 0, 0, 0], "kept") == pytest.approx(0.4 * 2.0)  # as a mean over the kept token it were 2
+    assert masked([1, 0, 0, 0, 0], "kept") == pytest.approx(0.4 * 2.0)  # a mean over the kept token would be 2
     assert masked([1, 0, 0, 0, 0], "all") == pytest.approx(2.0 / 5)
     plain = float(agg_loss(loss, response_mask, TOKEN_MEAN, batch_num_tokens=5))
-    assert plain == pytest.approx(0.4 * 4.0)  # verl's own: 0.4 of the mean over the tokens that are left
+    assert plain == pytest.approx(0.4 * 4.0)  # verl's own loss: 0.4 times the mean over the remaining tokens
     assert masked([1, 1, 0, 0, 0], "kept") == plain
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_denominator_all_leaves_verls_mean(batch: dict[str, torch.Tensor], mode: str) -> None:
-    """The paper's v1, TRL and ms-swift: the same mask, a smaller loss."""
+    """The paper's first version, TRL and ms-swift do this: the same mask, a smaller loss."""
     weights, kept = weights_of(batch, 0.2, mode, denominator="all")
     assert torch.equal(weights, kept.float())
 
@@ -139,7 +139,7 @@ def test_every_loss_that_is_let_through_multiplies_the_weights(batch: dict[str, 
 
 
 def test_a_worker_without_weights_stops_with_its_name(batch: dict[str, torch.Tensor]) -> None:
-    """The loss that masked runs send to their workers. Importance weights in the field are no token weights of ours."""
+    """The guarded loss does not accept importance weights in the field as our token weights."""
     importance = torch.full_like(batch["log_prob"], 0.5)
     for weights in (None, importance):
         with pytest.raises(EntropyForkError, match=r"no token weights reached the policy loss in .* pid \d+"):
@@ -163,7 +163,7 @@ def test_each_loss_has_one_guard() -> None:
 
 
 def test_the_drivers_flag_lets_the_loss_run() -> None:
-    """The loss function of a worker, on micro-batches with and without the flag."""
+    """A worker's loss function runs on a micro-batch with the flag, and stops on one without."""
 
     def loss(data: TensorDict, **_: object) -> bool:
         return _written.get()
@@ -189,7 +189,7 @@ def gradient(batch: dict[str, torch.Tensor], loss_mode: str, weights: torch.Tens
         policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=0.1),
     )
     log_prob = batch["log_prob"].clone().requires_grad_()
-    torch.manual_seed(0)  # clip_cov draws which tokens it clips
+    torch.manual_seed(0)  # clip_cov clips random tokens
     loss, _ = get_policy_loss_fn(loss_mode)(
         old_log_prob=batch["old_log_prob"],
         log_prob=log_prob,

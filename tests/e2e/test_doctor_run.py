@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 def test_with_a_real_ray_whose_workers_lack_the_plugin(
     python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    """Here the plugin is active, in the workers it is switched off: just what no log would show."""
+    """The plugin is active in this process and switched off in the workers. No log would show that."""
     code = (
         "import verl, os, sys; os.environ['VERL_USE_EXTERNAL_PLUGINS'] = 'none'; "
         "from entropy_fork.cli import app; app(['doctor', '--json', '+entropy_fork=global', "

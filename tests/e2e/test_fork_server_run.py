@@ -1,4 +1,4 @@
-"""The fork server in real runs of ``main_ppo``: the same numbers, also where it dies in the middle of a run."""
+"""The fork server in real runs of ``main_ppo``: it changes no number, even if it dies in the middle of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 
 def running(main_ppo: MainPPO, program: str) -> list[int]:
-    """The processes of the runs that execute a program of ours."""
+    """The processes of the runs that execute one of our programs."""
     found = []
     for pid in main_ppo.processes():
         command = Path(f"/proc/{pid}/cmdline")
@@ -25,7 +25,7 @@ def running(main_ppo: MainPPO, program: str) -> list[int]:
 
 
 def test_the_server_changes_no_number_and_may_die(main_ppo: MainPPO, recorded: Recorded) -> None:
-    """Bit for bit the same with it, where it is killed after the first step, and without it."""
+    """Three runs give the same numbers, bit for bit: with the server, with a kill after step 1, and without it."""
     settings = (*recorded.replay, *ONE_POOL, "trainer.total_training_steps=4", "trainer.max_actor_ckpt_to_keep=4")
     plain = main_ppo(*settings, "cpu_platform.fork_server=False", folder="plain")
     assert not running(main_ppo, "fork_server_process.py")

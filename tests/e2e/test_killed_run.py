@@ -1,4 +1,4 @@
-"""A real run that is killed goes on from the last whole checkpoint."""
+"""A real run that is killed resumes from the last whole checkpoint."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(main_ppo: MainPPO, recorded: Recorded, tmp_path: Path) -> None:
-    """SIGKILL with half of a file of step 4's checkpoint written: the run goes on from step 2.
+    """SIGKILL comes when half of a file of step 4's checkpoint is written. The run resumes from step 2.
 
     On recorded answers it then selects the same tokens and ends with the same parameters, bit for bit, as a run that
-    was not killed. All of them replay: see ``recorded``.
+    was not killed. All these runs replay answers: see ``recorded``.
     """
     settings = [*recorded.replay, "trainer.total_training_steps=4", "trainer.save_freq=2"]
     whole = main_ppo(*settings, folder="whole", **spy_environment(tmp_path / "spy-whole"))

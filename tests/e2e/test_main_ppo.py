@@ -1,4 +1,4 @@
-"""The real ``verl.trainer.main_ppo``, in processes of its own, on a tiny random model."""
+"""The real ``verl.trainer.main_ppo``, in separate processes, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.main_job
 def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Two FSDP ranks, dynamic batches, two mini-batches: what the loss sees is what the driver selected."""
+    """With two FSDP ranks, dynamic batches and two mini-batches, the loss sees exactly what the driver selected."""
     ranks = 2
     spy = tmp_path / "spy"
     run = main_ppo(
@@ -35,7 +35,7 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     lengths = selection["lengths"].tolist()
     rows = {name: selection[name].split(lengths) for name in ("weights", "entropy", "response_mask")}
 
-    # 1. The selection is the top 20% of each mini-batch, re-stated here.
+    # 1. The selection is the top 20% of each mini-batch, restated here.
     for pool in selection["mini_batch"].unique():
         members = (selection["mini_batch"] == pool).nonzero().squeeze(1).tolist()
         entropy = torch.cat([rows["entropy"][row] for row in members])
@@ -46,7 +46,7 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
         assert entropy[weights > 0].min() >= entropy[weights == 0].max()
         torch.testing.assert_close(weights[weights > 0], torch.full((num_kept,), entropy.numel() / num_kept))
 
-    # 2. What arrived in the workers, row by row, is exactly that, in as many micro-batches as they cut.
+    # 2. Exactly these weights arrived in the workers, row by row, in as many micro-batches as the workers cut.
     losses = load(spy, "loss")
     assert len(losses) > ranks * 2, "dynamic batching should have cut more micro-batches than mini-batches"
     arrived = sorted(
@@ -56,7 +56,7 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     )
     assert arrived == sorted(tuple(row.tolist()) for row in rows["weights"])
 
-    # 3. The metrics say it.
+    # 3. The metrics agree.
     kept = sum(math.ceil(sum(lengths[i] for i in range(len(lengths)) if selection["mini_batch"][i] == p) / 5)
                for p in selection["mini_batch"].unique())  # fmt: skip
     assert run.metric("entropy_fork/kept_tokens") == [kept]
@@ -65,12 +65,12 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     assert run.metric("training/rollout_probs_diff_max")[0] < 1e-4, "the weight sync does not work"
     assert "is active in" in run.output
 
-    # 4. The LM head was asked for no more than it must be.
+    # 4. The LM head computed only the positions that are needed.
     assert run.metric("actor/ppo_kl")
     assert "the LM head of an update computes kept positions only" in run.output
     assert "the LM head sees every position" not in run.output
 
-    # 5. The dump of the step holds all of it, and nothing else.
+    # 5. The dump of the step has all of this, and nothing else.
     answers = list(read_answers(run.folder / "checkpoints" / "tokens"))
     assert sorted((tuple(answer.entropy), tuple(answer.selected)) for answer in answers) == sorted(
         (tuple(entropy.tolist()), tuple((weights > 0).tolist()))
@@ -82,7 +82,7 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     seen = torch.cat([loss["old_log_prob"][loss["response_mask"].bool()] for loss in losses])
     torch.testing.assert_close(old.sort().values, seen.sort().values)
     for answer in answers:
-        assert answer.text in "".join(answer.pieces) or "\ufffd" in answer.text  # bytes that are no character
+        assert answer.text in "".join(answer.pieces) or "\ufffd" in answer.text  # bytes that form no character
         assert answer.data_source == "cpu_demo"
         assert answer.truncated == (len(answer.token_ids) == 24 and answer.pieces[-1] != "<|endoftext|>")
     scores = [answer.score for answer in answers]
@@ -90,7 +90,7 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
 
 
 def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The authors' method on two ranks, with mini-batches that the workers shuffle and go through twice."""
+    """The authors' method on two ranks. The workers shuffle the mini-batches and use them twice."""
     spy = tmp_path / "spy"
     run = main_ppo(
         "entropy_fork=official",
@@ -105,7 +105,7 @@ def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path:
     num_mini_batches = 2 * 2  # two of them, twice
     assert len(micro_batches) > 2 * num_mini_batches, "dynamic batching should have cut the mini-batches"
 
-    # 1. The top 20% of each micro-batch, each kept token with the factor of its whole mini-batch.
+    # 1. The top 20% of each micro-batch is kept, and each kept token has the factor of its whole mini-batch.
     for part in micro_batches:
         num_kept = math.ceil(part["entropy"].numel() / 5)
         assert part["response_mask"].all()
@@ -116,7 +116,7 @@ def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path:
         torch.testing.assert_close(part["weights"][part["kept"]], factor)
         assert not part["weights"][~part["kept"]].any()
 
-    # 2. The announced counts are those of all micro-batches, over both ranks and all gradient steps.
+    # 2. The counts computed in advance are those of all micro-batches, over both ranks and all gradient steps.
     assert sorted(row for part in micro_batches for row in part["rows"].tolist()) == sorted([*range(32), *range(32)])
     announced = {tuple(part["counts"].tolist()) for part in micro_batches}
     everything = sum(part["entropy"].numel() for part in micro_batches)
@@ -125,7 +125,7 @@ def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path:
     if len(announced) == num_mini_batches:
         assert (sum(n for n, _ in announced), sum(k for _, k in announced)) == (everything, kept)
 
-    # 3. What arrived in verl's loss is exactly that.
+    # 3. Exactly these weights arrived in verl's loss.
     arrived = sorted(
         tuple(weights[: int(mask.sum())].tolist())
         for loss in load(spy, "loss")
@@ -134,19 +134,19 @@ def test_the_worker_selects_by_the_current_policys_entropies(main_ppo, tmp_path:
     made = [row for part in micro_batches for row in part["weights"].split(part["lengths"].tolist())]
     assert arrived == sorted(tuple(row.tolist()) for row in made)
 
-    # 4. The metrics say it.
+    # 4. The metrics agree.
     assert run.metric("entropy_fork/kept_ratio") == [pytest.approx(kept / everything)]
     assert run.metric("entropy_fork/kept_tokens") == [pytest.approx(kept / 2)]
     assert 0.5 < run.metric("entropy_fork/overlap_with_old")[0] <= 1.0
 
 
-#: nats; and a tenth of the learning rate, which is about how far Adam moves a parameter in one step
+#: nats; and a tenth of the learning rate (Adam moves a parameter by about the learning rate in one step)
 ENTROPY_ERROR, PARAMETER_ERROR = 1e-4, 2e-5
 
 
 @pytest.mark.main_job
 def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded: Recorded, world: Path) -> None:  # type: ignore[no-untyped-def]
-    """The same recorded answers, without the plugin's config node and with ρ = 1.0: the same parameters bit for bit."""
+    """On the same recorded answers, runs without the node and with ρ = 1.0 end with equal parameters, bit for bit."""
     stock = main_ppo("~entropy_fork", "~entropy_fork_guards", *recorded.replay, folder="stock")
     everything = main_ppo("entropy_fork.top_ratio=1.0", *recorded.replay, folder="everything")
     for run in (stock, everything):
@@ -163,10 +163,10 @@ def test_a_ratio_of_one_trains_exactly_as_stock_verl_does(main_ppo, recorded: Re
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_number_of_ranks_changes_nothing(main_ppo, recorded: Recorded, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    """The same recorded answers on FSDP ranks: the same tokens are kept and the same parameters come out, but for sums.
+    """The same recorded answers on more FSDP ranks: the same tokens are kept, with the same parameters up to rounding.
 
-    A rank packs other answers together, so entropies differ in their last bits, and where two of them are equal up to
-    those bits (the first tokens of answers to one prompt are) either may be the last one that is kept.
+    A rank packs other answers together, so entropies differ in their last bits. If two entropies are equal except for
+    these bits, like those of the first tokens of answers to one prompt, either token may be the last one that is kept.
     """
     one = recorded.run
     several = on_ranks(main_ppo, recorded, ranks)
@@ -182,10 +182,10 @@ def test_the_number_of_ranks_changes_nothing(main_ppo, recorded: Recorded, ranks
 
 
 def test_workers_on_two_ranks_select_what_one_driver_does(main_ppo, recorded: Recorded) -> None:  # type: ignore[no-untyped-def]
-    """The paper's equation. In a step's only gradient step the current policy still is the old one.
+    """The paper's equation, in steps with one gradient step, where the current policy is still the old one.
 
-    So the ranks together must find the driver's threshold of a run on one rank, keep as many tokens, and, as one token
-    more or less moves parameters by the learning rate, keep the same ones.
+    So the ranks together must find the same threshold as the driver of a run on one rank, and keep the same number of
+    tokens. They must also keep the same tokens: one token more or less moves parameters by the learning rate.
     """
     one = recorded.run
     several = on_ranks(main_ppo, recorded, 2, "entropy_fork.entropy=current", "entropy_fork.pool=mini_batch")
@@ -194,7 +194,7 @@ def test_workers_on_two_ranks_select_what_one_driver_does(main_ppo, recorded: Re
 
 
 def on_ranks(main_ppo, recorded: Recorded, ranks: int, *overrides: str) -> Finished:  # type: ignore[no-untyped-def]
-    """Two of the recorded steps, from which the parameters must come that one rank comes to."""
+    """Run two of the recorded steps, and check that the parameters are those of one rank."""
     settings = (*recorded.replay, *ONE_POOL, "trainer.total_training_steps=2")
     run = main_ppo(f"trainer.n_gpus_per_node={ranks}", *settings, *overrides)
     assert run.output.count("Injected 32 cached trajectories") == 2
@@ -206,7 +206,7 @@ def on_ranks(main_ppo, recorded: Recorded, ranks: int, *overrides: str) -> Finis
 
 
 class Token(NamedTuple):
-    """A response token, found again by what was asked and answered and where it stands in that."""
+    """A response token, identified by its prompt, its answer and its position."""
 
     answer: tuple[tuple[int, ...], tuple[int, ...]]
     position: int
@@ -215,7 +215,7 @@ class Token(NamedTuple):
 
 
 def tokens_of(run: Finished, step: int) -> list[Token]:
-    """All tokens of a dumped step; of answers that are the same word for word, the tokens that were kept first."""
+    """All tokens of a dumped step, in order. Of tokens with equal answer and position, kept ones come first."""
     answers = [answer for answer in read_answers(run.folder / "checkpoints" / "tokens") if answer.step == step]
     assert len(answers) == 32
     return sorted(
@@ -230,10 +230,10 @@ def tokens_of(run: Finished, step: int) -> list[Token]:
 
 @pytest.mark.main_job
 def test_the_papers_equation_with_a_critic_a_reference_and_a_resume(main_ppo) -> None:  # type: ignore[no-untyped-def]
-    """The current policy's entropies over the mini-batch, beside a critic, a KL loss, an entropy bonus and validation.
+    """Current entropies over the mini-batch, together with a critic, a KL loss, an entropy bonus and validation.
 
-    It stops after step 1 and goes on to step 2. Each has one gradient step, in which the current policy still is the
-    old one: both must select the same.
+    The run stops after step 1 and resumes for step 2. Each step has one gradient step, in which the current policy is
+    still the old one, so both must select the same tokens.
     """
     settings = [
         "entropy_fork.entropy=current",
@@ -266,10 +266,10 @@ def test_the_papers_equation_with_a_critic_a_reference_and_a_resume(main_ppo) ->
 
 
 def test_forks_of_the_td_residual_by_plain_reinforce(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The ladder's sixth form times the seventh: the critic's values reach Ψ, Ψ reaches the loss, on kept tokens only.
+    """The ladder's sixth form on forks: the critic's values reach Ψ, and Ψ reaches the loss, on kept tokens only.
 
-    The ladder's measurement of the gradient runs along. And the program that is run is somebody's own: its task runner
-    makes a trainer that is derived from verl's, which nobody registered, and nobody calls verl's validate_config.
+    The ladder's measurement of the gradient runs too. And the program is a user's own: its task runner makes a trainer
+    that derives from verl's and is not registered, and it does not call verl's validate_config.
     """
     spy, gradients = tmp_path / "spy", tmp_path / "gradients.jsonl"
     environment = spy_environment(spy)
@@ -310,21 +310,21 @@ def test_forks_of_the_td_residual_by_plain_reinforce(main_ppo, tmp_path: Path) -
 
 
 def test_the_colocated_asynchronous_trainer_is_masked_too(main_ppo) -> None:  # type: ignore[no-untyped-def]
-    """Its own trainer class, answers that are interrupted and taken up again, and another preset."""
+    """It has its own trainer class, and interrupts and continues answers. The run uses another preset."""
     run = main_ppo("trainer.v1.trainer_mode=colocate_async", "trainer.total_training_steps=2", "entropy_fork=bottom80")
     assert run.metric("entropy_fork/kept_ratio") == [pytest.approx(0.8, abs=0.01)] * 2
     kept, dropped = run.metric("entropy_fork/entropy_kept"), run.metric("entropy_fork/entropy_dropped")
     assert all(low < high for low, high in zip(kept, dropped, strict=True))
-    # only the first step: the answers of the second were begun by the policy before it, as this mode has it
+    # only the first step, because in this mode the policy before began the answers of the second step
     assert run.metric("training/rollout_probs_diff_max")[0] < 1e-4
 
 
 def test_the_separate_asynchronous_trainer_is_masked_too(main_ppo) -> None:  # type: ignore[no-untyped-def]
-    """Two FSDP ranks send their weights, in several buckets, to a server of its own, and take two updates in between.
+    """Two FSDP ranks send their weights, in several buckets, to a separate server, and make two updates in between.
 
-    With no answers ordered in advance each step's come from the weights that were sent last, and are compared with the
-    trainer's at that time. Both steps tell when the second update has lost the policy that its answers came from, and
-    the second step tells when the weights did not arrive.
+    No answers are requested in advance, so the answers of a step come from the weights that were sent last. The test
+    compares their log-probabilities with the trainer's at that time. Both steps would show if the second update had
+    lost the policy of its answers. The second step would show if the weights had not arrived.
     """
     run = main_ppo(
         "trainer.v1.trainer_mode=separate_async",

@@ -13,9 +13,10 @@ pytestmark = pytest.mark.e2e
 
 
 def test_a_sweep_over_a_recipe_of_the_paper(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """A recipe shrunk for two cores ('make smoke' runs all), swept: two jobs train, and the one between them fails.
+    """A sweep over a recipe, shrunk for two cores ('make smoke' runs all): two jobs train, the one between them fails.
 
-    This world's answers are never right, so groups are told apart by their rewards after shaping, not by ``acc``.
+    The answers of this world are never right, so dynamic sampling filters groups by the reward after shaping, not by
+    ``acc``.
     """
     run = main_ppo(
         "entropy_fork.top_ratio=0.2,7,1.0",
@@ -45,7 +46,7 @@ def test_a_sweep_over_a_recipe_of_the_paper(main_ppo, tmp_path: Path) -> None:  
         folder = run.folder / "checkpoints" / f"top_ratio={ratio}"
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "1"
 
-    # 2. The recipe: its preset, its template, its learning rate, dynamic sampling and overlong shaping.
+    # 2. The recipe: its preset, template, learning rate, dynamic sampling and overlong shaping.
     assert 0.5 < run.metric("entropy_fork/overlap_with_old")[0] <= 1.0
     assert -1 <= run.metric("critic/score/min")[0] < 0, "no answer was shaped"
     assert run.metric("critic/score/max")[0] > run.metric("critic/score/min")[0]

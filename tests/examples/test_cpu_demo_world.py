@@ -1,4 +1,4 @@
-"""The CPU demo's world: the task, the build, and where the choices are found."""
+"""The CPU demo's world: the task, the build, and the positions of the choices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ seeds = st.integers(0, 2**32)
 
 
 def evaluate(expression: str) -> int:
-    """Python's own idea of `value operation`, apart from the code under test."""
+    """The value of `value operation` by Python, independent of the code under test."""
     value, symbol, amount = re.fullmatch(r"(\d+)([+*-])(\d)", expression).groups()
     return {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[symbol](int(value), int(amount))
 

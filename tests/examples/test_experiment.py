@@ -1,4 +1,4 @@
-"""The experiment's book-keeping: which runs are made, and what is computed of those that are there."""
+"""The experiment's bookkeeping: which runs it makes, and what it computes from finished runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_of(accuracy: float, masked: bool) -> experiment.Run:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """``main`` with a training that is over at once; the list gets the command line of each."""
+    """Run ``main`` with a training that ends at once. The list gets the command line of each run."""
     commands: list[str] = []
 
     def train(arguments: list[str], output: Path) -> experiment.Run:

@@ -1,4 +1,4 @@
-"""The list of examples is whole, and no example looks for another one by a path."""
+"""The list of examples is complete, and no example imports another one by a path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ladder's example: its estimate of the gradient's variance, the softmax's gradient, and the table it makes."""
+"""The ladder's example: its estimate of the gradient's variance, the softmax's gradient, and its table."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from examples.research.policy_gradient_ladder import ladder, softmax_gradient
 
 @pytest.fixture(scope="module", autouse=True)
 def gradients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """``gradient_variance`` reads this when it is imported, so the test that uses it imports it."""
+    """``gradient_variance`` reads this variable at import, so each test imports it by itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENTROPY_FORK_GRADIENTS", str(tmp_path_factory.mktemp("spread") / "gradients.jsonl"))
         yield
 
 
 def test_the_spread_of_the_terms_is_the_variance_of_their_sum() -> None:
-    """Sums of 8 independent terms with a known mean and variance: on average the estimates are right."""
+    """For sums of 8 independent terms with known mean and variance, the estimates are right on average."""
     from examples.research.policy_gradient_ladder.gradient_variance import Spread
 
     random = torch.Generator().manual_seed(0)
@@ -36,7 +36,7 @@ def test_the_spread_of_the_terms_is_the_variance_of_their_sum() -> None:
         spread, total = Spread(), torch.zeros(3, dtype=torch.float64)
         terms = mean + torch.tensor([1.0, 2.0, 0.5]) * torch.randn(8, 3, generator=random, dtype=torch.float64)
         for term in terms:
-            total = total + term  # as gradients are accumulated
+            total = total + term  # added up, as gradients are accumulated
             spread.note(total)
         lines.append(spread.line())
         assert lines[-1]["variance"] == pytest.approx(8 * float(terms.var(dim=0).sum()))
@@ -47,7 +47,7 @@ def test_the_spread_of_the_terms_is_the_variance_of_their_sum() -> None:
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=30))
 def test_a_softmax_without_uncertainty_has_no_gradient(logits: list[float]) -> None:
-    """The expected squared gradient, by autograd over every outcome, is 1 - Σp², and at most the entropy."""
+    """By autograd over every outcome, the expected squared gradient is 1 - Σp², and at most the entropy."""
     z = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     log_p = z.log_softmax(dim=0)
     gradients = torch.stack([torch.autograd.grad(log_p[a], z, retain_graph=True)[0] for a in range(len(logits))])
@@ -58,7 +58,7 @@ def test_a_softmax_without_uncertainty_has_no_gradient(logits: list[float]) -> N
 
 
 def test_a_run_finds_what_is_on_its_callers_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ladder adds the folder of ``gradient_variance`` to PYTHONPATH; verl may lie in another one."""
+    """The ladder adds the folder of ``gradient_variance`` to PYTHONPATH, and keeps the folders that are there."""
     given: dict[str, str] = {}
 
     def train(arguments: list[str], output: Path, environment: dict[str, str]) -> Run:
@@ -75,7 +75,7 @@ def test_a_run_finds_what_is_on_its_callers_path(tmp_path: Path, monkeypatch: py
 
 
 def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
-    """Two runs that are there are shown, not run again."""
+    """Two finished runs are shown, not run again."""
     for number, variance in ((1, 4.0), (7, 1.0)):
         output = tmp_path / str(number)
         output.mkdir()

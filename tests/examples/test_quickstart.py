@@ -1,4 +1,4 @@
-"""The quickstart runs as it is printed, with torch and numpy alone, and what it prints is consistent."""
+"""The quickstart runs as printed, with torch and numpy only, and its output is consistent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart.py"
 
 pytestmark = pytest.mark.process
 
-#: a module that the import system finds broken is one that nothing here may need
+#: modules that the import system treats as broken, because nothing here may need them
 WITHOUT = """
 import runpy, sys
 for name in ("verl", "ray", "transformers", "hydra", "omegaconf", "tensordict", "pyarrow", "rich", "typer"):
@@ -50,7 +50,7 @@ def test_what_it_prints_is_consistent(python: Callable[..., subprocess.Completed
 
 
 def test_core_imports_torch_and_numpy_alone(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Of what the environment has: a loop of one's own needs nothing of verl's."""
+    """A user's own training loop needs nothing else of the environment, and nothing of verl."""
     listing = "import sys, entropy_fork.core; print(*{name.partition('.')[0] for name in sys.modules})"
     before = "import sys, torch, numpy; print(*{name.partition('.')[0] for name in sys.modules})"
     found, torchs = (set(python("-c", code).stdout.split()) for code in (listing, before))

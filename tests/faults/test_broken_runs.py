@@ -1,4 +1,4 @@
-"""What breaks in a long run, each in a real run of main_ppo that ``helpers/fault.py`` breaks so: ``make faults``."""
+"""``make faults``: ``helpers/fault.py`` breaks a real run of main_ppo in each way that a long run can break."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.fault
             "answer:2",
             "TransformersServer",
             ("trainer.v1.trainer_mode=colocate_async",),
-            # in this mode its weights may be on the way just then, and whoever sends them notices first
+            # in this mode weights may be on the way at that moment, and then their sender notices first
             "EntropyForkError: rollout server 0 has died|ActorDiedError: The actor died",
         ),
         ("answer:2", None, (), "EntropyForkError: agent-loop worker 0 has died"),
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.fault
 def test_a_process_that_dies_ends_the_run(
     main_ppo: MainPPO, tmp_path: Path, place: str, victim: str | None, overrides: tuple[str, ...], message: str
 ) -> None:
-    """In step 2, with the checkpoint before it whole. The two ranks are in a collective when one of them dies."""
+    """It dies in step 2, after a whole checkpoint. The two ranks are in a collective when one of them dies."""
     stopped = tmp_path / "stopped"
     run = main_ppo.start("trainer.total_training_steps=3", *overrides, **fault_environment(place, stopped))
     pid = pid_of_stopped(run, stopped)
@@ -66,7 +66,7 @@ def test_a_reward_that_hangs_ends_the_run(main_ppo: MainPPO, tmp_path: Path) -> 
 
 
 def test_a_full_disk_ends_the_run_and_what_was_written_is_not_taken(main_ppo: MainPPO, tmp_path: Path) -> None:
-    """The disk is full in step 2. What is there of it is refused; with room again, the run goes on from step 1."""
+    """The disk is full in step 2, and the unfinished checkpoint is refused. With room again, step 1 is resumed."""
     settings = ["trainer.total_training_steps=2"]
     full = main_ppo(*settings, expect=1, **fault_environment("disk:2", tmp_path / "stopped"))
     checkpoints = full.folder / "checkpoints"
@@ -75,7 +75,7 @@ def test_a_full_disk_ends_the_run_and_what_was_written_is_not_taken(main_ppo: Ma
     wait_until_gone(main_ppo)
 
     refused = main_ppo(*settings, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={half}", expect=1)
-    assert f"{half} was not written to its end" in refused.output
+    assert f"{half} is unfinished" in refused.output
     assert f"{checkpoints}/global_step_1 is whole: write trainer.resume_mode=resume_path" in refused.output
     wait_until_gone(main_ppo)
 

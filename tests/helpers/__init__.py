@@ -1,1 +1,1 @@
-"""What the tests share: found as ``helpers`` by pytest (``pythonpath``), and by the processes that tests start."""
+"""Code that the tests share. pytest (``pythonpath``) and the processes that tests start import it as ``helpers``."""

@@ -1,4 +1,4 @@
-"""Real runs of main_ppo that ``fault.py`` breaks: how they are told to, and what is left of them."""
+"""Real runs of main_ppo that ``fault.py`` breaks: start them, and look at what they leave behind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 
 
 def fault_environment(place: str, stopped: Path) -> dict[str, str]:
-    """The environment of a run that ``fault.py`` breaks at this place."""
+    """The environment variables with which ``fault.py`` breaks a run at this place."""
     return {
         "VERL_USE_EXTERNAL_MODULES": "helpers.fault",
         "PYTHONPATH": PYTHONPATH,
@@ -23,7 +23,7 @@ def fault_environment(place: str, stopped: Path) -> dict[str, str]:
 
 
 def pid_of_stopped(run: Running, stopped: Path) -> int:
-    """Wait until a process of the run stands where it was to stop."""
+    """Wait until a process of the run has stopped at the place. Returns its pid."""
     deadline = time.monotonic() + 300
     while not stopped.exists():
         assert run.process.poll() is None, run.output[-6000:]
@@ -36,7 +36,7 @@ RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def wait_until_gone(main_ppo: MainPPO) -> None:
-    """Of a run that has ended nothing is left: no worker, no daemon of Ray's.
+    """Wait until an ended run has left no process: no worker, no daemon of Ray's.
 
     But an agent of Ray's may try for a minute more to tell a head node that was killed along with the run that its
     raylet has died (ray/_private/process_watcher.py). It holds nothing of the run.
@@ -48,7 +48,7 @@ def wait_until_gone(main_ppo: MainPPO) -> None:
 
 
 def name_of(pid: int) -> str:
-    """A process's command line; empty when it has just ended."""
+    """A process's command line; empty if it has just ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
     except OSError:

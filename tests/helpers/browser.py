@@ -1,4 +1,4 @@
-"""A real headless browser. What it shows is tested as a reader sees it; without one these tests fail, not skip."""
+"""A real headless browser, to test what a reader sees. Without a browser these tests fail; they do not skip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-#: no GPU and no sandbox in a container, and nothing that would look for a network by itself
+#: no GPU, no sandbox (for containers), and no feature that uses the network by itself
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -43,7 +43,7 @@ def browser() -> Iterator[Any]:
 
 @dataclass
 class Heard:
-    """What a page said and asked for while it was open."""
+    """What a page printed and requested while it was open."""
 
     console: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Heard:
 
 
 def open_page(opened: Any, file: Path, **options: Any) -> tuple[Any, Heard]:
-    """Open a report in a context of its own and wait until it shows an answer."""
+    """Open a report in a new browser context, and wait until it shows an answer."""
     page = opened.new_context(**options).new_page()
     heard = Heard()
     heard.listen(page)

@@ -1,4 +1,4 @@
-"""What is evaluated, and what is written of it."""
+"""The input and the output of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUIET = Console(quiet=True)
 
 
 def write_data(file: Path, sources: Sequence[str]) -> Path:
-    """A file of questions, each of one of the sources."""
+    """Write a file of questions, one for each of the sources given."""
     rows = [
         {
             "data_source": source,

@@ -1,15 +1,15 @@
-"""Loaded into every process of a real run through VERL_USE_EXTERNAL_MODULES: something breaks at a named place.
+"""Break a real run at a named place. Every process of the run loads this through VERL_USE_EXTERNAL_MODULES.
 
 ``ENTROPY_FORK_FAULT=PLACE:N``:
 
 - ``save``: half of the first file of the N-th checkpoint has been written
-- ``disk``: the disk is full as the N-th checkpoint is written (the process may not write more than 1 MiB to a file)
+- ``disk``: the disk is full when the N-th checkpoint is written (the process may not write more than 1 MiB to a file)
 - ``update``: a training worker is about to take its N-th gradient step
 - ``answer``: the agent loop is about to ask for an answer of step N
 - ``reward``: the N-th answer is about to be scored
 
-But for ``disk`` the process writes its number into the file ``ENTROPY_FORK_STOPPED`` and stays where it is: it hangs,
-until the test kills it or another process of the run.
+Except for ``disk``, the process writes its pid into the file ``ENTROPY_FORK_STOPPED`` and hangs at that place, until
+the test kills it or another process of the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLACE, _, NUMBER = os.environ["ENTROPY_FORK_FAULT"].partition(":")
 STOPPED = Path(os.environ["ENTROPY_FORK_STOPPED"])
 MIB = 1 << 20
 
-visits = itertools.count(1)  # by several threads, perhaps
+visits = itertools.count(1)  # several threads may count
 
 
 def _is_it_now() -> bool:

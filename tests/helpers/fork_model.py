@@ -1,7 +1,7 @@
-"""A Qwen3 whose forks are known: what follows a character is uniform over a few given characters, whatever was before.
+"""A Qwen3 with known forks: the next character is uniform over a few given successors of the last character.
 
-Attention and MLP add nothing, embeddings are unit vectors, and a column of the head has one number for the characters
-that may follow and a lower one for all others: the entropy after a character with k successors is log k.
+Attention and MLP add nothing, and embeddings are unit vectors. A column of the head has one number for the successors
+of a character and a lower one for all others. So the entropy after a character with k successors is log k.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 LETTERS = ["<end>", *string.digits, *string.ascii_lowercase, *"\\{}+= $"]
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
-#: a logit below the others; e^-40 of a probability is left to each of them
+#: how far a logit is below those of the successors; such a character has about e^-40 of a successor's probability
 LOW = 40.0
 
 
@@ -38,7 +38,7 @@ def random_model(folder: Path, seed: int = 0, **changes: object) -> Path:
 
 
 def fork_model(folder: Path, successors: Mapping[str, str]) -> Path:
-    """A model with these forks; after a character that is not in ``successors`` the answer ends."""
+    """A model with these forks. After a character that is not in ``successors`` the answer ends."""
     model = Qwen3ForCausalLM(_config())
     size = len(LETTERS)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def fork_model(folder: Path, successors: Mapping[str, str]) -> Path:
         for number, letter in enumerate(LETTERS):
             for following in successors.get(letter, ["<end>"]):
                 head[LETTERS.index(following), number] = 0.0
-        head.div_(model.config.hidden_size**0.5)  # what the last norm makes of a unit vector
+        head.div_(model.config.hidden_size**0.5)  # the last norm multiplies a unit vector by this
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

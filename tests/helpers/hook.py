@@ -1,4 +1,4 @@
-"""The advantage hook without Ray: a masked trainer over a batch that lies in memory, in verl's layout."""
+"""The advantage hook without Ray: a masked trainer on a batch in memory, in verl's layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_ROWS, MINI_BATCH_ROWS = 16, 8
 
 
 class Stock:
-    """What the hook needs of verl's trainer."""
+    """The part of verl's trainer that the hook needs."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -45,19 +45,19 @@ def run_hook(
     keys: list[str] | None = None,
     fields: dict[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Run the hook with the preset ``global`` on two mini-batches, one of whose rows is padding.
+    """Run the hook with the preset ``global`` on two mini-batches. One of their rows is padding.
 
     Args:
-        monkeypatch: puts a batch in memory in the place of the TransferQueue.
-        importance: the weight of every token that rollout correction has left there already; none if not given.
+        monkeypatch: replaces the TransferQueue by a batch in memory.
+        importance: the importance weight that rollout correction has written for every token; None for no such field.
         with_entropy: whether verl's log-prob pass wrote its entropies.
-        trainer_class: the masked trainer, where it is another one.
-        rows, fork_config, loss_agg_mode: in the place of the rows, of the preset and of verl's aggregation.
-        keys, fields: in the place of the rows' keys, which make them answers to one prompt; and further fields, or
-            others in the place of those that are there. The data set's index is 0 for every row.
+        trainer_class: another masked trainer.
+        rows, fork_config, loss_agg_mode: other rows, another config and another aggregation than the defaults.
+        keys, fields: other keys of the rows (by default all are answers to one prompt), and more fields, which may
+            replace the default ones. The data set's index is 0 for every row.
 
     Returns:
-        the fields of the batch as workers would get them; and the metrics.
+        The fields of the batch as workers would get them, and the metrics.
     """
     if rows is None:
         rows = make_rows(seed=3, num_rows=NUM_ROWS, eligible=0.9)
@@ -75,7 +75,7 @@ def run_hook(
         data["rollout_is_weights"] = jagged(torch.full_like(rows.entropy, importance), rows.lengths)
 
     def get(keys: list[str], select_fields: list[str], **_: Any) -> TensorDict:
-        """As the TransferQueue does: a row as it is received, and all rows of a field put together."""
+        """Use memory as the TransferQueue does: first each row as it arrives, then all rows of a field together."""
         fields = {}
         asked = [batch.keys.index(key) for key in keys]
         for name in select_fields:

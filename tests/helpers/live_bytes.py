@@ -1,4 +1,4 @@
-"""``benchmarks/live_bytes.py``, which counts the bytes of all tensors that are alive, for tests."""
+"""Import ``benchmarks/live_bytes.py`` for tests: it counts the bytes of all living tensors."""
 
 from __future__ import annotations
 

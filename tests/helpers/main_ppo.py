@@ -1,4 +1,4 @@
-"""The real main_ppo: it is started, waited for, and looked at. What ``spy.py`` noted of a run is read here too."""
+"""Start the real main_ppo, wait for it, and read its results, also what ``spy.py`` recorded."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Finished:
     folder: Path
 
     def metric(self, name: str) -> list[float]:
-        """A metric by step, as verl's console logger printed it."""
+        """The values of a metric, one per step, from the output of verl's console logger."""
         pattern = re.compile(rf"step:[1-9]\d* - .*?{re.escape(name)}:(?:np\.\w+\()?([-\d.e+]+)")
         return [float(value) for value in pattern.findall(self.output)]
 
     def parameters(self, step: int) -> dict[str, torch.Tensor]:
-        """The trained parameters of a checkpoint, ranks side by side."""
+        """The trained parameters of a checkpoint, of all ranks."""
         shards = sorted((self.folder / "checkpoints" / f"global_step_{step}" / "actor").glob("model_*.pt"))
         assert shards, self.output[-3000:]
         import torch
@@ -90,7 +90,7 @@ class MainPPO:
         program: Sequence[str] = ("-m", "verl.trainer.main_ppo"),
         **environment: str,
     ) -> Running:
-        """Start it, and go on."""
+        """Start it, and return without waiting."""
         directory = self.directory / folder
         directory.mkdir(exist_ok=True)
         arguments = [
@@ -121,11 +121,11 @@ class MainPPO:
         return self.started[-1]
 
     def processes(self) -> list[int]:
-        """All processes of all runs, Ray's and the workers included, that are there now."""
+        """The pids of all running processes of all runs, with Ray's and the workers'."""
         return processes_with("RAY_TMPDIR", self.ray_folder)
 
     def close(self) -> None:
-        """End what is left of the runs."""
+        """End all processes of the runs."""
         for run in self.started:
             with suppress(ProcessLookupError):
                 os.killpg(run.process.pid, signal.SIGKILL)
@@ -138,8 +138,8 @@ class MainPPO:
         shutil.rmtree(self.ray_folder, ignore_errors=True)
 
 
-#: All tokens of a step in one pool: verl deals the answers to the ranks before it cuts mini-batches, so of several
-#: mini-batches each has other members on another number of ranks. And all of them written down.
+#: All tokens of a step are one pool, and all are dumped. There is one mini-batch, because verl deals the answers to the
+#: ranks before it cuts mini-batches: with several, the number of ranks would change which answers share one.
 ONE_POOL = (
     "actor_rollout_ref.actor.ppo_mini_batch_size=8",
     "entropy_fork.dump_every=1",
@@ -149,21 +149,21 @@ ONE_POOL = (
 
 @dataclass
 class Recorded:
-    """Four steps on one rank whose answers were recorded, and the settings that replay them."""
+    """A run of four steps on one rank with recorded answers, and the settings that replay these answers."""
 
     run: Finished
     replay: tuple[str, ...]
 
 
 def spy_environment(folder: Path) -> dict[str, str]:
-    """The environment of a run whose processes note in a folder what they see."""
+    """The environment variables with which the processes of a run record in a folder what they see."""
     folder.mkdir()
     modules = ",".join(filter(None, (os.environ.get("VERL_USE_EXTERNAL_MODULES"), "helpers.spy")))
     return {"VERL_USE_EXTERNAL_MODULES": modules, "PYTHONPATH": PYTHONPATH, "ENTROPY_FORK_SPY": str(folder)}
 
 
 def load(folder: Path, kind: str) -> list[dict[str, torch.Tensor]]:
-    """What was noted of one kind."""
+    """All records of one kind."""
     import torch
 
     return [torch.load(file) for file in sorted(folder.glob(f"{kind}-*.pt"))]

@@ -14,7 +14,7 @@ NUM_ROWS, VOCABULARY = 12, 48
 
 @dataclass
 class Answers:
-    """A mini-batch in plain lists; one of its rows is padding as verl makes it, one has tool output in the middle."""
+    """A mini-batch in plain lists. One row is padding as verl makes it, one row has tool output in the middle."""
 
     prompts: list[Tensor]
     responses: list[Tensor]
@@ -23,7 +23,7 @@ class Answers:
     old_entropy: list[Tensor]
     advantages: list[Tensor]
     importance: list[Tensor] | None = None
-    #: the response masks as they were before rollout correction rejected tokens, where it did; verl's ``loss_mask``
+    #: verl's ``loss_mask``: the response masks before rollout correction rejected tokens, if it rejected any
     masks_before: list[Tensor] | None = None
 
 
@@ -43,7 +43,7 @@ def make_answers(seed: int, importance: bool = False) -> Answers:
         prompts=[integers(0, VOCABULARY, n) for n in integers(1, 6, NUM_ROWS).tolist()],
         responses=[integers(0, VOCABULARY, n) for n in lengths],
         masks=masks,
-        # around the log-probability of a uniform choice, so that some ratios are clipped
+        # near the log-probability of a uniform choice, so that some ratios are clipped
         old_log_probs=[-math.log(VOCABULARY) + 0.4 * torch.randn(n, generator=random) for n in lengths],
         old_entropy=[torch.rand(n, generator=random) for n in lengths],
         advantages=[advantages[row].expand(n).clone() for row, n in enumerate(lengths)],
@@ -89,7 +89,7 @@ def make_engine(
     use_orig_params: bool = False,
     **model: Any,
 ) -> Any:
-    """verl's engine with float32 weights; ``model`` goes to its HFModelConfig."""
+    """verl's engine with float32 weights. ``model`` holds arguments of its HFModelConfig."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
@@ -124,7 +124,7 @@ def make_engine(
 
 
 def let_fsdp1_run_on_a_cpu() -> None:
-    """In this process: torch refuses weights that are on a CPU, to broadcast them; gloo broadcasts them."""
+    """Let torch broadcast weights that are on a CPU, in this process. torch refuses it, but gloo can do it."""
     from torch.distributed.fsdp import _init_utils
     from verl.workers.engine import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -139,7 +139,7 @@ def let_fsdp1_run_on_a_cpu() -> None:
 
 
 def keep_gradients(engine: Any, state: dict[str, Any]) -> None:
-    """Put the gradients of each step, whole, into ``state`` in the place of an optimizer's step."""
+    """Instead of an optimizer's step, put the whole gradients of each step into ``state``."""
 
     def keep() -> float:
         state["gradients"] = {

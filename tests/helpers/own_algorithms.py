@@ -1,4 +1,4 @@
-"""Test helper, loaded by VERL_USE_EXTERNAL_MODULES: a user's own loss and estimators, some under names of ours."""
+"""A user's own loss and estimators, some with the same names as ours. Loaded through VERL_USE_EXTERNAL_MODULES."""
 
 from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 

@@ -1,6 +1,6 @@
-"""A program as verl's recipes are: a task runner of its own, whose trainer is derived from verl's.
+"""A program like those of verl's recipes: it has its own task runner, whose trainer derives from verl's.
 
-Nothing of entropy_fork is imported, and nothing of verl's that checks a config is called.
+It imports nothing of entropy_fork, and calls none of verl's functions that check a config.
 """
 
 from __future__ import annotations

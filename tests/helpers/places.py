@@ -1,4 +1,4 @@
-"""Where things lie, for tests in any folder."""
+"""Paths, for tests in any folder."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 REPOSITORY = TESTS.parent
 
-#: PYTHONPATH of a process that is to find ``helpers`` and this copy of the package
+#: the PYTHONPATH with which a process finds ``helpers`` and this copy of the package
 PYTHONPATH = f"{TESTS}{os.pathsep}{REPOSITORY}"

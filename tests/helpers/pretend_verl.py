@@ -1,4 +1,4 @@
-"""Through VERL_USE_EXTERNAL_MODULES, which verl reads before its plugins: verl says that it is another version."""
+"""Give verl another version number. verl loads this through VERL_USE_EXTERNAL_MODULES, before its plugins."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes with a gloo group, started once and asked many times. And who belongs to a run."""
+"""Real ranks for tests: processes with a gloo group, started once for many calls. And the processes of a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-#: for one answer. A collective that hangs is a failure here, not a test that never ends.
+#: seconds that a rank has for one answer. So a collective that hangs is a failure, not a test that never ends.
 TIMEOUT_SECONDS = 120
 
 
-#: what Python's audit hooks are told when ranks are started
+#: the name of the event that Python's audit hooks get when ranks are started
 PROCESSES = "entropy_fork.processes"
 
 
@@ -41,11 +41,11 @@ def _serve(connection: Connection, rank: int, size: int, store: str) -> None:
 
 
 class Processes:
-    """``size`` ranks. Each keeps a dict of its own between calls, the first argument of what it is asked to run."""
+    """``size`` ranks. Each keeps its own dict between calls, and passes it as the first argument of each function."""
 
     def __init__(self, size: int):
-        # A server that has imported torch and is forked for each rank. It does not see our sys.path (Python 3.11), so
-        # a module of ours would not be found here, and left out without a word.
+        # The fork server imports torch, and is forked for each rank. Preload no module of ours: the server does not see
+        # our sys.path (Python 3.11), so it would silently leave that module out.
         sys.audit(PROCESSES)
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch"])
@@ -73,7 +73,7 @@ class Processes:
         return [answer for _, answer in answers]
 
     def close(self) -> None:
-        """End the processes, also those that hang."""
+        """End the processes, even if they hang."""
         for process, connection in self._members:
             if process.is_alive():
                 connection.send(None)
@@ -85,7 +85,7 @@ class Processes:
 
 
 def processes_with(variable: str, value: str) -> list[int]:
-    """The processes that were started with this in their environment and have not ended."""
+    """The pids of the running processes that were started with this variable in their environment."""
     wanted = f"{variable}={value}".encode()
     pids = []
     for folder in Path("/proc").glob("[0-9]*"):

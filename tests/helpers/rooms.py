@@ -1,14 +1,14 @@
-"""The rooms of a checkout and the arrows between them: who imports whom, drawn from the code.
+"""The rooms of a checkout and the arrows between them: which room imports which, read from the code.
 
     python tests/helpers/rooms.py             counts of this checkout
-    python tests/helpers/rooms.py CHECKOUT    of another one, by the same rule
-    python tests/helpers/rooms.py --arrows    and each arrow, with the imports that draw it
+    python tests/helpers/rooms.py CHECKOUT    counts of another checkout, by the same rule
+    python tests/helpers/rooms.py --arrows    also each arrow, with the imports behind it
 
-A room is a folder with Python files in it. A file that lies loose beside the folders of ``entropy_fork/`` counts as a
-room too. CONTRIBUTING.md has the table of the rooms and of what each may import; ``test_rooms.py`` compares.
+A room is a folder with Python files in it. A single file beside the folders of ``entropy_fork/`` counts as a room too.
+CONTRIBUTING.md has the table of the rooms and of what each may import; ``test_rooms.py`` compares it with the code.
 
-Drawn are all imports that stand in the code, at the top of a file, in a function or for types alone. Not drawn is what
-a string names, nor that Python also runs the ``__init__.py`` of each folder above.
+Every import in the code counts: at the top of a file, in a function, or for types only. Two things do not count: a
+module that only a string names, and the ``__init__.py`` files that Python runs in each folder above.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import combinations
 from pathlib import Path
 
 PACKAGES = ("entropy_fork", "hydra_plugins")
-#: of the table in CONTRIBUTING.md
+#: the head of the table in CONTRIBUTING.md
 HEAD = "| room | what is in it | may import | must stay out |"
 
 Arrow = tuple[str, str]
@@ -50,7 +50,7 @@ def module_name(file: Path) -> str:
 
 
 def by_folder(_: str, file: Path) -> str:
-    """The room of a file, by where it lies."""
+    """The room of a file, from its path."""
     package, *folders = file.parent.parts
     if package != "entropy_fork":
         return package
@@ -60,9 +60,9 @@ def by_folder(_: str, file: Path) -> str:
 
 
 def by_table(names: Iterable[str]) -> Callable[[str, Path], str]:
-    """The room of a file, by the rows of a table: the longest name that the path begins with.
+    """The room of a file, from the rows of a table: the longest name with which the path begins.
 
-    A row may name a file in place of a folder, by the same name without ``.py``.
+    A row may name a file instead of a folder, without ``.py``.
     """
     longest_first = sorted(names, key=len, reverse=True)
 
@@ -74,7 +74,7 @@ def by_table(names: Iterable[str]) -> Callable[[str, Path], str]:
 
 
 def imported(source: str, module: str, is_folder: bool) -> Iterator[tuple[str, str | None]]:
-    """What a module imports of the packages: a module, and the name that is taken from it (which may be a module)."""
+    """What a module imports from the packages: pairs of a module and a name in it, which may be a module too."""
     package = module if is_folder else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -89,7 +89,7 @@ def imported(source: str, module: str, is_folder: bool) -> Iterator[tuple[str, s
 
 
 def arrows(checkout: Path, room_of: Callable[[str, Path], str] = by_folder) -> dict[Arrow, list[str]]:
-    """Each arrow between two rooms, with the imports that draw it, as ``file imports module``."""
+    """Each arrow between two rooms, with the imports behind it, as ``file imports module``."""
     files = {module_name(file): file for file in python_files(checkout)}
     drawn: dict[Arrow, list[str]] = {}
     for module, file in files.items():
@@ -111,7 +111,7 @@ def table(contributing: Path) -> list[Room]:
     """The rows of the table of rooms, in its order.
 
     Raises:
-        ValueError: there is no such table, or a row has not four cells.
+        ValueError: there is no such table, or a row does not have four cells.
     """
     text = contributing.read_text("utf-8")
     found = re.search(rf"^{re.escape(HEAD)}\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
@@ -128,7 +128,7 @@ def table(contributing: Path) -> list[Room]:
 
 
 def rings(drawn: Iterable[Arrow]) -> list[set[str]]:
-    """The groups of rooms that import each other, directly or over others."""
+    """The groups of rooms that import each other, directly or through other rooms."""
     reached: dict[str, set[str]] = {}
     for here, there in drawn:
         reached.setdefault(here, set()).add(there)
@@ -145,7 +145,7 @@ def rings(drawn: Iterable[Arrow]) -> list[set[str]]:
 
 
 def backward(drawn: Iterable[Arrow]) -> list[Arrow]:
-    """The fewest arrows without which no room is imported by what it imports; of several such sets, the first."""
+    """The smallest set of arrows whose removal leaves no ring; if there are several such sets, the first one."""
     arrows_ = list(drawn)
     removed: list[Arrow] = []
     for ring in rings(arrows_):
@@ -160,7 +160,7 @@ def backward(drawn: Iterable[Arrow]) -> list[Arrow]:
 
 
 def floors(drawn: Iterable[Arrow]) -> dict[str, int]:
-    """The floor of each room when those that import none stand on the first; without the backward arrows."""
+    """The floor of each room, without the backward arrows. A room that imports no other is on the first floor."""
     arrows_ = set(drawn)
     arrows_ -= set(backward(arrows_))
     floor = {room: 1 for arrow in arrows_ for room in arrow}
@@ -178,7 +178,7 @@ def largest(checkout: Path, number: int = 10) -> list[tuple[int, str]]:
 
 
 def counts(checkout: Path) -> Mapping[str, int]:
-    """What is compared between two checkouts."""
+    """The numbers that can be compared between two checkouts."""
     files = python_files(checkout)
     drawn = arrows(checkout)
     sources = [(checkout / file).read_text("utf-8") for file in files]
@@ -194,7 +194,7 @@ def counts(checkout: Path) -> Mapping[str, int]:
 
 
 def main() -> None:
-    """Print it."""
+    """Print counts, backward arrows, the largest modules, and the arrows if asked."""
     parser = argparse.ArgumentParser(description="Rooms and the arrows between them.")
     here = Path(__file__).resolve().parents[2]
     parser.add_argument("checkout", nargs="?", type=Path, default=here, help="by default, the one this lies in")

@@ -1,4 +1,4 @@
-"""Random rows of a batch, whole or dealt out to ranks. Imports nothing of verl, so a rank of a test starts fast."""
+"""Random rows of a batch, whole or dealt out to ranks. It imports nothing of verl, so that ranks start fast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SELECTORS = st.sampled_from(
 
 
 def make_rows(seed: int, num_rows: int, eligible: float = 0.8) -> Responses:
-    """Few distinct entropies, so that ties are common, and rows of very different lengths."""
+    """Random rows with few distinct entropies, so that ties are common, and with very different lengths."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 25, (num_rows,), generator=random)
     total = int(lengths.sum())
@@ -38,7 +38,7 @@ def make_rows(seed: int, num_rows: int, eligible: float = 0.8) -> Responses:
 
 
 def jagged(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Flat values as verl's batches hold them: one nested tensor, a row each."""
+    """Flat values in the form of verl's batches: one nested tensor with a row each."""
     return torch.nested.as_nested_tensor(list(values.split(lengths.tolist())), layout=torch.jagged)
 
 
@@ -56,7 +56,7 @@ def take(responses: Responses, members: list[int]) -> Responses:
 
 
 def with_padding_rows(responses: Responses, number: int, entropy: float = 9.0) -> Responses:
-    """With verl's padding rows behind them: one token outside of the mask, of whatever entropy the model gives it."""
+    """Add padding rows as verl does: each has one token outside the mask, with any entropy."""
     return Responses(
         torch.cat([responses.entropy, torch.full((number,), entropy)]),
         torch.cat([responses.eligible, torch.zeros(number, dtype=torch.int64)]),
@@ -67,7 +67,7 @@ def with_padding_rows(responses: Responses, number: int, entropy: float = 9.0) -
 
 
 def weights_on_rank(_: dict, responses: Responses, rule: Rule) -> tuple[list[torch.Tensor], Pool]:
-    """What a rank does, on the rows that it has: the weights of each row, and the pool over all ranks."""
+    """Do a rank's work on its rows. Returns the weights of each row, and the pool over all ranks."""
     ranks = Ranks(torch.distributed.group.WORLD)
     kept, pool = select_over_ranks(responses, rule.selector, ranks)
     soft = responses.entropy if rule.weight == "soft" else None

@@ -1,8 +1,8 @@
-"""Loaded into every process of a real run through VERL_USE_EXTERNAL_MODULES: notes what reaches the loss in the worker.
+"""Record what reaches the loss in the worker. Every process of a real run loads this (VERL_USE_EXTERNAL_MODULES).
 
-It wraps entries of verl's public registry of policy losses, so it sees exactly what verl's ppo_loss hands over, and it
-wraps advantages and selection on the driver and the selection in the worker, so that both sides of the same run can be
-compared.
+It wraps entries of verl's public registry of policy losses, so it sees exactly what verl's ppo_loss passes to them. It
+also wraps the advantages and the selection on the driver, and the selection in the worker, so that a test can compare
+driver and worker of the same run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _note_loss(module: Any) -> None:
         _save("loss", **{name: kwargs[name] for name in names})
         return wrapped(**kwargs)
 
-    for name in ("vanilla", "gpg"):  # what "reinforce" calls
+    for name in ("vanilla", "gpg"):  # "reinforce" calls gpg
         module.POLICY_LOSS_REGISTRY[name] = noting(module.POLICY_LOSS_REGISTRY[name])
 
 

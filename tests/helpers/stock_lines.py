@@ -1,6 +1,6 @@
-"""Run by test_stock.py: what main_ppo makes of command lines, up to the moment at which it would start Ray.
+"""test_stock.py runs this: it gives command lines to main_ppo, up to the moment at which Ray would start.
 
-Reads a JSON list of command lines, and writes a JSON list of verdicts: the config as it would be trained, or the error.
+It reads a JSON list of command lines, and writes a JSON list of verdicts: the config of the training, or the error.
 """
 
 from __future__ import annotations

@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def read(folder: Path) -> list[dict[str, str]]:
-    """A row for each job."""
+    """The table of results, a row for each job."""
     with open(folder / "results.csv", newline="") as file:
         return list(csv.DictReader(file))

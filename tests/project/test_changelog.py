@@ -1,4 +1,4 @@
-"""Entries in changes/ are well formed, and joining them loses nothing of the changelog."""
+"""The entries in changes/ are well formed, and moving them into the changelog loses no text."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What went wrong in other trainings on high-entropy tokens, one test for each, so that it cannot go wrong here.
+"""Defects of other programs that train on high-entropy tokens, one test for each, so that they cannot happen here.
 
-The issues are of huggingface/trl (TRL), modelscope/ms-swift, verl-project/verl, the authors' fork of verl, and
+The issues are in huggingface/trl (TRL), modelscope/ms-swift, verl-project/verl, the authors' fork of verl, and
 haolpku/DataFlex-RL.
 """
 
@@ -50,7 +50,7 @@ from entropy_fork.verl.sparse_head import ENTROPY_OF_MASK
 def test_padding_entropies_do_not_move_the_threshold(
     seed: int, selector: Selector, garbage: float, padding_rows: int
 ) -> None:
-    """TRL #3709, #3715: padding was in the quantile. In ms-swift it is NaN there, and still counts toward the limit."""
+    """TRL #3709, #3715: padding was in the quantile. In ms-swift padding is NaN, and still counts toward the limit."""
     rows = make_rows(seed, num_rows=6)
     expected = select_tokens(rows.entropy, rows.eligible, rows.lengths, selector, rows.order, rows.seeds)
 
@@ -66,7 +66,7 @@ def test_padding_entropies_do_not_move_the_threshold(
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_threshold_is_not_local_to_a_rank(worlds: dict[int, Processes], size: int) -> None:
-    """TRL #3833, and ms-swift still: each rank kept 20% of its own tokens, however low their entropies."""
+    """TRL #3833, and ms-swift today: each rank kept 20% of its own tokens, even if their entropies were low."""
     shares = [make_rows(rank, num_rows=4, eligible=1.0) for rank in range(size)]
     shares = [replace(rows, entropy=rows.entropy + 100 * rank) for rank, rows in enumerate(shares)]
     together = torch.cat([rows.entropy for rows in shares])
@@ -87,7 +87,7 @@ def test_a_threshold_is_not_local_to_a_rank(worlds: dict[int, Processes], size: 
 def test_ranks_with_other_numbers_of_tokens_or_with_none_do_not_hang(
     worlds: dict[int, Processes], size: int, last_rank_is_empty: bool
 ) -> None:
-    """TRL #3933, #3964: a collective on ranks with different counts hung; #4041: again when one had no valid token."""
+    """TRL #3933, #3964: a collective hung on ranks with different counts. #4041: again if a rank had no valid token."""
     shares = [make_rows(rank, num_rows=1 + 3 * rank) for rank in range(size)]
     if last_rank_is_empty:
         shares[-1] = replace(shares[-1], eligible=torch.zeros_like(shares[-1].eligible))
@@ -99,10 +99,10 @@ def test_ranks_with_other_numbers_of_tokens_or_with_none_do_not_hang(
 
 
 def test_the_entropy_bonus_and_the_kl_term_are_over_all_response_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL #6140: the bonus disagreed with the mask. Here a mask is the policy term's alone, by verl's own loss.
+    """TRL #6140: the bonus disagreed with the mask. Here, in verl's own loss, the mask changes only the policy term.
 
-    The bonus and the KL term of a masked run are those of the plain run: over every response token, dropped ones
-    included, and over no padding. The gradients of the two runs differ by the policy term of verl's, times the weight.
+    The bonus and the KL term of a masked run equal those of the plain run: they use every response token, also dropped
+    ones, and no padding. The gradients of the two runs differ only in verl's policy term, by the weights.
     """
     masked_batch, _ = run_hook(monkeypatch)
     plain_batch = {name: field for name, field in masked_batch.items() if name != "rollout_is_weights"}
@@ -142,7 +142,7 @@ def test_more_than_2_to_the_24_tokens() -> None:
 
 
 def test_many_equal_entropies_do_not_keep_everything() -> None:
-    """With 90% of the entropies equal, ``entropy >= quantile`` keeps every one of the equal tokens."""
+    """If 90% of the entropies are equal, ``entropy >= quantile`` keeps all the equal tokens."""
     entropy = torch.cat([torch.zeros(900), torch.linspace(1, 2, 100)])
     selection = select_tokens(entropy, torch.ones(1000), torch.tensor([1000]), TOP20)
     assert selection.kept.sum() == 200
@@ -169,7 +169,7 @@ def test_many_equal_entropies_do_not_keep_everything() -> None:
 def test_an_option_under_the_wrong_node_is_refused_and_what_was_kept_is_logged(
     compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, option: str, where: str, also_at_the_root: bool
 ) -> None:
-    """The authors' #14: the option did nothing there, and no metric told."""
+    """The authors' #14: the option did nothing in that place, and no metric showed it."""
     at_the_root = ["+entropy_fork=global"] if also_at_the_root else []
     with pytest.raises(EntropyForkError, match=rf"'{where}' does nothing.*Write \+entropy_fork=global.*"):
         check_before_training(compose(option, *at_the_root))
@@ -182,7 +182,7 @@ def test_an_option_under_the_wrong_node_is_refused_and_what_was_kept_is_logged(
 
 @pytest.mark.parametrize("denominator", ["kept", "all"])
 def test_a_response_without_a_kept_token_contributes_zero_not_nan(denominator: str) -> None:
-    """Its mean over kept tokens under seq-mean-token-mean was 0/0. Through verl's own aggregation."""
+    """Its mean over kept tokens under seq-mean-token-mean was 0/0. This test uses verl's own aggregation."""
     entropy = torch.tensor([[3.0, 1.0, 2.0, 0.5], [0.1, 0.2, 0.1, 0.2], [4.0, 9.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
     lengths = torch.tensor([4, 4, 4])
@@ -200,7 +200,7 @@ def test_a_response_without_a_kept_token_contributes_zero_not_nan(denominator: s
 
 
 def test_a_double_registration_masks_once() -> None:
-    """A mask that was applied twice: with the kept denominator the factor would be squared."""
+    """If a mask were applied twice, the factor of ``denominator=kept`` would be squared."""
     order = PPOTrainer.__mro__
     for _ in range(2):
         trainer.install()
@@ -214,7 +214,7 @@ def test_a_double_registration_masks_once() -> None:
 
 @pytest.mark.parametrize("entropy", ["old", "current"])
 def test_the_micro_batch_size_does_not_change_the_selection(entropy: str) -> None:
-    """verl #7829. In verl's own cuts; and where a micro-batch is asked for as the pool, it does change."""
+    """verl #7829, with verl's own micro-batches. With ``pool=micro_batch`` the selection does change."""
     cuts: list[dict[str, Any]] = [{"use_dynamic_bsz": False, "micro_batch_size_per_gpu": rows} for rows in (12, 1, 4)]
     cuts += [{"use_dynamic_bsz": True, "max_token_len_per_gpu": tokens} for tokens in (30, 80)]
     whole, *others = [weights_in_worker(Rule(TOP20, entropy), cut) for cut in cuts]
@@ -242,10 +242,10 @@ def test_existing_importance_weights_are_multiplied(monkeypatch: pytest.MonkeyPa
 
 
 class PpoGradients:
-    """verl's ``ppo_loss`` on a batch as its engines call it, with an entropy bonus and a KL term, and its gradients.
+    """verl's ``ppo_loss`` on a batch, called as by its engines, with an entropy bonus and a KL term; and its gradients.
 
     Attributes:
-        by_log_prob, by_entropy: float, shape (num_tokens,): prompts and responses behind one another.
+        by_log_prob, by_entropy: float, shape (num_tokens,): prompts and responses, one row after another.
     """
 
     ENTROPY_COEFF = 0.01
@@ -289,15 +289,15 @@ class PpoGradients:
         self.by_log_prob, self.by_entropy = log_prob.grad, entropy.grad
 
     def of_responses(self, values: Tensor) -> Tensor:
-        """Values of the response tokens, where the model put out the logits of each: one earlier, and 0 elsewhere."""
+        """The values of the response tokens at the positions that predict them, one earlier; 0 at other positions."""
         rows = values.split(self._lengths.tolist())
         return torch.cat([torch.cat([row.new_zeros(1), row, row.new_zeros(1)]) for row in rows])
 
 
 def weights_in_worker(rule: Rule, cut: dict[str, Any], importance: float | None = None) -> Tensor:
-    """The weights that verl's loss is given in one gradient step on one rank, flat, in the order of the rows.
+    """The weights that verl's loss gets in one gradient step on one rank, flat, in the order of the rows.
 
-    The current policy's entropy of a token is a function of its input id; micro-batches are verl's own.
+    The current policy's entropy of a token is a function of its input id. Micro-batches are verl's own.
     """
     rows = make_rows(seed=7, num_rows=12)
     # The logits of a token are at the position before it: those of a response start at its one prompt token.

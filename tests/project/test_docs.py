@@ -1,7 +1,7 @@
-"""What the documentation says is there: links, commands, options, keys and files; and what docstrings must say.
+"""Everything that the documentation names exists: links, commands, options, keys, files. Docstrings are complete.
 
-Every command line is read as a shell would and given to the parser of the command itself, so an option that is renamed
-fails here where a page still names the old one. That the commands do what the pages say is for the other tests.
+Every command line is split as in a shell, and given to the parser of the command itself. So if an option is renamed and
+a page still has the old name, a test fails here. Other tests check what the commands do.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FENCE = re.compile(r"^( *)```([\w-]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
-#: what a reader is to put something of his own for
+#: placeholders that a reader replaces
 PLACEHOLDER = re.compile(r"…|<[a-z ]+>")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
@@ -57,12 +57,12 @@ def prose(page: Path) -> str:
 
 
 def spans(page: Path) -> list[str]:
-    """What stands between backticks in the text."""
+    """The texts between backticks."""
     return [" ".join(span.split()) for span in SPAN.findall(prose(page))]
 
 
 def command_lines(page: Path) -> list[str]:
-    """The lines of a page's blocks of shell, continued ones joined, without comments."""
+    """The command lines in a page's shell blocks. Continued lines are joined, and comments removed."""
     lines = []
     for _, language, block in FENCE.findall(page.read_text(encoding="utf-8")):
         if language == "sh":
@@ -75,14 +75,14 @@ def code(page: Path) -> list[str]:
 
 
 def after(program: str, page: Path) -> Iterator[str]:
-    """What follows the name of a program wherever it is called, up to where a shell would end the command."""
+    """The arguments of each call of a program, up to the end of the command."""
     for line in code(page):
         for found in re.finditer(rf"(?:^|[\s;|(]|\.venv/bin/){program}\s+([^;|]*)", line):
             yield found[1]
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """The anchors that GitHub makes from a page's headings."""
     found: set[str] = set()
     for heading in HEADING.findall(prose(page)):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -159,12 +159,12 @@ def called_by_name(command: Any, name: str) -> Iterator[str]:
 
 @cache
 def tables() -> Any:
-    """docs/tables.py, which is no part of a package."""
+    """The module docs/tables.py, which belongs to no package."""
     place = importlib.util.spec_from_file_location("tables", REPOSITORY / "docs/tables.py")
     assert place is not None
     assert place.loader is not None
     module = importlib.util.module_from_spec(place)
-    sys.modules["tables"] = module  # dataclasses look their module up
+    sys.modules["tables"] = module  # dataclasses look up their module
     place.loader.exec_module(module)
     return module
 
@@ -222,7 +222,7 @@ def test_every_command_line_of_ours_is_one_that_the_command_takes(page: Path) ->
         assert named <= options | {"--help"}, f"entropy-fork {called}"
         if called in spans_after(page) or PLACEHOLDER.search(called):
             continue
-        with pytest.MonkeyPatch.context() as patch:  # Path options that must exist: here they are names in a text
+        with pytest.MonkeyPatch.context() as patch:  # options with a path: in a text it is only a name
             patch.setattr(click.Path, "convert", lambda self, value, *_: value)
             try:
                 command.make_context("entropy-fork", words)
@@ -233,13 +233,13 @@ def test_every_command_line_of_ours_is_one_that_the_command_takes(page: Path) ->
 
 
 def spans_after(page: Path) -> set[str]:
-    """Calls of ours in running text: often without their arguments."""
+    """Calls of our programs in running text, often without arguments."""
     return {span.removeprefix("entropy-fork ") for span in spans(page)}
 
 
 @cache
 def keys(schema: str) -> set[str]:
-    """The keys of a config node, read in the source: importing it would import all of verl."""
+    """The keys of a config node, read from the source, because an import would import all of verl."""
     for node in ast.parse((REPOSITORY / "entropy_fork/verl/config/schema.py").read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == schema:
             return {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
@@ -298,12 +298,12 @@ PUBLIC_MODULES = [
     path
     for folder in ("entropy_fork", "hydra_plugins")
     for path in sorted((REPOSITORY / folder).rglob("*.py"))
-    if path.parent.name != "cli"  # whose docstrings are what --help shows
+    if path.parent.name != "cli"  # --help shows their docstrings
 ]
 
 
 def public_functions(node: ast.Module | ast.ClassDef, of_class: str = "") -> Iterator[tuple[ast.FunctionDef, str]]:
-    """Each public function, and its docstring; __init__ and __post_init__ have that of their class."""
+    """Each public function with its docstring. __init__ and __post_init__ use the docstring of their class."""
     for child in node.body:
         if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
             yield from public_functions(child, ast.get_docstring(child) or "")

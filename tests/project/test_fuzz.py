@@ -1,4 +1,4 @@
-"""Property tests draw the same examples everywhere; ``make fuzz`` draws new ones, and what fails can be replayed."""
+"""Property tests draw the same examples everywhere. ``make fuzz`` draws new ones, and a failure can be replayed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_writes():
     Path("seen").write_text(repr(seen))
 """
 
-#: of 100 examples one fails in half of the rounds
+#: in half of the rounds, one of 100 examples fails
 RARE = """
 from hypothesis import given, strategies as st
 
@@ -57,7 +57,7 @@ def test_the_profile_of_the_tests_is_deterministic() -> None:
 
 
 def examples(folder: Path, *arguments: str) -> str:
-    """What a whole run of pytest draws in a folder of its own, under our profiles."""
+    """The examples that a whole run of pytest draws in a separate folder, with our profiles."""
     folder.mkdir(exist_ok=True)
     (folder / "test_property.py").write_text(PROPERTY)
     options = ["-q", "-p", "conftest", "-p", "no:cacheprovider", *arguments]

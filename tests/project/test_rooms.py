@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows between the rooms, drawn from the code, beside the table of CONTRIBUTING.md."""
+"""Which room may import which: the arrows between the rooms in the code agree with the table of CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_no_folder_is_imported_by_what_it_imports() -> None:
 
 
 def small(folder: Path, **files: str) -> Path:
-    """A checkout with these files of ``entropy_fork``; ``__`` in a name is the sign between folders."""
+    """A checkout with these files of ``entropy_fork``; ``__`` in a name separates folders."""
     for name, source in {"__init__": "", **files}.items():
         file = folder / "entropy_fork" / (name if name == "__init__" else name.replace("__", "/"))
         file = file.with_name(file.name + ".py")
@@ -138,7 +138,7 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def test_nothing_imports_a_test() -> None:
-    """Nor does a helper."""
+    """A helper does not import a test either."""
     of_a_test = re.compile(r"(\.|tests\b|conftest\b)|(\w+\.)*test_")
     wrong = [f"{file.relative_to(TESTS)} imports {name}" for file in sorted(TESTS.rglob("*.py"))
              for name in imports(file) if of_a_test.match(name)]  # fmt: skip
@@ -171,7 +171,7 @@ def test_a_test_file_stands_in_the_folder_of_its_room() -> None:
 
 
 def test_no_two_test_files_have_one_name() -> None:
-    """Pytest imports them by their names alone, and real ranks find a test's functions so."""
+    """Pytest imports test files by name only, and real ranks find a test's functions by that name."""
     assert [name for name, number in Counter(file.name for file in TEST_FILES).items() if number > 1] == []
 
 

@@ -1,7 +1,7 @@
-"""Attacks at every edge, each really tried: what docs/reference/security.md promises.
+"""Attacks on every input, really executed, to test what docs/reference/security.md promises.
 
-``test_report.py`` has the page's escaping and its Content-Security-Policy, ``test_reward.py`` endless and
-monstrous answers.
+``test_report.py`` tests the page's escaping and its Content-Security-Policy, ``test_reward.py`` endless and very large
+answers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ QUIET = Console(quiet=True)
 
 # ---- the source: nothing in it could make code of data ---------------------------------------------------------------
 
-#: a call that is allowed all the same: file, what it is, why
+#: calls that are allowed as exceptions: file, call, reason
 ALLOWED = {
     ("entropy_fork/preflight/model_shape.py", "trust_remote_code"): "plan: the value of the run's own config",
     ("entropy_fork/evaluation/evaluate.py", "trust_remote_code"): "the value that the user gives vLLM, or False",
@@ -79,7 +79,7 @@ FORBIDDEN_CALLS = re.compile(
 
 
 def findings(source: str) -> Iterator[str]:
-    """What of a Python file could run what it reads."""
+    """The calls in a Python file that could run the text that they read."""
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
         given_values = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -143,12 +143,12 @@ def test_the_search_finds_what_it_is_for(source: str, what: str | None) -> None:
 
 
 def spelt(text: str) -> str:
-    """A Python expression for a text without quotes, spaces and capitals, none of which come through math-verify."""
+    """A Python expression for a text, without quotes, spaces and capitals, which math-verify would not let through."""
     return "+".join(f"chr({ord(character)})" for character in text)
 
 
 def hostile_answers(canary: Path) -> dict[str, str]:
-    """Contents of boxes that try to make a file. The sums did so until it was refused; math-verify 0.9, sympy 1.14."""
+    """Contents of boxes that try to make a file. With math-verify 0.9 and sympy 1.14 the sums did, until refused."""
     call = f"open({spelt(str(canary))},chr(119))"
     quoted = f"__import__('os').system('touch {canary}')"
     total = r"\sum_{n=0}^{\infty} \frac{%s^n}{n!}"
@@ -195,7 +195,7 @@ def test_a_hostile_answer_does_nothing_and_is_wrong(tmp_path: Path) -> None:
             begin = time.monotonic()
             score = compute_score("any", rf"\boxed{{{answer}}}", truth, timeout=3, processes=1, memory_mib=512)
             assert score["acc"] == 0, (name, truth)
-            # As the ground truth of a hostile data set.
+            # Use the text as the ground truth of a hostile data set too.
             score = compute_score("any", r"\boxed{\sqrt{2}}", answer, timeout=3, processes=1, memory_mib=512)
             assert score["acc"] == 0, (name, truth)
             assert time.monotonic() - begin < 2 * (3 * judge.WALL_FACTOR + 5), name
@@ -204,7 +204,7 @@ def test_a_hostile_answer_does_nothing_and_is_wrong(tmp_path: Path) -> None:
     assert pool.compare(r"\sqrt{98}", r"7\sqrt{2}", 5).equal
 
 
-#: Python, in a process in which text may not become code; FILE is the canary's path
+#: Python code for a process in which text may not become code; FILE is the path of the canary
 ATTEMPTS = {
     "eval": "eval(f'open({FILE!r}, chr(119))')",
     "exec": "exec(f'open({FILE!r}, chr(119))')",
@@ -227,7 +227,7 @@ def test_text_cannot_become_code_in_a_process_of_the_reward(
     result = python("-c", guarded + attempt)
     assert "PermissionError: text would become code" in result.stderr, result.stderr
     assert not canary.exists()
-    # the attempt itself works, or the test would show nothing
+    # the attack works without our defence, else the test would show nothing
     unguarded = python("-c", prepared + attempt + "\nprint('ran')")
     assert canary.exists() or ("namedtuple" in attempt and unguarded.stdout == "ran\n")
 
@@ -257,7 +257,7 @@ print("done")
 
 
 def test_an_answer_that_would_have_been_run_counts_as_stopped(python: Callable[..., Any], tmp_path: Path) -> None:
-    """In the loop that serves requests, with a comparison that evaluates what it is given."""
+    """In the loop that serves requests, the comparison is replaced by one that evaluates its input."""
     request = json.dumps([f"[open({str(tmp_path / 'canary')!r}, 'w')]", "1", 5])
     result = python(
         "-c",
@@ -288,7 +288,7 @@ judge.serve(2048)
     ],
 )
 def test_the_time_of_a_hostile_answer_is_bounded(answer: str, seconds: float) -> None:
-    compute_score("any", r"\boxed{x}", r"y", processes=1, memory_mib=512)  # a child is there
+    compute_score("any", r"\boxed{x}", r"y", processes=1, memory_mib=512)  # a child is running
     begin = time.monotonic()
     score = compute_score("any", rf"\boxed{{{answer}}}", r"3\sqrt{2}+1", timeout=1, processes=1, memory_mib=512)
     assert score["acc"] == 0
@@ -328,7 +328,7 @@ def test_any_answer_gets_a_score(text: str) -> None:
 
 
 def test_long_answers_are_not_kept() -> None:
-    """A cache by answer must not grow with answers of 100,000 characters, ever others."""
+    """A cache by answer must not grow when all answers are new and have 100,000 characters."""
     from entropy_fork.reward import score as reward
 
     before = [cache.cache_info().currsize for cache in (reward._judged, reward.plain_number)]
@@ -341,7 +341,7 @@ def test_long_answers_are_not_kept() -> None:
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -381,7 +381,7 @@ def evaluating(model: Path, data: Path, output: Path, **changes: Any) -> evaluat
 def test_a_hostile_shard_is_not_unpickled(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By verl's merger, as all commands ask for it; whatever the caller's environment says."""
+    """verl's merger, called as in all our commands, does not unpickle it, whatever the environment variables are."""
     canary, actor = tmp_path / "canary", tmp_path / "global_step_1" / "actor"
     (actor / "huggingface").mkdir(parents=True)
     for file in model.iterdir():
@@ -394,7 +394,7 @@ def test_a_hostile_shard_is_not_unpickled(
     with pytest.raises(EntropyForkError, match=r"has posix\.mkdir in it, which could run code and was not loaded"):
         evaluation.evaluate(evaluating(actor, data, tmp_path / "out"), QUIET)
     assert not canary.exists()
-    torch.load(shard, weights_only=False)  # what verl's merger does by itself
+    torch.load(shard, weights_only=False)  # verl's merger by itself does it
     assert canary.exists()
 
 
@@ -429,7 +429,7 @@ def test_a_models_own_code_is_not_run(model: Path, data: Path, tmp_path: Path) -
     (hostile / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": classes}))
     (hostile / "mine.py").write_text(
         f"import os\nos.mkdir({str(canary)!r})\nfrom transformers import Qwen3Config\n"
-        "class Config(Qwen3Config): model_type = 'mine'\n"  # of its own: transformers marks the class that it loads
+        "class Config(Qwen3Config): model_type = 'mine'\n"  # a new class: transformers marks the class that it loads
     )
     with pytest.raises(EntropyForkError, match="brings Python code of its own"):
         evaluation.evaluate(evaluating(hostile, data, tmp_path / "out"), QUIET)
@@ -452,7 +452,7 @@ def test_a_chat_template_stays_in_its_sandbox(model: Path, data: Path, tmp_path:
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(EntropyForkError, match="chat template cannot be applied: SecurityError"):
         evaluation.evaluate(evaluating(model, data, tmp_path / "out", chat_template=template), QUIET)
-    # and what a question says is no template
+    # and the text of a question is no template
     row = {"data_source": "x", "prompt": [{"role": "user", "content": "{{ 7 * 7 }}"}],
            "reward_model": {"ground_truth": "1"}}  # fmt: skip
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
@@ -502,7 +502,7 @@ def test_names_become_harmless_names_of_files(name: str) -> None:
 
 
 def test_nothing_is_written_over_what_is_not_ours(tmp_path: Path) -> None:
-    """Data, tokens and answers each have a manifest.json; none is taken for another's."""
+    """Data, tokens and answers each have a manifest.json. None is accepted as that of another kind."""
     prepared = tmp_path / "data"
     prepared.mkdir()
     (prepared / "manifest.json").write_text('{"source": "aime24", "rows_out": 30}')
@@ -521,7 +521,7 @@ def test_nothing_is_written_over_what_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_a_symbolic_link_is_not_followed_out_of_a_folder(tmp_path: Path) -> None:
-    """'data prepare --overwrite' replaces a link, not what it leads to; a file's other name beforehand is no trap."""
+    """'data prepare --overwrite', and the writing of a file, replace a link and do not change its target."""
     from entropy_fork.common.output_folder import write_whole
     from entropy_fork.data.prepare import put_in_place
 
@@ -559,7 +559,7 @@ def test_a_terminal_shows_text(text: str) -> None:
     Console(file=out, force_terminal=True, color_system="truecolor", width=500).print(
         TextTable([text, "n"], [[text, "1"]]).rich()
     )
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # rich's own, of the header
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # from rich, for the header
     assert "\x1b[31m" not in out.getvalue()
     assert "\x1b]" not in out.getvalue()
     assert all(character.isprintable() or character == "\n" for character in plain)
@@ -567,7 +567,7 @@ def test_a_terminal_shows_text(text: str) -> None:
 
 
 def test_what_takes_no_place_on_a_terminal_is_shown_by_its_number() -> None:
-    """Goes over all of Unicode, by the standard's own categories. A character with a place of its own stays."""
+    """Tests all of Unicode, by the standard's categories. A character with its own place on the terminal stays."""
     for character in map(chr, range(0x110000)):
         name, category = unicodedata.name(character, ""), unicodedata.category(character)
         hidden = category in {"Cc", "Cf", "Cn", "Co", "Cs", "Mc", "Me", "Mn", "Zl", "Zp"}
@@ -597,7 +597,7 @@ def test_an_error_carries_no_commands_for_the_terminal(tmp_path: Path) -> None:
 
 @given(st.one_of(st.sampled_from(HOSTILE_TEXTS), st.text()))
 def test_a_spreadsheet_computes_nothing(text: str) -> None:
-    """In a whole file, since a line's end in a cell could begin a row of its own."""
+    """Tests a whole file, because a line break in a cell could begin a new row."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([[spreadsheet_cell(text)] * 2] * 2)
     rows = list(csv.reader(io.StringIO(out.getvalue(), newline="")))
@@ -641,7 +641,7 @@ def test_a_figure_shows_text(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def hostile_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens that are hostile texts, often enough for tables and word clouds, in a folder with a hostile name."""
+    """Tokens with hostile texts, frequent enough for tables and word clouds, in a folder with a hostile name."""
     folder = tmp_path_factory.mktemp("hostile") / "$\\frac{<img src=x onerror='window.hacked=4'>[red]\x1b[31m"
     write_manifest(folder, {"source": "model", "model": "</script>\u2028"})
     random = np.random.default_rng(0)
@@ -687,7 +687,7 @@ def test_the_files_of_an_analysis_hold_text(hostile_tokens: Path, tmp_path: Path
 
 @pytest.mark.process
 def test_a_hostile_report_is_a_page_of_text(hostile_tokens: Path, tmp_path: Path) -> None:
-    """Names of data sets, runs and folders in headings, tables and figures; what is in tokens is in test_report.py."""
+    """Hostile names of data sets, runs and folders in headings, tables and figures. For tokens: test_report.py."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path / "run")) as writer:

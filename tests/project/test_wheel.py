@@ -1,4 +1,4 @@
-"""The wheel by itself: the recipes are inside, and main_ppo finds them from an unrelated directory."""
+"""The wheel alone: the recipes are inside, and main_ppo finds them from an unrelated directory."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_the_wheel_holds_the_recipes_and_nothing_that_is_not_ours(wheel: Path) -
         "entropy_fork",
         "hydra_plugins",
     }
-    # with an __init__ of its own Hydra's namespace package would hide everybody else's plugins
+    # an __init__ in Hydra's namespace package would hide the plugins of all other packages
     assert "hydra_plugins/__init__.py" not in names
 
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, installed by itself. verl and the rest are the environment's."""
+    """The wheel, installed alone in a folder. verl and the other packages are the environment's."""
     target = tmp_path_factory.mktemp("site")
     arguments = ["install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", *arguments], check=True, timeout=300)
@@ -62,7 +62,7 @@ def test_main_ppo_finds_the_recipes_of_the_installed_wheel(
 def test_every_recipe_composes_with_every_preset_from_the_installed_wheel(
     site: Path, python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """What ``--cfg job --resolve`` does, in one process: the recipes stand in the wheel, not in this checkout."""
+    """Does what ``--cfg job --resolve`` does, in one process, with the recipes in the wheel, not in this checkout."""
     run = python("-c", COMPOSE_ALL, PYTHONPATH=str(site))
     assert run.returncode == 0, run.stderr[-3000:]
     names = json.loads(run.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""The paper's runs: every recipe against the paper's table, and on every cluster past all checks before Ray starts."""
+"""The paper's runs: every recipe has the values of the paper's table, and passes all checks on every cluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAIRS += [(recipe, "small_4") for recipe in RECIPES if "_8b_" in recipe]
 RESPONSE_LENGTH = {"20k": 20480, "29k": 29696}
 BASE_MODEL = {"8b": "Qwen/Qwen3-8B-Base", "14b": "Qwen/Qwen3-14B-Base"}
 
-#: the paper's hyper-parameters, and the authors' script where the paper is silent
+#: the paper's hyper-parameters; if the paper gives none, those of the authors' script
 TABLE = {
     "algorithm.adv_estimator": "grpo",
     "algorithm.use_kl_in_reward": False,
@@ -78,7 +78,7 @@ TABLE = {
     "entropy_fork.denominator": "kept",
 }
 
-#: what keeps its value when a recipe is shrunk
+#: the keys that keep their values when a recipe is shrunk
 ALGORITHM = [
     key
     for key in TABLE
@@ -89,7 +89,7 @@ ALGORITHM = [
 
 @functools.cache
 def composed(*overrides: str) -> Any:
-    """verl's config as main_ppo composes it. Half a second each, so each is made once."""
+    """verl's config as main_ppo composes it. That takes half a second, so each config is made once."""
     import verl.trainer.main_ppo as main_ppo
 
     with initialize_config_dir(str(Path(main_ppo.__file__).parent / "config"), version_base=None):
@@ -115,7 +115,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def complete(recipe: str, cluster: str, data: Path) -> Any:
-    """A config of its own, with everything that the command line has to give."""
+    """A new config, with every key that the command line must set."""
     config = copy.deepcopy(recipe_on(recipe, cluster))
     with open_dict(config):
         config.data.train_files, config.data.val_files = (str(data / f"{name}.parquet") for name in ("train", "test"))
@@ -125,7 +125,7 @@ def complete(recipe: str, cluster: str, data: Path) -> Any:
 
 @pytest.mark.parametrize(("recipe", "cluster"), [pair for pair in PAIRS if pair[1] != "cpu_smoke"])
 def test_a_recipe_is_the_papers_run_on_every_cluster(recipe: str, cluster: str) -> None:
-    """No cluster changes what is trained. LoRA alone has another learning rate."""
+    """No cluster changes what is trained. Only LoRA has another learning rate."""
     config = recipe_on(recipe, cluster)
     wanted = dict(TABLE)
     if cluster == "small_4":
@@ -159,11 +159,11 @@ def test_a_recipe_passes_all_checks_on_every_cluster_with_every_preset(recipe: s
 
     config = complete(recipe, cluster, data)
     check_complete(config)
-    # verl's own, without what this package adds to it for the machine that it runs on (here a CPU)
+    # verl's own function, without what this package adds for this machine (a CPU)
     validate_config.__wrapped__(config, need_reference_policy(config), need_critic(config))
     assert not need_reference_policy(config)
     assert not need_critic(config)
-    # What verl's workers make of it, where a key that they do not know would end the run minutes later.
+    # Convert the config as verl's workers do. There, an unknown key would end the run minutes later.
     for node in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm):
         omega_conf_to_dataclass(node)
 
@@ -179,7 +179,7 @@ def test_a_recipe_passes_all_checks_on_every_cluster_with_every_preset(recipe: s
 
 @pytest.mark.parametrize(("recipe", "cluster"), PAIRS)
 def test_batches_divide_and_the_longest_sequence_fits(recipe: str, cluster: str) -> None:
-    """What verl would only find out in a worker."""
+    """verl would notice this only in a worker."""
     config = recipe_on(recipe, cluster)
     actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
     num_gpus = trainer.nnodes * trainer.n_gpus_per_node
@@ -225,7 +225,7 @@ def test_what_is_missing_is_said_with_what_to_write() -> None:
         "paper_16x8",
     ):
         assert word in str(error.value)
-    # named once a cluster is, and no longer
+    # no longer missing once a cluster is named
     with pytest.raises(EntropyForkError) as error:
         check_complete(recipe_on("qwen3_8b_20k", "node_8"))
     assert "+cluster" not in str(error.value)
@@ -233,7 +233,7 @@ def test_what_is_missing_is_said_with_what_to_write() -> None:
 
 
 def test_a_cluster_before_its_recipe_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hydra would let the recipe undo it. A config that no Hydra application composed has no order to look at."""
+    """In Hydra the recipe would undo it. A config that was not composed by a Hydra application has no order."""
     config = complete("qwen3_8b_20k", "node_8", data)
     check_complete(config)
 
@@ -266,7 +266,7 @@ def test_runs_that_select_differently_have_different_names(overrides: list[str],
 
 
 def test_a_baseline_does_not_resume_from_the_masked_run() -> None:
-    """verl goes on from whatever lies in the folder of the run's name."""
+    """verl resumes from any checkpoint in the folder of the run's name."""
     masked, baseline = recipe_on("qwen3_8b_20k", "node_8"), composed("+recipe=qwen3_8b_20k", "entropy_fork=off")
     assert masked.trainer.default_local_dir.endswith("/qwen3_8b_20k-top0.2-current-micro_batch")
     assert baseline.trainer.default_local_dir.endswith("/qwen3_8b_20k-off")
@@ -299,7 +299,7 @@ def test_the_prompt_is_the_papers(recipe: str, tokenizer: PreTrainedTokenizerFas
 
 
 def test_verl_asks_for_the_prompt_in_this_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """The key is the one that verl's trainer and agent loops give to their tokenizer."""
+    """verl's trainer and agent loops give this key to their tokenizer."""
     from transformers import Qwen3Config
     from verl.utils.config import omega_conf_to_dataclass
 

@@ -1,4 +1,4 @@
-"""The reward: the last box, compared by mathematics, with limits on time and memory, in threads and actors."""
+"""The reward: compare the last box mathematically, with limits on time and memory, in threads and actors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from entropy_fork.reward.score import MAX_CHARACTERS, compare, compute_score, la
 
 pytestmark = pytest.mark.process
 
-#: agreement with a human grader, tests/reward/answer_pairs.tsv. A new math-verify that changes a verdict changes these.
+#: agreement with a human grader on tests/reward/answer_pairs.tsv. A new math-verify may change these numbers.
 PAIRS, AGREED = 318, 305
 
-#: each takes minutes to years where nothing bounds it
+#: without a limit, each of these takes minutes to years
 ENDLESS = {
     "tower of exponents": "9^{9^{9^9}}",
     "factorial": "100000000!",
@@ -96,7 +96,7 @@ def test_last_box(text: str, box: str | None) -> None:
 
 @pytest.mark.parametrize("unit", [r"\boxed{", r"\boxed{{", "{", "}", "\\", r"\boxed", r"\boxed{1"])
 def test_the_box_is_found_in_linear_time(unit: str) -> None:
-    """A search from every box to the end of the text took minutes for the first of these."""
+    """A search from every box to the end of the text took minutes for the first of these texts."""
     text = unit * (1_000_000 // len(unit))
     begin = time.process_time()
     assert last_boxed(r"\boxed{7}" + text) == "7"
@@ -156,10 +156,10 @@ def test_plain_numbers() -> None:
 @pytest.mark.parametrize("answer", ENDLESS.values(), ids=ENDLESS)
 def test_an_endless_answer_is_stopped(answer: str) -> None:
     pool = judges(1, 256)
-    pool.compare("x", "y", 5)  # a child is there, and the time of its start is not in what follows
+    pool.compare("x", "y", 5)  # start a child, so that its start does not count below
     begin = time.monotonic()
     score = compute_score("any", rf"\boxed{{{answer}}}", r"3\sqrt{2}+x", timeout=0.5, processes=1, memory_mib=256)
-    assert time.monotonic() - begin < 0.5 * judge.WALL_FACTOR + 5  # of a busy machine
+    assert time.monotonic() - begin < 0.5 * judge.WALL_FACTOR + 5  # seconds, for a busy machine
     assert score == {"score": 0, "acc": 0, "format": 0, "stopped": 1}
     assert pool.compare(r"\sqrt{8}", r"2\sqrt{2}", 5).equal
 
@@ -184,7 +184,7 @@ def test_an_endless_answer_is_stopped(answer: str) -> None:
 def test_a_monstrous_answer_is_wrong_and_harmless(answer: str) -> None:
     begin = time.monotonic()
     assert compute_score("any", rf"\boxed{{{answer}}}", r"7\sqrt{2}", timeout=1)["acc"] == 0
-    assert time.monotonic() - begin < 1 * judge.WALL_FACTOR + 10  # a child may have to be started
+    assert time.monotonic() - begin < 1 * judge.WALL_FACTOR + 10  # a child may need to start
     assert compute_score("any", r"\boxed{\sqrt{98}}", r"7\sqrt{2}")["acc"] == 1
 
 
@@ -198,8 +198,8 @@ def test_a_long_box_is_wrong_without_being_parsed() -> None:
 
 @pytest.fixture(scope="module")
 def start_mib() -> int:
-    """MiB that a process takes before its first answer: another number on each Python, and more without bytecode."""
-    for _ in range(2):  # the first one may have written the bytecode
+    """MiB that a process takes before its first answer. It depends on the Python, and is larger without bytecode."""
+    for _ in range(2):  # the first process may have written the bytecode
         pool = Judges(1, 512)
         assert pool.compare("1+0", "1", 5).equal
         status = Path(f"/proc/{pool._idle[0]._process.pid}/status").read_text()
@@ -208,14 +208,14 @@ def start_mib() -> int:
 
 
 def test_memory_is_bounded(start_mib: int) -> None:
-    """With room for little more than math-verify, what needs gigabytes fails by itself, and the next is judged."""
+    """With memory for little more than math-verify, an answer that needs gigabytes fails, and the next is judged."""
     pool = judges(1, start_mib + 7)
     assert not pool.compare("2^{2^{36}}", "2.5", 60).stopped
     assert pool.compare(r"\sqrt{8}", r"2\sqrt{2}", 5).equal
 
 
 def test_many_threads() -> None:
-    """Right answers in all threads while others are endless, with no more processes than allowed."""
+    """Answers are right in all threads while other answers are endless, with no more processes than allowed."""
     answers = [ENDLESS["tower of exponents"] + f"+{i}" if i % 20 == 0 else rf"\sqrt{{{i * i}}}" for i in range(60)]
     with ThreadPoolExecutor(16) as threads:
         scores = list(
@@ -229,7 +229,7 @@ def test_many_threads() -> None:
 
 
 def test_a_process_is_used_again(start_mib: int) -> None:
-    """Also where the parent is larger than a child may be, as every reward worker is; and not one that has grown."""
+    """Also if the parent is larger than a child may be, like every reward worker. A grown process is not used again."""
     ballast = bytearray(os.urandom(1 << 20) * 300)
     pool = judges(1, 250)
     assert pool.compare("x+1", "1+x", 5).equal
@@ -295,7 +295,7 @@ def _running(pid: int) -> bool:
 
 @pytest.mark.parametrize("ending", ["pass", "os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_no_process_is_left_behind(python: Callable[..., Any], ending: str) -> None:
-    """An idle child and one in the middle of an endless answer end with the parent, however it ends."""
+    """An idle child, and one in an endless answer, end with the parent, whatever ends the parent."""
     result = python("-c", f"""
 import os, signal, threading, time
 from entropy_fork.reward.judge import judges
@@ -431,7 +431,7 @@ print("done")
 def test_in_a_ray_actor_under_verls_dapo_manager(
     compose: Callable[..., Any], python: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """verl's own manager scores a batch of 32 at once in an actor, in the threads of its event loop."""
+    """verl's own manager scores 32 answers at once in an actor, in the threads of its event loop."""
     from omegaconf import OmegaConf
 
     config = compose(*OVERRIDES, "+reward.custom_reward_function.reward_kwargs.timeout=2",

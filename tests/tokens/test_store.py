@@ -1,4 +1,4 @@
-"""The folder of token records: what is written is read again, whole parts only, whatever the model wrote."""
+"""The folder of token records: what is written can be read again, in whole parts only, for any text of a model."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama's: a sign for the space, and bytes for what has no token."""
+    """A tokenizer like Llama's: it has a sign for the space, and bytes for characters without a token."""
     vocabulary = {"<unk>": 0, "▁a": 1, "b": 2, "▁": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

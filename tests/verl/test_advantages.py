@@ -1,4 +1,4 @@
-"""The registered forms of Ψ_t through verl's own functions, and what is refused before training."""
+"""The registered forms of Ψ_t, called through verl's own functions, and what is refused before training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALGORITHM = OmegaConf.create({"gamma": 0.9, "lam": 0.8})
 def make_data(with_values: bool = True) -> DataProto:
     random = torch.Generator().manual_seed(0)
     mask = torch.ones(ROWS, WIDTH, dtype=torch.long)
-    mask[:, 3:5] = 0  # a tool turn
+    mask[:, 3:5] = 0  # the output of a tool
     mask[2, 6:] = 0
     tensors = {
         "response_mask": mask,
@@ -43,7 +43,7 @@ def make_data(with_values: bool = True) -> DataProto:
 
 
 def through_verl(name: str, data: DataProto) -> DataProto:
-    """As the V1 trainer calls it."""
+    """Compute Ψ in the way of the V1 trainer."""
     keys = [f"{uid}_{row}_0" for row, uid in enumerate(data.non_tensor_batch["uid"])]
     return utils.compute_advantage_for_multi_trajectories(
         data, batch_keys=keys, adv_estimator=name, gamma=0.9, lam=0.8, num_repeat=GROUP, config=ALGORITHM
@@ -55,7 +55,7 @@ def test_verl_computes_each_form(name: str) -> None:
     data = make_data()
     rewards, mask, values = (data.batch[key] for key in ("token_level_rewards", "response_mask", "values"))
     to_go = returns.reward_to_go(rewards, mask, 0.9)
-    worth = to_go[:, 0]  # there is an action at the first position
+    worth = to_go[:, 0]  # the first position has an action
     mean = torch.stack([worth[0::2].mean(), worth[1::2].mean()]).repeat(GROUP)
     psi = {
         "total_return": worth[:, None] * mask,
@@ -83,7 +83,7 @@ def test_verl_still_calls_what_is_wrapped_in_the_same_way() -> None:
     source = inspect.getsource(utils.compute_advantage_for_multi_trajectories)
     assert source.count("compute_advantage(\n") == source.count("adv_estimator=adv_estimator") == 2
     assert hasattr(utils.compute_advantage, "__wrapped__")
-    # where verl begins to hand the values to registered estimators, the wrapper can go
+    # once verl passes the values to registered estimators, the wrapper can be removed
     assert 'adv_kwargs["values"]' not in inspect.getsource(ray_trainer.compute_advantage)
 
 
@@ -102,7 +102,7 @@ def test_reinforce_is_minus_psi_times_the_log_probability(weights: list[float] |
     log_prob = torch.tensor([[-0.5, -1.0, -9.0, -2.0]], requires_grad=True)
     psi, mask = torch.tensor([[3.0, -1.0, 7.0, 0.5]]), torch.tensor([[1, 1, 0, 1]])
     weight = None if weights is None else torch.tensor([weights])
-    # an old policy far away: no ratio, so no clipping
+    # the old policy is very different: without a ratio there is no clipping
     loss, _ = get_policy_loss_fn("reinforce")(
         old_log_prob=log_prob.detach() - 5, log_prob=log_prob, advantages=psi, response_mask=mask,
         loss_agg_mode="token-mean", config=config, rollout_is_weights=weight,

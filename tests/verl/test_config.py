@@ -1,4 +1,4 @@
-"""Bad input: one clear message with the way out, before Ray starts."""
+"""Bad input gets one clear message that says what to write instead, before Ray starts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_good_config_passes_and_becomes_typed(compose: Compose, data: list[str
     check_before_training(config)
     assert OmegaConf.get_type(config.entropy_fork) is EntropyForkConfig
     assert read_config(config) == EntropyForkConfig(top_ratio=0.1)
-    # what a TaskRunner without this package would have to import to unpickle its argument
+    # what a TaskRunner without this package would need to import to unpickle its argument
     assert b"entropy_fork.verl.config" in pickle.dumps(config)
 
 
@@ -99,7 +99,7 @@ def test_a_value_without_meaning(compose: Compose, data: list[str], override: st
     ("overrides", "match"),
     [
         (["entropy=current", "pool=batch"], "no pool=batch: the policy changes with each mini-batch.*entropy=old"),
-        (["entropy=current", "select=random"], "select=random looks at no entropy; write entropy=old"),
+        (["entropy=current", "select=random"], "select=random does not use entropy; write entropy=old"),
         (["select=band", "band_from=0.3"], r"band_from must be in .0, top_ratio."),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_the_engine_selects_needs_an_engine_of_ours(compose: Compose, data:
     check_before_training(compose("+entropy_fork=global", override, *data))
     refused(
         compose("+entropy_fork=global", override, megatron, *data),
-        r"works in verl's engines fsdp, fsdp2, and actor.strategy=megatron. Write entropy_fork.entropy=old "
+        r"works in verl's engines fsdp, fsdp2 only, and actor.strategy=megatron. Write entropy_fork.entropy=old "
         r"entropy_fork.pool=mini_batch actor_rollout_ref.actor.shuffle=False",
     )
 
@@ -197,18 +197,18 @@ def test_what_cannot_be_masked_is_refused(compose: Compose, data: list[str], ove
 def test_a_loss_with_a_mean_of_its_own(
     compose: Compose, data: list[str], monkeypatch: pytest.MonkeyPatch, loss: str, version: str
 ) -> None:
-    """verl averages it by sequence whatever it was told, so weights for a token mean would be wrong."""
+    """verl averages this loss by sequence and ignores the config, so weights for a token mean would be wrong."""
     command = ["+entropy_fork=global", *data, f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}"]
     by_sequence = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"
     monkeypatch.setattr(verl, "__version__", version)
-    refused(compose(*command), f"verl {version} takes the mean of loss_mode={loss} as.*{by_sequence}")
+    refused(compose(*command), f"verl {version} averages loss_mode={loss} as.*{by_sequence}")
     check_before_training(compose(*command, by_sequence))
     check_before_training(compose(*command, "entropy_fork.denominator=all"))
 
 
 @pytest.mark.parametrize("loss", MASKABLE_LOSSES)
 def test_which_losses_have_a_mean_of_their_own(loss: str) -> None:
-    """As verl's code has it today: the mean that is configured changes the loss, or it does not."""
+    """Test verl's code itself: whether the configured mean changes the loss."""
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
@@ -221,7 +221,7 @@ def test_which_losses_have_a_mean_of_their_own(loss: str) -> None:
     config.global_batch_info.update(dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None)
     losses = []
     for mode in ("token-mean", "seq-mean-token-mean"):
-        torch.manual_seed(0)  # clip_cov draws which tokens it clips
+        torch.manual_seed(0)  # clip_cov clips random tokens
         losses.append(
             get_policy_loss_fn(loss)(
                 old_log_prob=torch.full((2, 4), -1.0), log_prob=torch.full((2, 4), -1.1), advantages=advantages,
@@ -246,8 +246,8 @@ def test_data_files(compose: Compose, data: list[str], tmp_path: Path) -> None:
     broken = f"data.val_files={tmp_path / 'broken.parquet'}"
     refused(compose("+entropy_fork_guards=on", data[0], broken), "broken.parquet is not a readable parquet file")
 
-    # They are verl's own business where nobody asks for the guard, and a data set class of one's own reads them as it
-    # likes: in columns of its own, or not at all.
+    # Without the guard nothing is checked. A user's data set class may read other columns, or no file at all, so
+    # nothing is checked for it either.
     own = ["data.custom_cls.path=mine.py", "data.custom_cls.name=Mine"]
     for asked in (["+entropy_fork=global"], ["+entropy_fork=off"], ["+entropy_fork_guards=on", *own]):
         check_before_training(compose(*asked, missing, columns))
@@ -276,7 +276,7 @@ def test_data_files(compose: Compose, data: list[str], tmp_path: Path) -> None:
 def test_the_guards_are_a_node_of_their_own(
     compose: Compose, data: list[str], words: list[str], guards: GuardsConfig
 ) -> None:
-    """The mask's node means the mask; the guards come with a recipe, or when they are asked for."""
+    """The mask's node does not turn the guards on: a recipe does, or their own node."""
     config = compose(*words, *data)
     assert read_guards(config) == guards
     check_before_training(config)
@@ -311,7 +311,7 @@ def test_a_bad_word_about_the_guards(compose: Compose, data: list[str], word: st
 def test_others_names_of_the_ratio_are_refused_where_they_can_only_mean_a_mask(
     compose: Compose, data: list[str], key: str
 ) -> None:
-    """The authors' key, TRL's and ms-swift's, LightRFT's: verl takes each without a word and trains on all tokens."""
+    """The keys of the authors, TRL and ms-swift, LightRFT: verl accepts each silently, and trains on all tokens."""
     for node in ("actor_rollout_ref.model", "actor_rollout_ref.actor", "algorithm"):
         refused(
             compose(f"+{node}.{key}=0.3", *data),
@@ -330,7 +330,7 @@ def test_presets_of_this_install() -> None:
     "name", [f"{group}={name}" for group in ("recipe", "cluster", "template") for name in preset_names(group)]
 )
 def test_recipes_name_only_keys_that_verl_has(compose: Compose, name: str) -> None:
-    """A recipe is merged without a struct: a mistyped key of verl's would be one more key, and do nothing."""
+    """A recipe can add keys: a mistyped key of verl's would be a new key, and do nothing."""
     stock = OmegaConf.to_container(compose("model_engine=megatron" if "megatron" in name else "model_engine=dp"))
     recipe = OmegaConf.to_container(compose(f"+{name}"))
     ours = {
@@ -341,7 +341,7 @@ def test_recipes_name_only_keys_that_verl_has(compose: Compose, name: str) -> No
         "reward.reward_kwargs",
         "ray_kwargs.ray_init",
     }
-    if verl.__version__ == "0.9.0" and name == "recipe=ladder_cpu":  # which says that it needs 0.9.1
+    if verl.__version__ == "0.9.0" and name == "recipe=ladder_cpu":  # its file says that it needs 0.9.1
         ours.add("actor_rollout_ref.actor.fsdp_config.use_no_sync_for_gradient_accumulation")
     open_by_design = {"actor_rollout_ref.model.override_config", "critic.model.override_config"}
 
@@ -369,10 +369,10 @@ DATACLASS_ONLY = {
 
 
 def test_a_dump_of_tokens_where_there_would_be_none(compose: Compose, data: list[str]) -> None:
-    """An all-token baseline is verl's own business, but for the dump that is asked for."""
+    """An all-token baseline is not checked for a mask, but its dump is checked."""
     off = ["+entropy_fork=off", *data, "entropy_fork.dump_every=5"]
     check_before_training(compose(*off))
-    refused(compose(*off, "trainer.use_v1=false"), "dump_every=5 writes in verl's V1 trainers. Write")
+    refused(compose(*off, "trainer.use_v1=false"), "dump_every=5 needs verl's V1 trainer. Write")
     refused(compose(*off, "algorithm.rollout_correction.bypass_mode=true"), "bypass_mode=True skips. Write bypass_mode")
 
 

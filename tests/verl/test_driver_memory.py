@@ -1,4 +1,4 @@
-"""How much memory the driver's part takes for each token, counted exactly: docs/lab/performance.md says so much."""
+"""The driver's memory per token, counted exactly. docs/lab/performance.md gives this number."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from entropy_fork.core.selection import MANY
 from entropy_fork.verl.config import EntropyForkConfig
 from entropy_fork.verl.queued_batch import FlatField, QueuedBatch
 
-#: bytes of a token while the TransferQueue puts verl's int64 mask together: eight as they come, eight in one tensor
+#: bytes per token while the TransferQueue joins verl's int64 mask: eight as the rows arrive, eight in one tensor
 FETCHING_MASK = 16.0
-#: and in all that comes after: entropy 4, mask and selection 1 each, the advantages 4 as they come, 4 in one tensor
+#: bytes per token later: entropy 4, mask and selection 1 each, advantages 4 as the rows arrive and 4 in one tensor
 CHOOSING = 14.0
-#: but where all tokens of the batch are drawn by lot together, a float64 number for each
+#: if tokens of the whole batch are drawn at random together, a float64 number for each
 DRAWING = 17.3
 
-#: a mini-batch, half of them, is what the selection calls large
+#: so many tokens that a mini-batch, half of them, takes the selection's path for large pools
 ROW_LENGTH = 2 * MANY // NUM_ROWS
 
 
@@ -44,7 +44,7 @@ ROW_LENGTH = 2 * MANY // NUM_ROWS
 def test_the_bytes_of_a_token(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], importance: float | None, bound: float
 ) -> None:
-    """The real method on a batch in memory that is fetched as from the TransferQueue: its highest bytes at any time."""
+    """The real method on a batch in memory, fetched as from the TransferQueue: the peak of its bytes."""
     loss_agg_mode = settings.get("loss_agg_mode", "token-mean")
     fork_config = EntropyForkConfig(**{name: value for name, value in settings.items() if name != "loss_agg_mode"})
     peaks = peaks_of(monkeypatch, importance=importance, fork_config=fork_config, loss_agg_mode=loss_agg_mode)
@@ -53,7 +53,7 @@ def test_the_bytes_of_a_token(
 
 
 def test_the_bytes_of_a_token_where_every_prompt_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All answers are fetched then, to tell the groups apart: before everything else, so the peak is the mask's."""
+    """All answers are then fetched to tell the groups apart. That comes first, so the peak is still the mask's."""
     lengths = torch.full((NUM_ROWS,), ROW_LENGTH)
     same_prompt = jagged(torch.ones(NUM_ROWS, dtype=torch.int64), torch.ones(NUM_ROWS, dtype=torch.int64))
     fields = {"prompts": same_prompt, "responses": jagged(torch.arange(NUM_ROWS * ROW_LENGTH), lengths)}
@@ -63,10 +63,10 @@ def test_the_bytes_of_a_token_where_every_prompt_is_the_same(monkeypatch: pytest
 
 
 def peaks_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, float]:
-    """The highest bytes of a token up to each fetch, in it, and after the last; ``settings`` as of :func:`run_hook`."""
+    """The peak of bytes per token before each fetch, in it, and after the last. ``settings``: see :func:`run_hook`."""
     random = torch.Generator().manual_seed(0)
     total = NUM_ROWS * ROW_LENGTH
-    # Most are exactly 0, as a policy that is sure of itself has them, and τ is among them.
+    # Most entropies are exactly 0, as with a confident policy, and so is τ.
     entropy = torch.rand(total, generator=random).mul_(5).sub_(4.2).clamp_(min=0)
     order = torch.arange(NUM_ROWS)
     rows = Responses(entropy, torch.ones(total, dtype=torch.int64), torch.full((NUM_ROWS,), ROW_LENGTH), order, order)
@@ -74,7 +74,7 @@ def peaks_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, floa
 
     class Measured(Masked):
         def _entropy_fork_write_weights(self, *arguments: Any) -> Any:
-            super()._entropy_fork_write_weights(*arguments)  # what is imported and set up is no matter of tokens
+            super()._entropy_fork_write_weights(*arguments)  # first, for imports and setup
             live, fetch = LiveBytesWithNumpy(), QueuedBatch.fetch
 
             def fetch_apart(batch: QueuedBatch, name: str) -> FlatField | None:

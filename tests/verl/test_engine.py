@@ -1,4 +1,4 @@
-"""Where the engines of masked runs stand in verl's registry, and what a worker says before the first rollout."""
+"""The place of our engines in verl's registry, and how a worker is admitted before the first rollout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VANILLA = guarded_name("vanilla")
 
 
 class Actor:
-    """What verl's worker trains the policy with."""
+    """The actor of verl's worker, which trains the policy."""
 
     def __init__(self, engine: object) -> None:
         self.engine, self.loss_fn = engine, loss_that_tells
@@ -44,7 +44,7 @@ def masked_engine() -> ForkingTokens:
 
 @pytest.mark.parametrize("held", [False, True])
 def test_an_admitted_worker_runs_its_loss_on_weighed_batches_alone(held: bool) -> None:
-    """As verl holds them: alone, or beside the worker of another role in one process."""
+    """verl holds a worker alone, or beside the worker of another role in one process."""
     ours = worker(masked_engine())
     process = SimpleNamespace(worker_dict={"critic": SimpleNamespace(), "actor_rollout": ours}) if held else ours
     admit_worker(process, VANILLA, True)
@@ -59,13 +59,13 @@ def test_a_worker_that_does_not_know_the_loss_stops() -> None:
 
 
 def test_a_worker_with_another_engine_stops() -> None:
-    """The engine that is there is asked: a worker class of somebody's own need not build the one that is registered."""
+    """The check looks at the engine itself, because a user's worker class may not build the registered one."""
 
     class TheirEngine: ...
 
     with pytest.raises(EntropyForkError, match=r"engine of .* pid \d+.*TheirEngine.*VERL_ENGINE_VENDOR.*entropy=old"):
         admit_worker(worker(TheirEngine()), VANILLA, True)
-    admit_worker(worker(TheirEngine()), VANILLA, False)  # what the driver selects needs no engine of ours
+    admit_worker(worker(TheirEngine()), VANILLA, False)  # if the driver selects, no engine of ours is needed
 
 
 def test_a_worker_that_takes_no_loss_stops() -> None:
@@ -75,7 +75,7 @@ def test_a_worker_that_takes_no_loss_stops() -> None:
 
 
 def test_verls_workers_are_as_they_are_admitted() -> None:
-    """Fails when verl changes where a worker has its actor, and the actor its loss and engine."""
+    """Fails if verl changes where a worker has its actor, or where the actor has its loss and engine."""
     from verl.single_controller.ray import base
 
     assert "self.worker_dict[key] = user_defined_cls(" in inspect.getsource(base.create_colocated_worker_cls)
@@ -92,6 +92,6 @@ def test_verls_own_entry_stays_in_the_registry() -> None:
 
 
 def test_verls_worker_takes_gradient_steps_through_the_method_that_we_extend() -> None:
-    """Fails when verl changes it: read what it does now."""
+    """Fails if verl changes it: then read what verl does now."""
     source = inspect.getsource(engine_workers.TrainingWorker.train_batch)
     assert "self.engine.train_batch(data, loss_function=self.loss_fn)" in source

@@ -1,8 +1,8 @@
 """The mask that is made in the worker, in verl's own FSDP2 engine on 1, 2 and 4 real ranks.
 
 A mini-batch of twelve responses is dealt out to the ranks, cut into micro-batches by verl, and trained on for one step.
-What is compared is the gradient before the optimizer, with one that is computed here: one process, one forward pass, a
-plain selection and PPO's clipped loss, from nothing but the paper's formula.
+The test compares the gradient before the optimizer with one that is computed here, from the paper's formula alone: one
+process, one forward pass, a plain selection and PPO's clipped loss.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def highest(entropies: list[Tensor], masks: list[Tensor], rows: list[int], ratio
 
 
 def ppo(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> Tensor:
-    """PPO's clipped loss of one token, with DAPO's two ends of the clip range."""
+    """PPO's clipped loss of one token, with DAPO's separate lower and upper clip."""
     ratio = (log_prob - old_log_prob).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
 
@@ -73,7 +73,7 @@ def restated_gradient(
     for row, t in kept:
         if mode == "token-mean":
             total = total + losses[row][t] / len(divisor)
-        elif mode == "seq-mean-token-mean":  # over all rows of the mini-batch, as verl counts them
+        elif mode == "seq-mean-token-mean":  # of all rows of the mini-batch, as verl counts
             total = total + losses[row][t] / len([token for token in divisor if token[0] == row]) / NUM_ROWS
         else:
             total = total + losses[row][t]
@@ -97,7 +97,7 @@ def train_step(
     state: dict[str, Any], answers: Answers, rows: list[int], rule: Rule | None, cut: dict[str, Any], loss_mode: str,
     **actor: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """One ``train_batch`` of verl's engine on some rows: the gradient, and what the loss was given row by row."""
+    """One ``train_batch`` of verl's engine on some rows. Returns the gradient, and the loss's arguments row by row."""
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
 
@@ -111,7 +111,7 @@ def train_step(
         ppo_micro_batch_size_per_gpu=NUM_ROWS,
         clip_ratio_low=CLIP_LOW,
         clip_ratio_high=CLIP_HIGH,
-        clip_ratio_c=1e9,  # without the dual clip, which the re-statement does not have
+        clip_ratio_c=1e9,  # without the dual clip, which the restatement does not have
         policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=0.1),
         **actor,
     )
@@ -139,7 +139,7 @@ def train_step(
             seen.update(zip(members, data["rollout_is_weights"].unbind(), strict=True))
         return partial(ppo_loss, config=config)(model_output=model_output, data=data, dp_group=dp_group)
 
-    torch.manual_seed(0)  # clip_cov draws which tokens it clips
+    torch.manual_seed(0)  # clip_cov clips random tokens
     with engine.train_mode():
         output = engine.train_batch(data, loss_function=noting)
     return {
@@ -224,7 +224,7 @@ def test_pool_mini_batch_is_the_formula_on_any_ranks_and_micro_batches(
     worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], seed: int, size: int, cut: dict[str, Any],
     ratio: float, entropy: str, denominator: str, mode: str, importance: bool, shuffle: Any,
 ) -> None:  # fmt: skip
-    """Eq. 6 with one τ for the whole mini-batch, however it is cut, and whosever entropies they are."""
+    """Eq. 6 with one τ for the whole mini-batch, cut in any way, with entropies of either policy."""
     answers = make_answers(seed, importance)
     entropies = forward(model[0], answers)[1] if entropy == "current" else answers.old_entropy
     kept = highest(entropies, answers.masks, list(range(NUM_ROWS)), ratio)
@@ -250,9 +250,9 @@ def test_official_keeps_the_top_of_each_micro_batch(
     worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], seed: int, size: int, cut: dict[str, Any],
     ratio: float, denominator: str, mode: str,
 ) -> None:  # fmt: skip
-    """The authors' algorithm: in each micro-batch of each rank, by itself, the ceil(ρ n) current entropies.
+    """The authors' algorithm keeps, in each micro-batch of each rank, the ceil(ρ n) highest current entropies.
 
-    The denominator is counted over all of them, where the authors' code averages the means of the micro-batches.
+    Our denominator counts the tokens of all micro-batches. The authors' code averages the means of micro-batches.
     """
     answers = make_answers(seed)
     answer = train(worlds[size], answers, Rule(Selector(ratio), "current", "micro_batch", mode, denominator), cut)
@@ -270,9 +270,9 @@ def test_official_keeps_the_top_of_each_micro_batch(
 def test_official_is_the_authors_update(
     worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], size: int, per_micro_batch: int, ratio: float
 ) -> None:
-    """Their whole algorithm in their order: mean over a micro-batch's kept tokens, then over micro-batches and ranks.
+    """The authors' mean over a micro-batch's kept tokens, then over micro-batches and ranks, gives the same update.
 
-    With responses of one length, where a mean of means is the mean over all kept tokens: there the two are the same.
+    All responses have one length here, so a mean of means is the mean over all kept tokens.
     """
     answers = make_answers(seed=7)
     for name in ("responses", "old_log_probs", "old_entropy", "advantages"):
@@ -331,7 +331,7 @@ def test_the_other_pools_and_selectors(
 
 
 def test_soft_weights_of_the_current_policy(worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str]) -> None:
-    """In proportion to the entropy, with a mean of 1 over all ranks, times the factor of the denominator."""
+    """They are in proportion to the entropy, with a mean of 1 over all ranks, times the denominator's factor."""
     answers = make_answers(seed=2)
     for pool in ("micro_batch", "mini_batch"):
         answer = train(
@@ -348,7 +348,7 @@ def test_soft_weights_of_the_current_policy(worlds: dict[int, Processes], model:
 @pytest.mark.parametrize("loss_mode", MASKABLE_LOSSES)
 @pytest.mark.parametrize("pool", ["micro_batch", "mini_batch"])
 def test_every_loss_of_verl(worlds: dict[int, Processes], loss_mode: str, pool: str) -> None:
-    """verl's own loss, given the weights that we made as importance weights, has the gradient of the masked one."""
+    """verl's own loss, with our weights passed as importance weights, has the gradient of the masked loss."""
     answers = make_answers(seed=3)
     masked = train(
         worlds[2], answers, Rule(Selector(0.3), "current", pool), THREE, loss_mode=f"entropy_fork/{loss_mode}"
@@ -401,7 +401,7 @@ def test_rejected_tokens_stay_in_verls_divisor(
 
 @pytest.mark.parametrize("pool", ["micro_batch", "mini_batch"])
 def test_entropy_bonus_and_kl_loss_are_those_of_all_tokens(worlds: dict[int, Processes], pool: str) -> None:
-    """What the two terms add to the gradient is the same with and without the mask."""
+    """The two terms add the same gradient with and without the mask."""
     answers = make_answers(seed=5)
     terms = {"entropy_coeff": 0.3, "use_kl_loss": True, "kl_loss_coef": 0.7, "kl_loss_type": "k3"}
     rule = Rule(Selector(0.2), "current", pool)
@@ -418,7 +418,7 @@ def test_entropy_bonus_and_kl_loss_are_those_of_all_tokens(worlds: dict[int, Pro
 
 
 def graphs_of_entropies(state: dict[str, Any], answers: Answers, rows: list[int], **actor: Any) -> list[bool]:
-    """Whether the entropies that a mask in the loss is made of have a graph."""
+    """Whether the entropies for a mask in the loss have a gradient graph."""
     seen: list[bool] = []
     prepare = state["engine"].prepare_model_outputs
 
@@ -436,9 +436,9 @@ def graphs_of_entropies(state: dict[str, Any], answers: Answers, rows: list[int]
     return seen
 
 
-@pytest.mark.parametrize("size", [1, 2])  # packed rows, and padded ones
+@pytest.mark.parametrize("size", [1, 2])  # with packed rows and with padded rows
 def test_no_graph_of_entropies_that_only_the_mask_looks_at(worlds: dict[int, Processes], size: int) -> None:
-    """It would be as large as the logits; and verl would report the entropies as its own."""
+    """A graph would be as large as the logits, and verl would report these entropies as its own."""
     rule, world = Rule(Selector(0.2), "current", "micro_batch"), worlds[size]
     share = NUM_ROWS // size
     parts = [(make_answers(6), list(range(rank * share, (rank + 1) * share))) for rank in range(size)]
@@ -451,7 +451,7 @@ def test_no_graph_of_entropies_that_only_the_mask_looks_at(worlds: dict[int, Pro
     for part in train(world, make_answers(6), rule, THREE, entropy_coeff=0.1):
         assert part["outputs"] == [{"log_probs": True, "entropy": True}] * (4 // size)
         assert "actor/entropy_loss" in part["metrics"]
-    # the engine is as it was, and the pass before the step keeps none either
+    # the engine is as before, and the pass before the step keeps no graph either
     for plain in (None, Rule(Selector(0.2), "current")):
         mode = "vanilla" if plain is None else "entropy_fork/vanilla"
         for part in train(world, make_answers(6), plain, THREE, loss_mode=mode):
@@ -462,7 +462,7 @@ def test_no_graph_of_entropies_that_only_the_mask_looks_at(worlds: dict[int, Pro
 
 
 def step_after_a_pass(state: dict[str, Any], path: str, answers: Answers, offload: bool) -> dict[str, Any]:
-    """A step by the current entropies of the mini-batch; and the engine's modes in its pass, its update, an error."""
+    """A step with current entropies of the mini-batch. Returns the engine's modes in the pass, the update, an error."""
     from unittest.mock import patch
 
     from verl.utils.activation_offload import SynchronizedGroupOffloadHandler
@@ -496,7 +496,7 @@ def step_after_a_pass(state: dict[str, Any], path: str, answers: Answers, offloa
 
 @pytest.fixture(scope="module")
 def dropping_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Qwen3ForCausalLM, str]:
-    """A model of three layers, the fewest that verl offloads activations of."""
+    """A model of three layers, the smallest number for which verl offloads activations."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
@@ -514,7 +514,7 @@ def dropping_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Qwen3ForCaus
 def test_the_pass_before_a_step_runs_as_verl_runs_a_pass(
     dropping_out: tuple[Qwen3ForCausalLM, str], offload: bool
 ) -> None:
-    """Dropout off, so the mask is that of the model's own entropies; activations are offloaded in the update alone."""
+    """Dropout is off, so the mask uses the model's own entropies. Activations are offloaded only in the update."""
     model, path = dropping_out
     answers = make_answers(seed=21)
     world = Processes(1)
@@ -531,7 +531,7 @@ def test_the_pass_before_a_step_runs_as_verl_runs_a_pass(
 
 
 def overlap(state: dict[str, Any], path: str, answers: Answers, how: dict[str, Any], rule: Rule, head: str) -> float:
-    """``overlap_with_old`` of a step whose old entropies a log-prob pass with the same weights made."""
+    """``overlap_with_old`` of a step, if a log-prob pass with the same weights computed the old entropies."""
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import response_from_nested
 
@@ -574,7 +574,7 @@ FUSED = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "to
 def test_with_unchanged_weights_the_current_mask_is_the_old_one(
     worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], packing: str, param_dtype: str
 ) -> None:
-    """``overlap_with_old`` is exactly 1, whichever head made the old entropies, and wherever the mask is made."""
+    """``overlap_with_old`` is exactly 1, with any head for the old entropies, and any place where the mask is made."""
     how = {"use_remove_padding": packing != "padded", "param_dtype": param_dtype}
     world = worlds[1]
     if "fused" in packing:  # verl's fused kernels replace the forward pass of the model's class
@@ -591,7 +591,7 @@ def test_with_unchanged_weights_the_current_mask_is_the_old_one(
 
 
 def test_what_the_step_reports(worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str]) -> None:
-    """The same numbers from both ranks, of the whole mini-batch; averaged over mini-batches by verl, then a tally."""
+    """Both ranks report the same numbers, of the whole mini-batch. verl averages them, then they become a tally."""
     answers = make_answers(seed=8)
     reports = train(worlds[2], answers, Rule(Selector(0.3), "current"), THREE)
     ours = [{k: v for k, v in part["metrics"].items() if k.startswith("entropy_fork/")} for part in reports]
@@ -624,7 +624,7 @@ def test_what_the_step_reports(worlds: dict[int, Processes], model: tuple[Qwen3F
 
 
 def test_importance_weights_do_not_pass_for_a_mask(worlds: dict[int, Processes]) -> None:
-    """The rule got lost on the way, but rollout correction wrote weights: the loss of a masked run still refuses."""
+    """If the rule is lost on the way, but rollout correction wrote weights, the loss of a masked run still refuses."""
     answers = make_answers(9, importance=True)
     with pytest.raises(RuntimeError, match=r"no token weights reached the policy loss in .* pid \d+"):
         train(worlds[2], answers, None, THREE)
@@ -642,6 +642,6 @@ def cut_otherwise(state: dict[str, Any], answers: Answers, rows: list[int]) -> N
 
 
 def test_micro_batches_that_were_not_counted_stop_the_run(worlds: dict[int, Processes]) -> None:
-    """Should verl ever cut a mini-batch in another way than the function that we ask."""
+    """The run stops if verl cuts a mini-batch in another way than the function of verl's that we call."""
     with pytest.raises(RuntimeError, match="verl cut the mini-batch into other micro-batches than were counted"):
         worlds[1](cut_otherwise, [(make_answers(10), list(range(NUM_ROWS)))])

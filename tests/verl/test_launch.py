@@ -1,4 +1,4 @@
-"""A config that asks for a mask takes its guard along, whoever starts the run and however."""
+"""A config that asks for a mask keeps its guard, whatever program starts the run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_bad_node_does_not_leave_its_process() -> None:
         pickle.dumps(root(top_ration=0.1))
 
 
-#: a program with a task runner of its own, which calls nothing of verl's that checks a config
+#: a program with its own task runner, which calls none of verl's functions that check a config
 OWN_PROGRAM = """
 import pickle
 import hydra, ray
@@ -87,7 +87,7 @@ main()
 IMPORT = "from verl.trainer.main_ppo import run_ppo"
 RUN_PPO = "run_ppo(config, Runner)"
 
-#: what it imports before Hydra starts, and after; and how it starts its task runner
+#: what the program imports before Hydra starts, and after; and how it starts its task runner
 PROGRAMS = {
     "run_ppo": (IMPORT, "", RUN_PPO),
     "run_ppo, imported late": ("", IMPORT, RUN_PPO),
@@ -97,7 +97,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_of_ones_own(python: Python, tmp_path: Path, program: str) -> None:
-    """The mask stands in a file of the user's, and nothing of ours on the command line."""
+    """The mask is in a config file of the user; the command line has nothing of ours."""
     first, later, launch = PROGRAMS[program]
     script = tmp_path / "own.py"
     script.write_text(OWN_PROGRAM.format(first=first, later=later, launch=launch))
@@ -109,16 +109,16 @@ def test_a_program_of_ones_own(python: Python, tmp_path: Path, program: str) -> 
     assert left_out.returncode != 0
     assert "not active, so nothing would be masked: verl did not load it" in left_out.stderr, left_out.stderr[-3000:]
     assert "LAUNCHED" not in left_out.stdout
-    # a program that does not ask is left alone
+    # a program that asks for nothing runs as before
     stock = python(*command, VERL_USE_EXTERNAL_PLUGINS="another", VERL_PLATFORM="")
     assert stock.returncode == 0, stock.stderr[-3000:]
     assert "LAUNCHED" in stock.stdout
-    if launch == RUN_PPO:  # with the plugin, our checks come before Ray
+    if launch == RUN_PPO:  # with the plugin, our checks run before Ray starts
         masked = python(*command, "+mine=masked", "algorithm.rollout_correction.bypass_mode=true", VERL_PLATFORM="")
         assert masked.returncode != 0
         assert "bypass_mode=True skips the log-prob pass" in masked.stderr, masked.stderr[-3000:]
         assert "RAY" not in masked.stdout
-    if first == IMPORT:  # a preset's node has its type from Hydra, before anybody has looked at it
+    if first == IMPORT:  # Hydra gives a preset's node its type, before any check
         preset = python(*command, "+entropy_fork=global", "algorithm.rollout_correction.bypass_mode=true")
         assert "bypass_mode=True skips the log-prob pass" in preset.stderr, preset.stderr[-3000:]
         assert "RAY" not in preset.stdout

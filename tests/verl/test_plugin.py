@@ -1,4 +1,4 @@
-"""The plugin in processes of its own: active wherever verl is, loud where it cannot be."""
+"""The plugin in separate processes: it is active in every process with verl, or there is an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODULES = sorted(
 
 
 def test_whichever_module_comes_first_the_plugin_is_active(python: Python) -> None:
-    """cpu.md: a Ray actor unpickles one of our classes before verl; a half-imported module registered nothing."""
+    """A Ray actor may unpickle one of our classes before it imports verl. A half imported module would not register."""
     script = """
 import importlib, os, sys
 # what takes long and is not in question, once for all of them
@@ -94,7 +94,7 @@ def test_supported_versions(version: str) -> None:
 
 
 def test_the_range_is_the_one_that_a_new_environment_gets() -> None:
-    """And an existing one is left as it is: a requirement with a range would make pip replace a verl outside it."""
+    """An existing environment does not change: a requirement with a range would make pip replace a verl outside it."""
     requirements = [Requirement(line) for line in importlib.metadata.requires("entropy-fork") or []]
     ranges = {str(r.marker): r.specifier for r in requirements if r.name == "verl"}
     assert ranges.pop("None") == SpecifierSet()
@@ -102,13 +102,13 @@ def test_the_range_is_the_one_that_a_new_environment_gets() -> None:
 
 
 def pretended(version: str) -> dict[str, str]:
-    """The environment in which every process takes its verl for another one."""
+    """The environment variables with which verl has another version number in every process."""
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     return {"VERL_USE_EXTERNAL_MODULES": "helpers.pretend_verl", "PRETENDED_VERL": version, "PYTHONPATH": path}
 
 
 def test_a_masked_run_in_another_verl_stops_before_ray(python: Python) -> None:
-    """verl swallows our refusal, and would go on to train on all tokens."""
+    """verl swallows our refusal, and would train on all tokens."""
     command = ("-m", "verl.trainer.main_ppo", "+entropy_fork=global")
     result = python(*command, **pretended("0.10.0rc1"), VERL_PLATFORM="")
     assert result.returncode != 0
@@ -118,7 +118,7 @@ def test_a_masked_run_in_another_verl_stops_before_ray(python: Python) -> None:
 
 
 def test_a_mask_asked_for_in_a_file_stops_the_run_as_well(python: Python, tmp_path: Path) -> None:
-    """Nothing on the command line tells, so the composed config is looked at. (verl's own checks want a model.)"""
+    """The command line does not show it, so the composed config is checked. (verl's own checks need a model.)"""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "run.yaml").write_text("# @package _global_\nentropy_fork: {top_ratio: 0.2}\n")
     script = f"""
@@ -135,7 +135,7 @@ runpy.run_module("verl.trainer.main_ppo", run_name="__main__", alter_sys=True)
 
 
 def test_a_worker_with_another_verl_cannot_read_the_config(python: Python) -> None:
-    """A node of the cluster that was not upgraded: nothing of ours can be unpickled there."""
+    """On a node of the cluster that was not upgraded, nothing of ours can be unpickled."""
     script = f"import pickle; pickle.loads({pickle.dumps(EntropyForkConfig())!r})"
     result = python("-c", script, **pretended("0.8.0"), VERL_PLATFORM="")
     assert result.returncode != 0
@@ -168,7 +168,7 @@ def test_a_run_that_asks_for_an_inactive_plugin_stops(python: Python, asked: str
 
 @pytest.mark.parametrize("application", ["one_step_off_policy.main_ppo", "fully_async_policy.fully_async_main"])
 def test_verls_other_trainers_are_refused(python: Python, application: str) -> None:
-    """They have no token weights, and would accept the preset and train on all tokens."""
+    """They have no token weights: they would accept the preset and train on all tokens."""
     command = ("-m", f"verl.experimental.{application}", "--cfg", "job")
     result = python(*command, "+entropy_fork=global", VERL_PLATFORM="")
     assert result.returncode != 0
@@ -180,7 +180,7 @@ def test_a_run_that_does_not_ask_is_left_alone(python: Python) -> None:
 
 
 def test_a_plugin_whose_import_fails_is_not_swallowed(python: Python, tmp_path: Path) -> None:
-    """verl catches the exception; Hydra would then take +recipe=x for a plain key."""
+    """verl catches the exception, and Hydra would then take +recipe=x for a plain key."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "wrapt.py").write_text("raise ImportError('this wrapt is broken')")
     result = python(*MAIN_PPO, "+recipe=demo_cpu", PYTHONPATH=str(tmp_path / "broken"), VERL_PLATFORM="")
@@ -206,5 +206,5 @@ def test_a_key_that_has_moved_says_where_to(python: Python, word: str) -> None:
 def test_the_cpu_recipe_without_the_opt_in_says_how(python: Python) -> None:
     result = python("-m", "verl.trainer.main_ppo", "+recipe=demo_cpu", VERL_PLATFORM="")
     assert result.returncode != 0
-    assert "opted into by the environment: VERL_PLATFORM=cpu python -m" in result.stderr
+    assert "set the environment variable: VERL_PLATFORM=cpu python -m" in result.stderr
     assert "ray init kwargs" not in result.stdout

@@ -1,4 +1,4 @@
-"""The LM head at some positions against the same at all: gradients, log-probabilities, entropies, and what is said.
+"""The LM head at some positions, compared with the head at all: gradients, log-probabilities, entropies, messages.
 
 verl's FSDP2 engine takes the same gradient step twice, once with the dense head. In float64 they agree to 1e-10.
 """
@@ -67,7 +67,7 @@ def test_log_probs_and_entropy_are_those_of_all_logits(rows: int, temperature: f
 
 
 def test_entropies_of_16_bit_models_are_not_rounded_to_16_bits() -> None:
-    """Logits around 20, as a trained model has: verl's formula in bfloat16 is wrong by more than most entropies."""
+    """With logits around 20, as in a trained model, the error of verl's bfloat16 formula exceeds most entropies."""
     from verl.utils.torch_functional import entropy_from_logits
 
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_entropies_of_16_bit_models_are_not_rounded_to_16_bits() -> None:
 
 
 def test_a_token_that_cannot_come_adds_nothing_to_an_entropy() -> None:
-    """0·log 0 is 0, as in the decoders: a head whose product overflows to -inf, as that of a masked vocabulary does."""
+    """0·log 0 counts as 0. A logit is -inf if the product overflows, or in a masked vocabulary."""
     hidden, weight = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [0.5], [-torch.inf]])
     labels = torch.tensor([0, 1])
     expected = entropies(hidden @ weight.T, 0.7)
@@ -98,7 +98,7 @@ def test_a_token_that_cannot_come_adds_nothing_to_an_entropy() -> None:
 
 @pytest.mark.parametrize("name", MASKABLE_LOSSES)
 def test_which_losses_need_the_dropped_tokens(name: str) -> None:
-    """What a dropped token's log-probability is changes nothing, loss or gradient, in exactly the listed losses."""
+    """In exactly the listed losses, the log-probability of a dropped token changes neither loss nor gradient."""
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
@@ -111,7 +111,7 @@ def test_which_losses_need_the_dropped_tokens(name: str) -> None:
     config.global_batch_info.update(dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None)
 
     def loss_and_gradient(log_prob: Tensor, old: Tensor, advantages: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(0)  # clip_cov draws which tokens it clips
+        torch.manual_seed(0)  # clip_cov clips random tokens
         log_prob = log_prob.clone().requires_grad_()
         loss, _ = get_policy_loss_fn(name)(
             old_log_prob=old, log_prob=log_prob, advantages=advantages, response_mask=torch.ones(4, 9),
@@ -133,7 +133,7 @@ def test_which_losses_need_the_dropped_tokens(name: str) -> None:
     assert all(is_same) == (name in TOKENWISE_LOSSES)
 
 
-#: verl keeps it in float32, where it must be this number exactly to compare in float64
+#: verl keeps the temperature in float32. To compare in float64, float32 must represent it exactly.
 TEMPERATURE = 0.75
 
 # --- verl's engine ---------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def engine_of(state: dict[str, Any], name: str, path: str, dtype: str) -> Any:
-    """Made when first asked for. With fp64 everything of it is float64, which verl has no name for."""
+    """The engine, made at the first call. With fp64 all of it is float64, which verl has no name for."""
     import contextlib
     from unittest.mock import patch
 
@@ -207,7 +207,7 @@ def step(
         if module is head:
             numbers.append(output.numel())
 
-    hook = torch.nn.modules.module.register_module_forward_hook(count)  # a head with a hook of its own is left alone
+    hook = torch.nn.modules.module.register_module_forward_hook(count)  # a head with its own hook stays as it is
     limit = sparse_head.ROWS_KEPT if rows_kept is None else rows_kept
     try:
         with engine.train_mode(), weights_written(), patch.object(sparse_head, "ROWS_KEPT", limit):
@@ -232,7 +232,7 @@ def settings_of(name: str, where: str, cut: dict[str, Any], temperature: float) 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
-    """Folders of a model with a head of its own, and of one that shares the embedding."""
+    """Folders of a model with its own head, and of a model whose head shares the embedding."""
     folders = {}
     for tied in (False, True):
         torch.manual_seed(0)
@@ -248,7 +248,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 
 @pytest.fixture(scope="module")
 def fused_worlds() -> Iterator[dict[int, Processes]]:
-    """By themselves: verl's fused kernels replace the forward pass of the model's class."""
+    """Ranks for fused kernels only, because these replace the forward pass of the model's class."""
     worlds = {size: Processes(size) for size in (1, 2)}
     yield worlds
     for world in worlds.values():
@@ -274,7 +274,7 @@ def parts_of(world: Processes, name: str) -> list[list[int]]:
 def both(
     world: Processes, name: str, path: str, dtype: str, answers: Answers, cut: dict[str, Any], **more: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The step with the head at kept positions, and at all."""
+    """The step with the head at kept positions, and with the head at all positions."""
     parts = parts_of(world, name)
     return tuple(
         world(partial(step, **more), [(name, path, dtype, answers, part, where, cut) for part in parts])
@@ -283,7 +283,7 @@ def both(
 
 
 def weighted(seed: int, ratio: float) -> Answers:
-    """Answers with token weights, of which a share is not zero."""
+    """Answers with token weights, a share of which is not zero."""
     answers = make_answers(seed, importance=True)
     random = torch.Generator().manual_seed(seed)
     assert answers.importance is not None
@@ -328,7 +328,7 @@ def test_the_gradient_is_the_dense_heads(
     worlds: dict[int, Processes], models: dict[bool, str], seed: int, size: int, tied: bool, name: str,
     cut: dict[str, Any], ratio: float, temperature: float,
 ) -> None:  # fmt: skip
-    """Whatever the weights, the micro-batches, the ranks and the model; also where a rank keeps nothing."""
+    """With all weights, micro-batches, ranks and models, also if a rank keeps nothing."""
     answers = weighted(seed, ratio)
     sparse, dense = both(worlds[size], name, models[tied], "fp64", answers, cut, temperature=temperature)
     for part, whole in zip(sparse, dense, strict=True):
@@ -345,8 +345,8 @@ def test_the_gradient_is_the_dense_heads(
 def test_the_gradient_is_the_dense_heads_under_fsdp1(
     worlds: dict[int, Processes], models: dict[bool, str], name: str, size: int, tied: bool
 ) -> None:
-    """Where the head's weight is a view into a flat parameter; also of more rows than are kept."""
-    tied = tied and "LoRA" not in name  # of a tied one, stock verl's own step fails in torch on one rank
+    """There the head's weight is a view into a flat parameter. Also with more rows than ``ROWS_KEPT``."""
+    tied = tied and "LoRA" not in name  # with a tied head, stock verl's own step fails in torch on one rank
     answers = weighted(2, 0.3)
     cut = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 6 // size}
     for rows_kept in (None, 5):
@@ -362,7 +362,7 @@ def updated(
     """The parameters after an update with verl's optimizer."""
     from unittest.mock import patch
 
-    state.clear()  # an engine of its own, which starts from the model's parameters
+    state.clear()  # a new engine, which starts from the model's parameters
     with patch("test_sparse_head.keep_gradients", lambda *_: None):
         state["gradients"] = {}
         step(state, "packed, updated", path, "fp64", answers, rows, where, cut)
@@ -405,9 +405,9 @@ def test_in_mixed_precision(worlds: dict[int, Processes], models: dict[bool, str
 def test_under_sequence_parallelism(
     worlds: dict[int, Processes], models: dict[bool, str], ratio: float, tied: bool
 ) -> None:
-    """Each rank has half of the packed sequence, and asks for the kept rows of its half.
+    """Each rank has half of the packed sequence, and computes the kept rows of its half.
 
-    (On a CPU attention stays within a half, in the dense step as well: Ulysses itself needs flash attention.)
+    On a CPU, attention stays within a half, in the dense step too, because Ulysses needs flash attention.
     """
     answers = weighted(11, ratio)
     cut = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 25}
@@ -422,7 +422,7 @@ def test_under_sequence_parallelism(
 def test_verls_fused_heads_get_the_kept_rows(
     fused_worlds: dict[int, Processes], models: dict[bool, str], name: str, size: int
 ) -> None:
-    """With a tied head: of an untied one, which FSDP2 shards by itself, they read the shard (verl issue 5633)."""
+    """The head is tied. FSDP2 shards an untied head separately, and they would read the shard (verl issue 5633)."""
     answers = weighted(3, 0.3)
     cut = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 3}
     sparse, dense = both(fused_worlds[size], name, models[True], "fp32", answers, cut, temperature=TEMPERATURE)
@@ -434,7 +434,7 @@ def test_verls_fused_heads_get_the_kept_rows(
 def test_verls_fused_heads_cannot_read_a_head_that_fsdp2_shards(
     fused_worlds: dict[int, Processes], models: dict[bool, str]
 ) -> None:
-    """Stock verl's step. When this fails verl can, and 'entropy-fork plan' need no longer refuse it."""
+    """This is stock verl's step. If this test fails, verl can do it, and 'entropy-fork plan' need not refuse it."""
     cut = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 3}
     arguments = ("packed, fused", models[False], "fp32", weighted(3, 0.3), list(range(NUM_ROWS)), EVERYWHERE, cut)
     with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
@@ -453,7 +453,7 @@ def test_more_rows_than_are_kept_are_computed_twice(
 
 @pytest.mark.process
 def test_of_many_rows_the_weights_gradient_is_rounded_as_rarely_as_can_be() -> None:
-    """18,000 kept rows in bfloat16. verl's fused head adds up products of 512: twice as wrong as a dense one."""
+    """18,000 kept rows in bfloat16. verl's fused head adds up products of 512 rows: twice the error of a dense head."""
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.utils.torch_functional import logprobs_from_logits
 
@@ -488,7 +488,7 @@ def test_verls_metrics_are_means_over_the_kept_tokens(worlds: dict[int, Processe
     for name in ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"):
         assert name in dense["metrics"]
         assert name in sparse["metrics"], "a name that dashboards are built on"
-    # the means over kept tokens, which the guard counts by itself
+    # the means over kept tokens, which the guard also counts
     sums = {name: sparse["metrics"][f"entropy_fork/{name}"] for name in ("loss_tokens", "loss_kl", "loss_clipped")}
     assert sums["loss_tokens"] == num_kept(answers)
     assert sparse["metrics"]["actor/ppo_kl"] == pytest.approx(sums["loss_kl"] / sums["loss_tokens"], rel=1e-4)
@@ -551,9 +551,9 @@ def test_the_log_prob_pass_skips_prompts(
 def passes(
     state: dict[str, Any], name: str, path: str, answers: Answers, temperature: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """With unchanged weights, pairs of log-probs (of an update, of a pass before it) as stock verl and we compute them.
+    """With unchanged weights, pairs of log-probs (from an update, from a pass before it), by stock verl and by us.
 
-    Micro-batches of one row: some keep a single token.
+    A micro-batch has one row, and some keep a single token.
     """
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import response_from_nested
@@ -569,7 +569,7 @@ def passes(
             with engine.eval_mode():
                 log_probs = engine.infer_batch(data)["model_output"]["log_probs"]
             return response_from_nested(log_probs, data["response_mask"]).values()
-        seen: list[Tensor] = []  # verl hands out micro-batches of one size in order
+        seen: list[Tensor] = []  # verl keeps the order of micro-batches of one size
 
         def loss(model_output: dict[str, Any], data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
             seen.append(response_from_nested(model_output["log_probs"], data["response_mask"]).values().detach())
@@ -602,10 +602,10 @@ def test_with_unchanged_weights_the_ratio_is_one(
     worlds: dict[int, Processes], fused_worlds: dict[int, Processes], models: dict[bool, str], name: str,
     temperature: float,
 ) -> None:  # fmt: skip
-    """No further from 1 than stock verl's own, whichever of the passes is sparse; and so the k3 KL."""
+    """The ratio is as near to 1 as stock verl's own, whichever pass is sparse; and so is the k3 KL."""
     world = (fused_worlds if "fused" in name else worlds)[1]
     answers = weighted(3, 0.2)
-    answers.prompts = [prompt.repeat(3) for prompt in answers.prompts]  # a product of three rows is verl's own, too
+    answers.prompts = [prompt.repeat(3) for prompt in answers.prompts]  # stock verl computes three rows too
     (pairs,) = world(passes, [(name, models[True], answers, temperature)])
     distances = {}
     for pair, (new, old) in pairs.items():
@@ -622,7 +622,7 @@ def test_with_unchanged_weights_the_ratio_is_one(
 
 
 class FakeQuantized(torch.nn.Linear):
-    """What verl's QATLinear is (verl/utils/qat/linear.py, which needs triton): a linear layer with rounded weights."""
+    """A linear layer with rounded weights, like verl's QATLinear (verl/utils/qat/linear.py), which needs triton."""
 
     def forward(self, x: Tensor) -> Tensor:
         rounded = (self.weight * 4).round() / 4
@@ -630,7 +630,7 @@ class FakeQuantized(torch.nn.Linear):
 
 
 def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change: str) -> tuple[str, bool]:
-    """What is printed (or raised) for a changed model, and whether its gradient is the dense one."""
+    """What is printed (or raised) for a changed model, and whether its gradient is that of the dense head."""
     import contextlib
     import io
 
@@ -645,7 +645,7 @@ def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change:
 
         build = FSDPEngine._build_module
 
-        def build_quantized(self: Any) -> Any:  # as verl's _apply_qat does where the patterns do not leave the head out
+        def build_quantized(self: Any) -> Any:  # as verl's _apply_qat does if the patterns do not exclude the head
             model = build(self)
             model.get_output_embeddings().__class__ = FakeQuantized
             return model
@@ -675,7 +675,7 @@ def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change:
     except sparse_head.EntropyForkError as error:
         return str(error), False
     dense = step(state, "packed", path, "fp32", answers, rows, EVERYWHERE, cut)
-    of_model = [name for name in dense["gradients"] if not name.endswith("bias")]  # that one verl never sets to zero
+    of_model = [name for name in dense["gradients"] if not name.endswith("bias")]  # verl never sets that one to zero
     is_same = all(torch.equal(sparse["gradients"][name], dense["gradients"][name]) for name in of_model)
     return said.getvalue(), is_same and "actor/ppo_kl" in sparse["metrics"]
 
@@ -684,7 +684,7 @@ def refused_or_dense(state: dict[str, Any], path: str, answers: Answers, change:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("vision", "a model that sees has its own forward pass"),
+        ("vision", "a vision model has its own forward pass"),
         ("bias", "its LM head is a .*, not a linear layer"),
         ("fake quantization", "its LM head, a FSDPFakeQuantized, has a forward pass of its own"),
     ],
@@ -709,7 +709,7 @@ def a_model(head: torch.nn.Module) -> Any:
 
 
 def test_only_a_head_that_multiplies_by_its_weight_is_suitable() -> None:
-    """Whatever else happens to its input or output, or makes its weight, would be left out without a word."""
+    """Anything else that changes its input, its output or its weight would be silently left out."""
     unsuitable = RowsOfHead.unsuitable
     assert unsuitable(a_model(torch.nn.Linear(4, 8, bias=False))) is None
     assert "a forward pass of its own" in str(unsuitable(a_model(FakeQuantized(4, 8, bias=False))))
@@ -736,7 +736,7 @@ def test_a_model_that_changes_its_logits_stops(models: dict[bool, str]) -> None:
 
 
 def test_after_an_error_in_the_model_its_head_is_idle() -> None:
-    """Who calls the model next may do it without the engine, as a program that has caught an out-of-memory error."""
+    """The next call may not go through the engine, for instance in a program that caught an out-of-memory error."""
     from entropy_fork.verl.sparse_head import RowsOfHead, SparseHead
 
     model = Qwen3ForCausalLM(

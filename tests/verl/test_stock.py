@@ -1,4 +1,4 @@
-"""Installed but not asked for: main_ppo says and does what it does without this package, to the letter."""
+"""If the package is installed but not asked for, main_ppo prints and does exactly what it does without the package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WHOLE = (
     "data.train_files=train.parquet",
     "data.val_files=test.parquet",
 )
-FOLDER = ("--config-dir", "own")  # written by own_folder()
+FOLDER = ("--config-dir", "own")  # files that own_folder() writes
 
 CUSTOM = ("data.custom_cls.path=mine.py", "data.custom_cls.name=Mine")
 REWARD = ("+reward.reward_kwargs.top_ratio=0.2", "+reward.reward_kwargs.entropy_top_ratio=0.3")
@@ -38,7 +38,7 @@ MANAGER = "+actor_rollout_ref.rollout.agent.agent_loop_manager_class=mine.Manage
 RESUME = ("trainer.resume_mode=resume_path", "trainer.resume_from_path=global_step_1")
 UNEVEN = ("actor_rollout_ref.actor.use_dynamic_bsz=false", "data.train_batch_size=3")
 
-#: Name, command line, and whether stock verl takes it.
+#: name, command line, and whether stock verl accepts it
 LINES: list[tuple[str, tuple[str, ...], bool]] = [
     ("plain", WHOLE, True),
     ("critic", (*WHOLE, *CRITIC), True),
@@ -83,12 +83,12 @@ LINES: list[tuple[str, tuple[str, ...], bool]] = [
     ("an unknown key of the actor", (*WHOLE, "+actor_rollout_ref.actor.mine=1"), False),
 ]  # fmt: skip
 
-#: `off` beside the same line without it.
+#: the same line with `off` and without it
 OFF = (*WHOLE, "+entropy_fork=off")
 
 
 def own_folder(folder: Path) -> None:
-    """A user's own config groups, some called as ours, with options called as ours."""
+    """A user's own config groups, some with the names of ours, with options that have the names of ours."""
     for name, text in {
         "mine/keys.yaml": "# @package _global_\nrecipe: mine\ncluster: node_8\ntemplate: paper\n",
         "cluster/cpu.yaml": "# @package _global_\ntrainer:\n  nnodes: 3\n",
@@ -104,7 +104,7 @@ def own_folder(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What main_ppo says of all lines, in one process with the plugin and in one without."""
+    """What main_ppo says about all lines, in one process with the plugin and in one without."""
     folder = tmp_path_factory.mktemp("stock")
     own_folder(folder)
     found = {}
@@ -138,7 +138,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 )
 def test_a_line_that_names_nothing_of_ours(verdicts: dict[str, dict[str, Any]], name: str, taken: bool) -> None:
     installed, stock = verdicts["installed"][name], verdicts["none"][name]
-    if "message" in installed:  # where Hydra does not find a group it says where it has looked
+    if "message" in installed:  # if Hydra does not find a group, it lists where it has searched
         installed["message"] = re.sub(r"\n\tprovider=entropy-fork, path=\S+", "", installed["message"])
     assert ("config" in stock) == taken, stock
     assert installed.get("message") == stock.get("message")
@@ -148,7 +148,7 @@ def test_a_line_that_names_nothing_of_ours(verdicts: dict[str, dict[str, Any]], 
 
 
 def test_estimators_of_the_users_own_stay_theirs(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """In the trainer's process, where ours are registered: verl refuses a second one under the same name."""
+    """verl refuses a second estimator with the same name. This runs in the trainer's process, where ours register."""
     script = """
 import verl.trainer.ppo.v1
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
@@ -170,7 +170,7 @@ def test_off_is_the_node_and_nothing_else(verdicts: dict[str, dict[str, Any]]) -
 
 
 def test_a_program_pickles_what_it_imports_of_verl(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Ray sends a task runner of ``__main__`` by value, together with the functions of verl that it calls."""
+    """Ray sends a task runner of ``__main__`` by value, with the functions of verl that it calls."""
     script = """
 import inspect, pickle
 import cloudpickle
@@ -196,7 +196,7 @@ cloudpickle.dumps(TaskRunner)
 def test_a_program_that_only_composes_a_config(
     python: Callable[..., subprocess.CompletedProcess[str]], plugins: str
 ) -> None:
-    """Its arguments are its own (``-c`` is ``--cfg`` for Hydra), and it may compose a thousand times."""
+    """It has its own arguments (``-c`` is ``--cfg`` for Hydra), and may compose a thousand configs."""
     script = """
 import argparse, pickle
 import verl

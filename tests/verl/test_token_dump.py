@@ -1,4 +1,4 @@
-"""``entropy_fork.dump_every``: what the hook writes of a step, with a batch in memory in verl's layout."""
+"""``entropy_fork.dump_every``: what the hook writes in a step, with a batch in memory in verl's layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_ROWS, MINI_BATCH_ROWS = 16, 8
 
 
 class Tokenizer:
-    """Words by number; all that a dump asks of a tokenizer."""
+    """A tokenizer with what a dump needs: words by number."""
 
     eos_token_id = 7
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
@@ -35,7 +35,7 @@ class Tokenizer:
 
 
 class Stock:
-    """What a masked trainer needs of verl's."""
+    """The part of verl's trainer that a masked trainer needs."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -60,7 +60,7 @@ class Batch(SimpleNamespace):
 
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Take one step: (number, node of the config) to the fields of the batch as workers would get them."""
+    """A function that takes one step. From (step, config node) it returns the batch's fields as workers get them."""
 
     def take(number: int, masked: Any = None, layout: list[int] | None = None, **node: Any) -> dict[str, Any]:
         this = masked or make(**node)
@@ -82,7 +82,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         }
         keys = [f"u{row // 2}_{row % 2}_0" for row in range(NUM_ROWS)]
         tags = [{"is_padding": row == 4} for row in range(NUM_ROWS)]
-        if layout is not None:  # as another run may have it: with other uids, and the rows in another order
+        if layout is not None:  # as in another run: other uids, and the rows in another order
             data = {name: pick(value, layout) for name, value in data.items()} | {"index": np.zeros(NUM_ROWS, int)}
             keys = [f"u{layout.index(row // 2 * 2)}_{row % 2}_0" for row in layout]
             tags = [tags[row] for row in layout]
@@ -158,7 +158,7 @@ def test_what_is_dumped_is_what_the_workers_will_be_given(step: Any, tmp_path: P
 
 
 def test_the_same_answers_in_the_same_order_in_every_run(step: Any, tmp_path: Path) -> None:
-    """Neither verl's random uids nor the layout decide, also where the data set gives every prompt the same index."""
+    """verl's random uids and the layout make no difference, also if every prompt has the same index."""
     dumped = []
     for run, layout in enumerate((range(NUM_ROWS), range(NUM_ROWS - 1, -1, -1), [*range(6, NUM_ROWS), *range(6)])):
         step(1, layout=list(layout), dump_every=1, dump_dir=str(tmp_path / str(run)))
@@ -183,7 +183,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_each_step_once(step: Any, tmp_
     masked = step(1, dump_every=1, dump_dir=str(folder))["trainer"]
     for number in (2, 3, 4):
         step(number, masked)
-    step(3, dump_every=1, dump_dir=str(folder))  # from the checkpoint of step 2, in a new process
+    step(3, dump_every=1, dump_dir=str(folder))  # resumed from the checkpoint of step 2, in a new process
     assert parts(folder) == [1, 2, 3]
     assert sorted({answer.step for answer in read_answers(folder)}) == [1, 2, 3]
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The advantage hook on batches in verl's layout: pools are mini-batches over all ranks, whatever the layout."""
+"""The advantage hook on batches in verl's layout: in every layout, pools are mini-batches over all ranks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
     pool_of = [row // rows_per_pool for row in range(len(entropies))]
     expected, _ = weights_by_row(entropies, masks, torch.tensor(pool_of), torch.arange(len(entropies)), rule)
 
-    # verl's layout: rank r holds, one mini-batch behind the other, its share of each; 4 padding rows per mini-batch.
+    # verl's layout: rank r holds its share of each mini-batch, one after another; 4 padding rows per mini-batch.
     random = np.random.default_rng(seed)
     layout: list[int | None] = []
     shares = []
@@ -107,7 +107,7 @@ def test_weights_do_not_depend_on_how_ranks_share_the_mini_batches(
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 def test_mini_batches_are_those_that_verls_worker_cuts(dp_size: int) -> None:
-    """Against verl's own iterator over the contiguous part of each rank (engine_workers.py: train_mini_batch)."""
+    """Compared with verl's own iterator over the contiguous part of each rank (engine_workers.py: train_mini_batch)."""
     num_rows, mini_batch_rows = 48, 16
     ours = masking.mini_batch_of_row(num_rows, mini_batch_rows // 2, 2, dp_size)
     for rank in range(dp_size):
@@ -124,17 +124,17 @@ def test_rows_that_cannot_be_cut_are_refused() -> None:
 
 
 def test_verls_older_trainer_refuses_a_mask() -> None:
-    """A program that derives its trainer from it never comes past main_ppo's checks."""
+    """A program that derives its trainer from it does not run main_ppo's checks."""
     config = OmegaConf.create({"entropy_fork": {"top_ratio": 0.2}})
     with pytest.raises(EntropyForkError, match=r"RayPPOTrainer in .* pid \d+ .*has no token weights.*entropy_fork=off"):
         RayPPOTrainer(config, None, {}, None)
     config.entropy_fork.enabled = False
-    with pytest.raises(AttributeError):  # verl's own constructor, which wants more of a config than this
+    with pytest.raises(AttributeError):  # verl's own constructor, which needs a larger config
         RayPPOTrainer(config, None, {}, None)
 
 
 def test_every_trainer_of_verls_is_masked_whoever_derives_it() -> None:
-    """The stock classes can be imported, so it must be in them and not in a registry."""
+    """Programs can import the stock classes, so the mask must be in these classes, not in a registry."""
     from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync
 
     for stock in (PPOTrainerSync, PPOTrainerColocateAsync, PPOTrainerSeparateAsync):
@@ -154,11 +154,11 @@ def test_every_trainer_of_verls_is_masked_whoever_derives_it() -> None:
     for mixin in (trainer.TokenWeights, trainer.WholeCheckpoints, trainer.WatchedWaiting):
         assert mixin.__bases__ == (object,), "a base for the type checker is none at run time"
         ours = {name for name in vars(mixin) if not name.startswith("__")} - set(trainer.EXTENDED)
-        # any other name may be that of an attribute of a derived trainer
+        # a derived trainer may have an attribute with any other name
         assert all(name.startswith("_entropy_fork_") for name in ours)
 
     class Asked(Derived):
-        def __init__(self) -> None:  # as tests of verl's make a trainer
+        def __init__(self) -> None:  # some of verl's tests make a trainer in this way
             self.config = OmegaConf.create({"entropy_fork": {"top_ratio": 7}})
 
     for method in ("_save_checkpoint", "_load_checkpoint"):
@@ -167,7 +167,7 @@ def test_every_trainer_of_verls_is_masked_whoever_derives_it() -> None:
 
 
 def test_verls_methods_stay_verls_for_whoever_looks_at_them() -> None:
-    """verl's own tests call them with another ``self``, and programs read their signatures and replace them."""
+    """verl's own tests call them with another ``self``. Programs read their signatures, and replace them."""
     (stock,) = [kind for kind in PPOTrainer.__mro__ if kind.__name__ == "StockPPOTrainer"]
     for name in trainer.EXTENDED:
         method = vars(PPOTrainer)[name]
@@ -190,14 +190,14 @@ def test_verls_methods_stay_verls_for_whoever_looks_at_them() -> None:
     bare._load_checkpoint()  # a config that is not OmegaConf's
     assert bare.global_steps == 0
     bare.config = OmegaConf.create({"trainer": {"critic_warmup": 0}})
-    bare.entropy_fork = bare.token_dump = "a folder"  # attributes of the user's own
+    bare.entropy_fork = bare.token_dump = "a folder"  # the user's own attributes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stock, "_compute_advantage", lambda self, batch, metrics: batch)
         assert bare._compute_advantage("batch", {}) == "batch"
 
 
 def test_verls_trainer_calls_what_is_extended() -> None:
-    """Fails when verl takes a step or starts in another way: read what it does now."""
+    """Fails if verl changes how it starts or takes a step: then read what verl does now."""
     step = inspect.getsource(PPOTrainer._step_once)
     calls = ("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_advantage", "_update_actor")
     places = [step.index(f"batch = self.{name}(batch, metrics=metrics)") for name in calls]
@@ -210,7 +210,7 @@ def test_verls_trainer_calls_what_is_extended() -> None:
 
 
 def test_a_trainer_whose_advantages_are_its_own_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves verl's out, and with it the weights; and another batch than the weighed one may reach the actor."""
+    """Without verl's advantages there are no weights. Or the actor may get another batch than the weighed one."""
     data, _ = run_hook(monkeypatch)
     assert "rollout_is_weights" in data
 
@@ -267,7 +267,7 @@ def test_where_a_mask_is_made_and_what_the_workers_are_given(
     flags = how.flags_to_send(step=1)
     assert flags.keys() == sent
     assert flags[WEIGHED] is (made is masking.SelectOnDriver)
-    # the one that selects reports
+    # only the process that selects reports
     assert ("entropy_fork/kept_ratio" in metrics) is (made is not masking.SelectInWorker)
     if how.selected_field is not None:
         eligible = fields["response_mask"].values().bool()
@@ -279,12 +279,12 @@ def test_where_a_mask_is_made_and_what_the_workers_are_given(
 def test_a_trainer_that_writes_over_the_weights_stops(
     monkeypatch: pytest.MonkeyPatch, importance: float | None
 ) -> None:
-    """Importance weights of its own in the same field: the batch is the weighed one, and its weights are gone."""
+    """It writes importance weights into the same field: the batch is the right one, but our weights are gone."""
     batches = []
 
     class Updating(Stock):
         def _update_actor(self, batch: Any, metrics: dict[str, float]) -> Any:
-            """Metrics as the guarded loss gives them."""
+            """Return metrics like those of the guarded loss."""
             fields = tq.kv_batch_get(keys=batch.keys, select_fields=["response_mask", "rollout_is_weights"])
             mask, weights = (fields[name].values()[None] for name in ("response_mask", "rollout_is_weights"))
             with weights_written():

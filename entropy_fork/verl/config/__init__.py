@@ -1,11 +1,11 @@
-"""The config nodes ``entropy_fork`` and ``entropy_fork_guards``: what their keys are, and how a config is read.
+"""The config nodes ``entropy_fork`` and ``entropy_fork_guards``: their keys, and how a config is read.
 
-- ``names``: losses, estimators and engines by name, guarded losses, and the names of runs.
+- ``names``: the names of losses, estimators, engines, guarded losses and runs.
 - ``schema``: a dataclass for each node, with a sentence for each key.
-- ``nodes``: reads the nodes, gives them their types, and refuses them where they would do nothing.
+- ``nodes``: reads the nodes, gives them their types, and refuses a node in a place where it would do nothing.
 
-What can go wrong with the rest of the config is checked in ``entropy_fork/verl/checks.py``. Every process of a run
-imports this folder, so it imports neither torch nor a module of verl.
+``entropy_fork/verl/checks.py`` checks the rest of the config. Every process of a run imports this folder, so it imports
+neither torch nor a module of verl.
 """
 
 from entropy_fork.common.asked_for import NODE

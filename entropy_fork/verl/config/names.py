@@ -1,4 +1,4 @@
-"""Names: verl's losses and engines that can be masked, our estimators, guarded losses, and what a run is called."""
+"""Names: of verl's losses and engines that can be masked, of our estimators, of guarded losses, and of runs."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from packaging.version import Version
 from entropy_fork.common.asked_for import NODE
 from entropy_fork.core.rule import KEY_OF, KEYS
 
-#: policy losses (verl's, and ``reinforce``) whose gradient is ``rollout_is_weights`` times the plain one, exactly 0
-#: where the weight is 0
+#: policy losses (verl's, and ``reinforce``) that multiply the gradient of each token by its ``rollout_is_weights``: a
+#: token of weight 0 has a gradient of exactly 0
 MASKABLE_LOSSES = (
     "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "dro", "cispo", "reinforce",
 )  # fmt: skip
 
-#: those of them in which a token of weight 0 has no part in the loss and gradient of any other token
+#: those of them in which a token of weight 0 does not change the loss or the gradient of any other token
 TOKENWISE_LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "dro", "cispo", "reinforce")
 
-#: estimators of ``advantages.py``: from a critic's values, from a group of answers, and all of them
+#: estimators of ``advantages.py``: those that need a critic's values, those that need a group of answers, and all
 NEED_CRITIC = ("q_value", "td_residual")
 NEED_GROUP = ("reward_to_go_baseline", "reward_to_go_leave_one_out")
 ESTIMATORS = ("total_return", "reward_to_go", *NEED_GROUP, *NEED_CRITIC)
 
-#: verl's engines that ``engine.py`` can make the selection in
+#: verl's engines in which ``engine.py`` can select tokens
 MASKED_STRATEGIES = ("fsdp", "fsdp2")
 
-#: keys of the node that say what is trained on: those of the rule, but for verl's ``loss_agg_mode``
+#: keys of the node that say what is trained on: the keys of the rule except ``loss_agg_mode``, which is verl's
 RULE_KEYS = tuple(key.name for key in KEYS if key.name != "loss_agg_mode")
 
 #: ids of dumped answers: the step times this, plus the answer's number in its step
 ANSWERS_PER_STEP = 100_000
 
-#: what a run without a mask trains on
+#: what a run without a mask trains on, in words
 ALL_TOKENS = "all tokens"
 
-#: What a run trains on: the value of every key that changes it, or ``ALL_TOKENS``.
+#: what a run trains on: the value of each of ``RULE_KEYS``, or ``ALL_TOKENS``
 TrainedOn = dict[str, Any] | str
 
 
 def averages_by_sequence(loss_mode: str, version: str) -> bool:
-    """Whether this verl's loss is a seq-mean-token-mean whatever ``actor.loss_agg_mode`` says (core_algos.py)."""
+    """Whether this verl averages the loss as seq-mean-token-mean with any ``actor.loss_agg_mode`` (core_algos.py)."""
     return loss_mode == "sapo" or (loss_mode == "gspo" and Version(version) < Version("0.9.1"))
 
 
 def guarded_name(loss_mode: str) -> str:
-    """The name of a loss with its guard (``policy_loss.py``). A name that has the guard is returned as it is."""
+    """The name of the loss with its guard (``policy_loss.py``). A guarded name stays as it is."""
     return f"{NODE}/{plain_name(loss_mode)}"
 
 
 def plain_name(loss_mode: str) -> str:
-    """verl's name of a loss, guarded or not."""
+    """verl's name of the loss: a guarded name without its guard."""
     return loss_mode.removeprefix(f"{NODE}/")
 
 
 def selection_name(config: DictConfig) -> str:
     """What a run selects, in a few characters: ``off``, ``top0.2``, ``top0.2-current-micro_batch``, …
 
-    For names of runs. verl resumes from whatever lies in the folder of a run's name, so a baseline or an ablation that
-    went under the recipe's own name would go on from the checkpoints of another method.
+    Recipes put it into the name of a run. verl resumes from any checkpoint in the folder of that name. So if a baseline
+    or an ablation had the same name as the recipe's run, it would continue the other method's checkpoints.
 
     Args:
         config: the root of a config with or without the node.
@@ -75,5 +75,5 @@ def selection_name(config: DictConfig) -> str:
     return "-".join(words)
 
 
-# ``${entropy_fork_name:}`` in a recipe. Here, where every process that reads a config with our node comes by.
+# ``${entropy_fork_name:}`` in a recipe. Every process that reads a config with our node imports this module.
 OmegaConf.register_new_resolver("entropy_fork_name", lambda *, _root_: selection_name(_root_), replace=True)

@@ -1,7 +1,7 @@
-"""Our two nodes in a config: reads them, types them, and refuses them where they would do nothing.
+"""Our two nodes in a config: read them, give them their types, refuse them in a place where they would do nothing.
 
-Typed, they can only be unpickled by a process that has this plugin: a TaskRunner without it stops with ``No module
-named 'entropy_fork'`` instead of training on all tokens. So they are typed whatever they were written in.
+A process without this plugin cannot unpickle a typed node: its TaskRunner stops with ``No module named 'entropy_fork'``
+instead of training on all tokens. So a node gets its type however it came into the config.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.verl.config.names import guarded_name
 from entropy_fork.verl.config.schema import EntropyForkConfig, GuardsConfig
 
-#: keys of a node that have another place now
+#: keys that moved to another node: {old: new}
 MOVED = {f"{NODE}.patience_s": f"{GUARDS}.patience_s"}
 
 
 def read_config(config: DictConfig) -> EntropyForkConfig | None:
-    """The typed node of a root config, or None where it is absent or switched off. Raises as :func:`read_node`."""
+    """The typed node of a root config; None if it is absent or switched off. Raises as :func:`read_node`."""
     fork_config = read_node(config)
     return fork_config if fork_config is not None and fork_config.enabled else None
 
 
 def read_node(config: DictConfig) -> EntropyForkConfig | None:
-    """The typed node of a root config, switched off or not; None where it is absent.
+    """The typed node of a root config, also if it is switched off; None if it is absent.
 
     Raises:
-        EntropyForkError: the node lies elsewhere than at the root, is not a mapping, or has an unknown key or a value
-            out of range.
+        EntropyForkError: the node is not at the root, is not a mapping, or has an unknown key or a value out of range.
     """
     check_places(config)
     return _parsed(config, NODE, EntropyForkConfig, f"{NODE}=off trains without the mask")
 
 
 def read_guards(config: DictConfig) -> GuardsConfig:
-    """The guards of a run; where the node is absent, none of them.
+    """The guards of a run. If the node is absent, all guards are off.
 
     Raises:
         EntropyForkError: the node is not a mapping, or has an unknown key or a value out of range.
@@ -59,7 +58,7 @@ def _parsed(config: DictConfig, name: str, schema: type[Schema], way_out: str) -
         return None
     if not isinstance(node, DictConfig):
         raise EntropyForkError(
-            f"'{name}: {node}' arrived as a plain value, not as a preset, so it would do nothing: the presets were "
+            f"'{name}: {node}' arrived as a plain value, not as a preset, so it would do nothing. The presets were "
             f"not on Hydra's search path. Check that the plugin is active in this process ({process_name()}): "
             f"'python -c \"import verl, entropy_fork.verl.plugin\"' must run without an error."
         )
@@ -83,20 +82,20 @@ def _parsed(config: DictConfig, name: str, schema: type[Schema], way_out: str) -
 
 
 def _node(config: Any, name: str) -> Any:
-    """A node at the root; None where it is absent, as it is from what is no config of OmegaConf's."""
+    """A node at the root; None if it is absent, or if ``config`` is no config of OmegaConf."""
     return OmegaConf.select(config, name, default=None) if OmegaConf.is_config(config) else None
 
 
 def moved(key: str) -> str:
-    """What to write instead of a key that has another place now."""
+    """What to write instead of a key that moved to another node."""
     group, _ = MOVED[key].split(".")
     return f"'{key}' is now '{MOVED[key]}'. Write +{group}=on {MOVED[key]}=… (with a recipe without +{group}=on)."
 
 
-#: What ρ is called by us, the authors' release, TRL and ms-swift, and LightRFT.
+#: the name of ρ here, in the authors' release, in TRL and ms-swift, and in LightRFT
 SPELLINGS = ("top_ratio", "entropy_top_ratio", "top_entropy_quantile", "high_entropy_token_ratio")
 
-#: verl's nodes in which such a key can only be meant for the mask. Elsewhere it may be a key of the user's own.
+#: verl's nodes in which such a key can only be meant for the mask. In other nodes it may be the user's own key.
 MEANT_FOR_A_MASK = (
     "actor_rollout_ref.actor",
     "actor_rollout_ref.actor.policy_loss",
@@ -106,7 +105,7 @@ MEANT_FOR_A_MASK = (
 
 
 def check_places(config: DictConfig) -> None:
-    """Refuse what asks for a mask or guards in a place where it does nothing: verl ignores keys that it does not know.
+    """Refuse a key of ours in a place where nobody reads it. verl ignores keys that it does not know.
 
     Raises:
         EntropyForkError: with the key, and what to write at the root instead.
@@ -124,7 +123,7 @@ def check_places(config: DictConfig) -> None:
 
 
 def _misplaced(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Our nodes, a whole preset of ours, or a name of ρ, where they are not read."""
+    """Our nodes, a whole preset of ours, or a name of ρ, in a place where nobody reads them: path and value."""
     if not isinstance(node, dict):
         return
     if path and {field.name for field in fields(EntropyForkConfig)} <= node.keys():  # +entropy_fork@trainer=global
@@ -138,7 +137,7 @@ def _misplaced(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def make_typed(config: DictConfig) -> None:
-    """Give our nodes of a root config their types, so that a process without this plugin cannot unpickle them.
+    """Give our nodes in a root config their types, so that a process without this plugin cannot unpickle them.
 
     Raises:
         EntropyForkError: see :func:`read_node`.
@@ -158,7 +157,7 @@ def _has_type(config: DictConfig, name: str, schema: type) -> bool:
 
 
 def guard_loss(config: DictConfig) -> None:
-    """Ask for the guarded loss: a worker then trains on token weights, or stops. A second call changes nothing.
+    """Write the guarded loss into the config: a worker then uses token weights, or stops. Twice is the same as once.
 
     Args:
         config: the root of a config that asks for a mask.
@@ -170,7 +169,7 @@ def guard_loss(config: DictConfig) -> None:
 
 
 def is_guarded(config: DictConfig) -> bool:
-    """Whether a root config may leave its process: our nodes are typed, and a mask asks for the guarded loss."""
+    """Whether a root config may leave its process: our nodes have types, and a config with a mask the guarded loss."""
     if not (_has_type(config, NODE, EntropyForkConfig) and _has_type(config, GUARDS, GuardsConfig)):
         return False
     if (node := _node(config, NODE)) is None or not node.enabled:
@@ -180,5 +179,5 @@ def is_guarded(config: DictConfig) -> bool:
 
 
 def _changeable(config: DictConfig) -> AbstractContextManager[Any]:
-    """Let a config be changed that takes no new keys, or that its owner has made read-only."""
+    """A context in which a config can be changed, even if it is read-only or takes no new keys."""
     return flag_override(config, ["struct", "readonly"], [False, False])

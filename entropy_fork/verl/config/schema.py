@@ -1,7 +1,7 @@
-"""The schemas of our two nodes: their keys, the defaults, and the sentence of each key.
+"""The schemas of our two nodes: each key with its default and its sentence.
 
-The keys of the rule have their words and defaults in ``entropy_fork/core/rule.py``; the others have them here.
-:func:`keys` gives all of them.
+For the keys of the rule, default and sentence are in ``entropy_fork/core/rule.py``. For the other keys they are here.
+:func:`keys` returns all of them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from entropy_fork.verl.config.names import (
 
 
 def _of_rule(name: str) -> Any:
-    """A key whose words and default stand in ``core/rule.py``."""
+    """A key whose sentence and default are in ``core/rule.py``."""
     return field(default=KEY_OF[name].default)
 
 
 def _own(default: object, sentence: str) -> Any:
-    """A key that only this node has."""
+    """A key that is not one of the rule's."""
     return field(default=default, metadata={"sentence": sentence})
 
 
@@ -64,10 +64,10 @@ class EntropyForkConfig:
     )
     dump_every: int = _own(
         0,
-        "Every how many steps to write tokens, their entropies and what was selected, for `entropy-fork report`. 0 "
-        "writes nothing. Works with `enabled=false` too.",
+        "Write tokens, their entropies and the selection every so many steps, for `entropy-fork report`. 0 writes "
+        "nothing. Works with `enabled=false` too.",
     )
-    dump_answers: int = _own(8, "Of how many answers to write the tokens.")
+    dump_answers: int = _own(8, "The number of answers to write per dumped step.")
     dump_dir: str | None = _own(None, "The folder of these tokens. By default `tokens` in `trainer.default_local_dir`.")
     resume_other_selection: bool = _own(
         False,
@@ -81,13 +81,13 @@ class EntropyForkConfig:
     )
 
     def rule(self, loss_agg_mode: str) -> Rule:
-        """The rule of the whole run, its schedule included.
+        """The rule of the whole run, with its schedule.
 
         Args:
             loss_agg_mode: verl's ``actor.loss_agg_mode``.
 
         Raises:
-            ValueError: a value that has no meaning, or two that do not go together.
+            ValueError: a value is unknown, or two values do not go together.
         """
         return Rule.of(**{name: getattr(self, name) for name in RULE_KEYS}, loss_agg_mode=loss_agg_mode)
 
@@ -100,9 +100,9 @@ class EntropyForkConfig:
         return self.rule_at(step, TOKEN_MEAN).selector
 
     def selection(self) -> TrainedOn:
-        """What the run trains on, resolved. Two runs with equal selections train on the same kind of tokens.
+        """What the run trains on. Two runs with equal selections train on the same kind of tokens.
 
-        A key that the others make meaningless has its default value.
+        A key that has no effect, because of the other keys, gets its default value.
         """
         if not self.enabled or self.rule(TOKEN_MEAN).keeps_all:
             return ALL_TOKENS
@@ -110,22 +110,22 @@ class EntropyForkConfig:
         return {name: value if has_effect(name, values) else KEY_OF[name].default for name, value in values.items()}
 
     def in_worker(self, shuffle: bool) -> bool:
-        """Whether the selection can only be made in the worker, in or right before a gradient step.
+        """Whether only the worker can select the tokens, in a gradient step or right before it.
 
         Args:
-            shuffle: verl's ``actor.shuffle``, which draws the mini-batches there.
+            shuffle: verl's ``actor.shuffle``. If true, the worker draws the mini-batches.
         """
         return self.entropy == "current" or self.pool == "micro_batch" or shuffle
 
     def dense_because(self, config: DictConfig, kept_share: float) -> str | None:
-        """Why the LM head of an update is needed at every position; None where the kept ones are enough.
+        """Why an update must compute the LM head at every position; None if the kept positions are enough.
 
-        The one place that decides it, for the trainer and for ``entropy-fork plan``. A worker adds only what it alone
-        can see: the model and the batch (``sparse_head.py``).
+        Only this function decides it, for the trainer and for ``entropy-fork plan``. A worker may add a reason that
+        only it can see: in the model, or in the batch (``sparse_head.py``).
 
         Args:
-            config: the root.
-            kept_share: of the tokens of a pool, in (0, 1].
+            config: the root of verl's config.
+            kept_share: the share of the tokens of a pool that is kept, in (0, 1].
         """
         actor = config.actor_rollout_ref.actor
         loss_mode = plain_name(OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla"))
@@ -145,7 +145,7 @@ class EntropyForkConfig:
         return None
 
     def check(self) -> None:
-        """Raise a ValueError for what any step of a run would stumble over."""
+        """Raise a ValueError for a value that is wrong in any step of a run."""
         self.rule(TOKEN_MEAN)
         if self.dump_every < 0:
             raise ValueError(f"dump_every must be a number of steps, or 0 to dump nothing, got {self.dump_every}")
@@ -155,27 +155,27 @@ class EntropyForkConfig:
 
 @dataclass
 class GuardsConfig:
-    """The node ``entropy_fork_guards``: what looks after a long run, with a mask or without.
+    """The node ``entropy_fork_guards``: checks that protect a long run, with a mask or without.
 
     The meaning of each key: :func:`keys`. See also docs/guide/faults.md.
     """
 
     waiting: bool = _own(
-        True, "Stop a run that waits for answers which cannot come any more, because a worker or a server has died."
+        True, "Stop a run if a worker or a server has died, so that the answers it waits for can never come."
     )
     patience_s: float = _own(
         3600.0,
-        "After how many seconds without any answer `waiting` stops the run. 0 waits for ever, as verl does.",
+        "The guard `waiting` stops the run after so many seconds without any answer. 0 waits for ever, as verl does.",
     )
     checkpoints: bool = _own(
-        True, "Mark a checkpoint as unfinished while it is written, and resume from whole ones only."
+        True, "Mark a checkpoint as unfinished while it is written, and resume from finished ones only."
     )
     data_files: bool = _own(
-        True, "Look through every row of the data files before Ray starts, where verl's own data set reads them."
+        True, "Check every row of the data files before Ray starts, if verl's own data set class reads them."
     )
 
     def check(self) -> None:
-        """Raise a ValueError for a value without a meaning."""
+        """Raise a ValueError for a value out of range."""
         if not self.patience_s >= 0:
             raise ValueError(f"patience_s must be a number of seconds, or 0 to wait for ever, got {self.patience_s}")
 
@@ -184,7 +184,7 @@ def keys(schema: type[EntropyForkConfig] | type[GuardsConfig] = EntropyForkConfi
     """Every key of a node with its sentence, in the order of the config.
 
     Args:
-        schema: the node's.
+        schema: the dataclass of the node.
     """
     return tuple(
         KEY_OF[key.name] if key.name in RULE_KEYS else Key(key.name, key.metadata["sentence"], key.default)
@@ -193,6 +193,6 @@ def keys(schema: type[EntropyForkConfig] | type[GuardsConfig] = EntropyForkConfi
 
 
 def register_schema() -> None:
-    """Let the presets name the schema in their defaults, so that Hydra itself refuses a mistyped key or type."""
+    """Register both schemas with Hydra. A preset names its schema, so Hydra refuses a mistyped key or a wrong type."""
     for group, schema in ((NODE, EntropyForkConfig), (GUARDS, GuardsConfig)):
         ConfigStore.instance().store(group=group, name="schema", node=schema, provider="entropy-fork")

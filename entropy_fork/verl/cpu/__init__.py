@@ -1,1 +1,1 @@
-"""verl on a machine without an accelerator. Active with ``VERL_PLATFORM=cpu`` alone."""
+"""verl on a machine without an accelerator. Active only with ``VERL_PLATFORM=cpu`` in the environment."""

@@ -1,8 +1,9 @@
-"""The way of the weights from the trainer to rollout servers that do not share its processes, without an accelerator.
+"""Send the weights from the trainer to rollout servers in other processes, without an accelerator.
 
-Hook: verl's ``CheckpointEngineRegistry``, under the name ``ray``, for ``trainer.v1.trainer_mode=separate_async``. The
-engines that verl ships move buckets between GPUs (cupy, NCCL, RDMA). Here a bucket goes through Ray's object store, and
-its reference through a short queue to each rollout worker, so that no more than a few buckets are in flight.
+Hook: verl's ``CheckpointEngineRegistry``, under the name ``ray``, for ``trainer.v1.trainer_mode=separate_async``.
+verl's own engines move buckets of weights between GPUs (cupy, NCCL, RDMA). This one puts a bucket into Ray's object
+store, and its reference into a short queue to each rollout worker. The queue is short so that only a few buckets exist
+at once.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ BUCKETS_AHEAD = 2
 
 
 class RayCheckpointEngine(CheckpointEngine):
-    """One end of the way: rank 0 of the trainer sends, each rollout worker receives from a queue of its own.
+    """One end of the transfer: rank 0 of the trainer sends, and each rollout worker receives from its own queue.
 
     Args:
         bucket_size: in bytes.
-        is_master: whether this is rank 0 of the trainer; verl tells trainers only, so None is a rollout worker.
+        is_master: in a trainer, whether it is rank 0. None in a rollout worker, to which verl does not pass it.
     """
 
     def __init__(self, bucket_size: int, is_master: bool | None = None):
@@ -36,14 +37,14 @@ class RayCheckpointEngine(CheckpointEngine):
         self.outboxes: list[Queue] = []
 
     def prepare(self) -> Queue | None:
-        """Where this process receives weights: sent to all others by verl."""
+        """The queue from which this process receives weights; None in a trainer. verl tells it to all processes."""
         return self.inbox
 
     @classmethod
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[Queue | None]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """All queues to rank 0 of the trainer; its other ranks, and the receivers, send to nobody."""
+        """Give all queues to rank 0 of the trainer. The trainer's other ranks and the receivers send to no queue."""
         inboxes = metadata[actor_wg_world_size:]
         nobody: list[Queue] = []
         return (
@@ -52,11 +53,11 @@ class RayCheckpointEngine(CheckpointEngine):
         )
 
     def init_process_group(self, outboxes: list[Queue]) -> None:
-        """Called before a sync, with what :meth:`build_topology` says for this process."""
+        """verl calls this before a sync, with the queues that :meth:`build_topology` gives this process."""
         self.outboxes = outboxes
 
     def finalize(self) -> None:
-        """Called after a sync."""
+        """verl calls this after a sync."""
         self.outboxes = []
 
     async def send_weights(
@@ -64,7 +65,8 @@ class RayCheckpointEngine(CheckpointEngine):
     ) -> None:
         """Send all weights, of any shape.
 
-        Whoever sends to nobody still asks for them: gathering a sharded one is a collective.
+        A rank that sends to no queue still draws all weights from the generator, because gathering a sharded weight is
+        a collective.
         """
         if not self.outboxes:
             for _ in weights:
@@ -77,10 +79,10 @@ class RayCheckpointEngine(CheckpointEngine):
     async def _send(self, bucket: list[tuple[str, torch.Tensor]]) -> None:
         reference = ray.put(bucket)
         for outbox in self.outboxes:
-            await outbox.put_async([reference])  # in a list, or the queue would be sent the bucket itself
+            await outbox.put_async([reference])  # in a list: else Ray would send the bucket itself through the queue
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncGenerator[tuple[str, torch.Tensor], None]:
-        """Yield the weights as they come, of the shapes they were sent in, until the empty bucket that ends them."""
+        """Yield the weights as they arrive, with their shapes, until the empty bucket that marks the end."""
         assert self.inbox is not None
         while bucket := await (await self.inbox.get_async())[0]:
             for name, tensor in bucket:

@@ -1,10 +1,10 @@
 """Stock verl on a machine without an accelerator: the platform, the engines, and the few places that assume a GPU.
 
-Hooks: verl's ``PlatformRegistry``, ``EngineRegistry`` and ``RolloutReplicaRegistry``. Chosen by ``VERL_PLATFORM=cpu``
-alone and never detected: the head node of a GPU cluster has no GPU either. Nothing here runs without that variable.
+Hooks: verl's ``PlatformRegistry``, ``EngineRegistry`` and ``RolloutReplicaRegistry``. Only ``VERL_PLATFORM=cpu`` turns
+this on. It is never detected, because the head node of a GPU cluster has no GPU either.
 
-Some places of verl 0.9 assume a GPU without offering a hook. Each is wrapped by one function below that says why, and
-``tests/verl/cpu/test_cpu_platform.py`` fails when verl changes under it.
+Some places of verl 0.9 assume a GPU and offer no hook. For each of them one function below wraps verl's code and says
+why. ``tests/verl/cpu/test_cpu_platform.py`` fails if verl changes that code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from entropy_fork.common.installing import install_command
 from entropy_fork.sampling import vllm_cpu
 from entropy_fork.verl.cpu import fork_server
 
-#: Ray counts logical accelerators under this name only (verl/single_controller/ray/base.py: _check_resource_available)
+#: the one name by which verl looks for Ray's accelerators (single_controller/ray/base.py: _check_resource_available)
 RAY_RESOURCE = "GPU"
 
 #: the name of the light rollout in ``actor_rollout_ref.rollout.name``
@@ -37,15 +37,15 @@ ROLLOUT = "transformers"
 #: the name of our checkpoint engine in ``actor_rollout_ref.rollout.checkpoint_engine.backend``
 CHECKPOINT_BACKEND = "ray"
 
-#: imported by verl's V1 trainer and rollout servers without being required by it: the extra "cpu" installs them
+#: modules that verl's V1 trainer and rollout servers import, but verl does not require: the extra "cpu" installs them
 EXTRA_MODULES = ("cachetools", "fastapi", "msgspec", "uvicorn", "zmq")
 
-#: how often the driver asks whether answers have come
+#: seconds between two looks of the driver for finished answers
 POLL_SECONDS = 0.1
 
 
 class PlatformCPU(PlatformBase):
-    """The processor as verl's device: gloo collectives, no memory to free, logical slots instead of accelerators."""
+    """The CPU as verl's device: gloo collectives, no device memory to free, logical slots instead of accelerators."""
 
     @property
     def device_name(self) -> str:
@@ -63,16 +63,16 @@ class PlatformCPU(PlatformBase):
         return torch.cpu
 
     def is_available(self) -> bool:
-        """Always."""
+        """True, always."""
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Never chosen by detection, only by VERL_PLATFORM."""
-        return False  # never chosen by detection
+        """False: verl must not detect this platform, only VERL_PLATFORM chooses it."""
+        return False
 
     def current_device(self) -> Any:
-        """The one CPU."""
-        # verl writes tensor.to(current_device()), and an index would mean a GPU there.
+        """The CPU, without an index."""
+        # verl writes tensor.to(current_device()), where an index would mean a GPU.
         return torch.device("cpu")
 
     def device_count(self) -> int:
@@ -84,7 +84,7 @@ class PlatformCPU(PlatformBase):
         return
 
     def synchronize(self, device_index: int | None = None) -> None:
-        """Nothing runs beside Python."""
+        """Nothing to wait for: a CPU computes synchronously."""
         return
 
     def manual_seed(self, seed: int) -> None:
@@ -96,15 +96,15 @@ class PlatformCPU(PlatformBase):
         torch.manual_seed(seed)
 
     def set_allocator_settings(self, settings: str) -> None:
-        """No allocator of ours."""
+        """There is no allocator to set."""
         return
 
     def empty_cache(self) -> None:
-        """No cache."""
+        """There is no cache."""
         return
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
-        """None."""
+        """(None, None): a CPU has no compute capability."""
         return None, None
 
     def communication_backend_name(self) -> str:
@@ -113,23 +113,23 @@ class PlatformCPU(PlatformBase):
 
     def visible_devices_envvar(self) -> str:
         """The variable that Ray sets for its resource "GPU"."""
-        return "CUDA_VISIBLE_DEVICES"  # what Ray sets for its resource "GPU"
+        return "CUDA_VISIBLE_DEVICES"
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
-        """No profiler."""
+        """There is no profiler."""
         yield
 
     def profiler_start(self) -> None:
-        """No profiler."""
+        """There is no profiler."""
         return
 
     def profiler_stop(self) -> None:
-        """No profiler."""
+        """There is no profiler."""
         return
 
     def ray_resource_name(self) -> str:
-        """The resource that stands for a training process."""
+        """The Ray resource of which each training process takes one."""
         return RAY_RESOURCE
 
     def ray_noset_envvars(self) -> list[str]:
@@ -137,20 +137,20 @@ class PlatformCPU(PlatformBase):
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
     def is_ipc_supported(self) -> bool:
-        """No."""
+        """False."""
         return False
 
     def rollout_env_vars(self) -> dict[str, str]:
-        """For vLLM's CPU build: GiB of its key-value cache."""
+        """The size of the key-value cache of vLLM's CPU build, in GiB."""
         return {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
 
     def cudart(self) -> Any:
-        """None."""
+        """None: there is no CUDA runtime."""
         return None
 
 
 def register() -> None:
-    """Register the platform now, and the rest as verl's modules are imported. Called by the plugin."""
+    """Register the platform now, and each other part when verl's module is imported. The plugin calls this."""
     PlatformRegistry.register("cpu")(PlatformCPU)
     _complete_torch_cpu()
     for module, extend in (
@@ -177,13 +177,13 @@ def check_before_training(config: DictConfig) -> None:
     rollout = config.actor_rollout_ref.rollout
     if missing := [name for name in EXTRA_MODULES if importlib.util.find_spec(name) is None]:
         raise EntropyForkError(
-            f"verl on a CPU needs {', '.join(missing)}, which come with vLLM or sglang elsewhere. Install the extra: "
-            f"{install_command('cpu')}"
+            f"verl on a CPU needs the modules {', '.join(missing)}, which otherwise come with vLLM or sglang. Install "
+            f"the extra: {install_command('cpu')}"
         )
     if config.trainer.device != "cpu":
         raise EntropyForkError(
             f"VERL_PLATFORM=cpu, but trainer.device={config.trainer.device}. Add +cluster=cpu to the command line (it "
-            f"sets this and whatever else a CPU needs), or unset VERL_PLATFORM to train on an accelerator."
+            f"sets this and everything else that a CPU needs), or unset VERL_PLATFORM to train on an accelerator."
         )
     if config.actor_rollout_ref.actor.strategy != "fsdp2":
         raise EntropyForkError(
@@ -206,38 +206,38 @@ def check_before_training(config: DictConfig) -> None:
 
 
 def check_opted_in(config: DictConfig) -> None:
-    """Refuse the light rollout where nobody said that this is a machine without an accelerator.
+    """Refuse the light rollout if the environment does not say that this machine has no accelerator.
 
     Raises:
         EntropyForkError: with what to put into the environment.
     """
     if OmegaConf.select(config, "actor_rollout_ref.rollout.name", default=None) == ROLLOUT:
         raise EntropyForkError(
-            f"rollout.name={ROLLOUT} (as in +cluster=cpu, +recipe=demo_cpu) is for machines without an accelerator, "
-            f"and those are opted into by the environment: VERL_PLATFORM=cpu python -m …"
+            f"rollout.name={ROLLOUT} (as in +cluster=cpu, +recipe=demo_cpu) is for machines without an accelerator. "
+            f"On such a machine, set the environment variable: VERL_PLATFORM=cpu python -m …"
         )
 
 
 def _check_separate_rollout(rollout: DictConfig) -> None:
-    """The separate asynchronous trainer: servers of its own, and a way for the weights that a CPU can go."""
+    """The separate asynchronous trainer needs its own rollout servers, and a way to send weights without a GPU."""
     if rollout.nnodes < 1:
         raise EntropyForkError(
-            "trainer_mode=separate_async has rollout servers beside the trainer, and rollout.nnodes=0 says that there "
-            "are none. Write actor_rollout_ref.rollout.nnodes=1; actor_rollout_ref.rollout.n_gpus_per_node is their "
-            "number."
+            "trainer_mode=separate_async needs rollout servers beside the trainer, but rollout.nnodes=0 means none. "
+            "Write actor_rollout_ref.rollout.nnodes=1; actor_rollout_ref.rollout.n_gpus_per_node is the number of "
+            "servers."
         )
     engine = rollout.checkpoint_engine
     if engine.backend != CHECKPOINT_BACKEND and not engine.custom_backend_module:
         raise EntropyForkError(
-            f"checkpoint_engine.backend={engine.backend} does not bring weights to a separate rollout on a CPU. Write "
+            f"checkpoint_engine.backend={engine.backend} cannot send weights to a separate rollout on a CPU. Write "
             f"actor_rollout_ref.rollout.checkpoint_engine.backend={CHECKPOINT_BACKEND}, or add +cluster=cpu."
         )
 
 
 def _complete_torch_cpu() -> None:
-    """Give ``torch.cpu`` the functions that verl calls on whatever ``get_torch_device()`` returns.
+    """Give ``torch.cpu`` the functions that verl calls on the module from ``get_torch_device()``.
 
-    A module of our own with these functions would not do: verl compares the device module with ``torch.cpu`` itself
+    A module of our own with these functions would not work: verl checks whether the device module is ``torch.cpu``
     (utils/flops_counter.py, utils/profiler/performance.py).
     """
     nothing: dict[str, Any] = {
@@ -260,10 +260,10 @@ def _complete_torch_cpu() -> None:
 
 
 def _extend_distributed(module: Any) -> None:
-    """verl asks torch for the backend "cpu:gloo,<device>:<backend>", here "cpu:gloo,cpu:gloo": a duplicate device.
+    """Remove a duplicate device. verl asks torch for "cpu:gloo,<device>:<backend>", which is "cpu:gloo,cpu:gloo" here.
 
-    It is also where a training worker learns how many there are, so that they can share the cores: Ray gives each one
-    thread.
+    Here a training worker also learns how many workers there are. So it sets its share of the cores, because Ray gives
+    each worker one thread.
     """
 
     @wrapt.decorator
@@ -292,7 +292,7 @@ def _extend_fsdp(module: Any) -> None:
 
 
 def _extend_value_head(module: Any) -> None:
-    """The critic is loaded with flash attention whatever the config says (utils/model.py: load_valuehead_model)."""
+    """Load the critic with sdpa. verl always asks for flash attention (utils/model.py: load_valuehead_model)."""
     from transformers import AutoModelForTokenClassification
 
     class WithSdpa:
@@ -305,7 +305,7 @@ def _extend_value_head(module: Any) -> None:
     def load_with_sdpa(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         import transformers
 
-        # verl imports the class inside the function, so it is swapped for the time of the call.
+        # verl imports the class inside the function, so the class is replaced during the call.
         original = transformers.AutoModelForTokenClassification
         transformers.AutoModelForTokenClassification = WithSdpa
         try:
@@ -317,7 +317,7 @@ def _extend_value_head(module: Any) -> None:
 
 
 def _extend_rollouts(module: Any) -> None:
-    """Name the light rollout. verl keeps its rollout adapters in a private dict (the replicas have a public one)."""
+    """Register the light rollout's adapter. verl has no public registry for adapters, only for replicas."""
     module._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = "entropy_fork.verl.cpu.rollout.TransformersAdapter"
 
 
@@ -331,7 +331,7 @@ def _extend_replicas(module: Any) -> None:
 
 
 def _extend_replay_buffer(module: Any) -> None:
-    """The driver looks for finished answers every 2 s, with no key to change it: much of a step of a tiny model."""
+    """Look for finished answers more often. verl's driver looks every 2 s, a large part of a tiny model's step."""
 
     @wrapt.decorator
     def polling_faster(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -342,10 +342,11 @@ def _extend_replay_buffer(module: Any) -> None:
 
 
 def _extend_fsdp_utils(module: Any) -> None:
-    """verl keeps the old policy's weights by moving them to the CPU: where they are already, it keeps the new ones.
+    """Copy the old policy's weights when verl saves them.
 
-    The separate asynchronous trainer takes several steps on answers of one policy and brings that policy back for its
-    log-probs (trainer_separate_async.py: _compute_old_log_prob).
+    The separate asynchronous trainer takes several steps on answers of one policy, and restores that policy to compute
+    its log-probs (trainer_separate_async.py: _compute_old_log_prob). verl saves the weights by moving them to the CPU.
+    Here they are on the CPU already, so without a copy the steps would change the saved weights too.
     """
 
     @wrapt.decorator

@@ -1,13 +1,14 @@
 """A fork server for Ray's workers on a CPU: verl is imported once per run instead of once per worker.
 
-Hook: Ray's ``runtime_env["py_executable"]``, what Ray starts its workers with. Neither verl nor Ray has a hook between
-the config and ``ray.init``, so ``ray.init`` itself is wrapped, in the launcher alone: right before Ray starts, the
-launcher starts the server (``fork_server_process.py``), which imports verl while Ray starts, and names
-``worker_shim.py`` as the workers' Python. That asks the server for a forked worker and stands in for it.
+Hook: Ray's ``runtime_env["py_executable"]``, the command with which Ray starts its workers. Neither verl nor Ray has a
+hook between the config and ``ray.init``, so ``ray.init`` itself is wrapped, in the launcher only. Right before Ray
+starts, the launcher starts the server (``fork_server_process.py``), which imports verl while Ray starts. The launcher
+tells Ray to start each worker with ``worker_shim.py``. This program asks the server for a forked worker, and stands in
+for the worker.
 
-Only for a Ray that the run starts itself on a machine without an accelerator (``VERL_PLATFORM=cpu``): a process that
-has touched a GPU cannot be forked, and on a cluster Ray's workers start on other machines. ``cpu_platform.fork_server``
-switches it on and off. See docs/guide/cpu.md.
+The server works only with a Ray that the run itself starts, on a machine without an accelerator
+(``VERL_PLATFORM=cpu``). A process that has used a GPU cannot be forked, and on a cluster Ray's workers start on other
+machines. ``cpu_platform.fork_server`` switches it on and off. See docs/guide/cpu.md.
 """
 
 from __future__ import annotations
@@ -45,44 +46,44 @@ log = logging.getLogger(__name__)
 NODE = "cpu_platform"
 KEY = f"{NODE}.fork_server"
 
-#: for the run to end by itself when there can be no more workers
+#: seconds that the run has to end by itself when there can be no more workers
 GRACE_SECONDS = 20.0
 
-#: what most of the time of importing verl goes to, and does not import Ray: while Ray starts
+#: the modules that take most of the time of importing verl and do not import Ray. Imported while Ray starts.
 MODULES = (
     "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tensordict", "transformers",
     "datasets", "peft", "torchdata.stateful_dataloader", "pandas", "hydra", "fastapi", "uvicorn", "aiohttp", "zmq",
     "msgspec", "cachetools", "pydantic.v1",
 )  # fmt: skip
 
-#: with the first worker that Ray asks for
+#: the modules that import Ray. Imported with the first worker that Ray asks for.
 WITH_RAY = (
     "ray._private.workers.default_worker", "ray._private.arrow_serialization", "verl.trainer.main_ppo",
     "verl.trainer.ppo.v1", "verl.experimental.reward_loop.reward_manager",
 )  # fmt: skip
 
-#: parts of a runtime environment with which a worker does not run in the launcher's environment
+#: keys of a runtime environment that give a worker another environment than the launcher's
 ELSEWHERE = ("conda", "pip", "uv", "container", "image_uri", "working_dir", "py_modules", "nsight", "rocprof-sys")
 
 
 @dataclass
 class CpuPlatform:
-    """How a run on a machine without an accelerator is started. See docs/guide/cpu.md.
+    """How a run starts on a machine without an accelerator. See docs/guide/cpu.md.
 
     Attributes:
-        fork_server: import verl once, in a process from which Ray's workers are forked, and not in each of them.
+        fork_server: import verl once, in a process from which Ray's workers are forked, instead of in each worker.
     """
 
     fork_server: bool = True
 
 
 def register_schema() -> None:
-    """Let ``+cluster=cpu`` name the schema, so that Hydra itself refuses a mistyped key or type."""
+    """Register the schema with Hydra. ``+cluster=cpu`` names it, so Hydra refuses a mistyped key or a wrong type."""
     ConfigStore.instance().store(group=NODE, name="schema", node=CpuPlatform, provider="entropy-fork")
 
 
 def is_asked_for(config: DictConfig) -> bool:
-    """Whether the config switches the fork server on. Without the node it does not.
+    """Whether the config switches the fork server on. A config without the node does not.
 
     Raises:
         EntropyForkError: a value that is neither true nor false.
@@ -94,15 +95,15 @@ def is_asked_for(config: DictConfig) -> bool:
 
 
 def check_opted_in(config: DictConfig) -> None:
-    """Refuse the fork server where nobody said that this is a machine without an accelerator.
+    """Refuse the fork server if the environment does not say that this machine has no accelerator.
 
     Raises:
         EntropyForkError: with what to put into the environment.
     """
     if is_asked_for(config):
         raise EntropyForkError(
-            f"{KEY}=True (as in +cluster=cpu) is for machines without an accelerator, and those are opted into by the "
-            f"environment: VERL_PLATFORM=cpu python -m …; or write {KEY}=False"
+            f"{KEY}=True (as in +cluster=cpu) is for machines without an accelerator. On such a machine, set the "
+            f"environment variable: VERL_PLATFORM=cpu python -m …; or write {KEY}=False"
         )
 
 
@@ -120,7 +121,7 @@ class ForkServer:
 
     @property
     def py_executable(self) -> str:
-        """What Ray starts a worker with, as a shell reads it."""
+        """The command with which Ray starts a worker, quoted for a shell."""
         return shlex.join([sys.executable, "-S", "-E", worker_shim.__file__, os.fspath(self.socket)])
 
     def start(
@@ -129,12 +130,12 @@ class ForkServer:
         modules: tuple[str, ...] = MODULES,
         with_ray: tuple[str, ...] = WITH_RAY,
     ) -> None:
-        """Start the server's process, which answers when it has imported the modules. Requests wait until then.
+        """Start the server's process. Requests wait until it has imported the modules.
 
         Args:
-            environment: of the workers, as far as it is the same in all of them and known before Ray starts.
-            modules: to import at once.
-            with_ray: to import with the first request.
+            environment: the environment variables that all workers share, as far as they are known before Ray starts.
+            modules: the modules to import at once.
+            with_ray: the modules to import with the first request.
         """
         settings = {
             "listener": self.listener.fileno(),
@@ -160,14 +161,14 @@ class ForkServer:
         Thread(target=self._watch, args=(self.process,), name="fork server", daemon=True).start()
 
     def _tidy(self) -> None:
-        """At the launcher's end: remove the folder where the server has died. A living one does it itself."""
+        """At the launcher's end, remove the folder if the server has died. A running server removes it itself."""
         if self.process is None or self.process.poll() is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Should the server end before the launcher: let the run go on until Ray wants another worker, then stop it.
+        """If the server ends before the launcher, let the run go on until Ray asks for another worker, then stop it.
 
-        The server's listening socket is the launcher's too. So whoever asks for a worker now is answered here.
+        The launcher has the server's listening socket too, so it can answer a request for a worker.
         """
         code = process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -191,23 +192,23 @@ class ForkServer:
         os._exit(1)  # Ray's processes end with this one.
 
 
-#: whether this process's ``ray.init`` is to have a fork server; None where it is not of a run on a CPU
+#: whether the ``ray.init`` of this process gets a fork server; None if this is not a run on a CPU
 _chosen: bool | None = None
 
 
 def choose(config: DictConfig) -> None:
-    """Note for the ``ray.init`` that follows what the config says."""
+    """Remember what the config says, for the ``ray.init`` that follows."""
     global _chosen
     _chosen = is_asked_for(config)
 
 
 def why_not(arguments: Mapping[str, Any]) -> str | None:
-    """Why a fork server cannot serve a ``ray.init`` with these arguments, or None where it can."""
+    """Why a fork server cannot serve a ``ray.init`` with these arguments; None if it can."""
     runtime_env = arguments.get("runtime_env") or {}
     if sys.platform != "linux":
         return f"it needs Linux, and this is {sys.platform}"
     if runtime_env.get("py_executable"):
-        return f"runtime_env.py_executable={runtime_env['py_executable']} is something else"
+        return f"runtime_env.py_executable={runtime_env['py_executable']} names another program for the workers"
     if elsewhere := [name for name in ELSEWHERE if runtime_env.get(name)]:
         return f"runtime_env.{elsewhere[0]} gives the workers another environment"
     if address := ray_cluster.find_cluster(arguments):
@@ -239,7 +240,7 @@ def extend_ray(module: Any) -> None:
 
 
 def make_folder(ray_init: Mapping[str, Any]) -> Path:
-    """A new folder that only this user may enter, where Ray puts its own sockets, whose paths are longer than ours."""
+    """Make a folder that only this user may enter. It is beside Ray's sockets, whose paths are longer than ours."""
     from ray._common.utils import get_default_ray_temp_dir
 
     parent = Path(ray_init.get("_temp_dir") or get_default_ray_temp_dir())

@@ -1,9 +1,9 @@
-"""The fork server's process: it has imported verl once, and forks a worker for whoever asks. See ``fork_server.py``.
+"""The process of the fork server: it imports verl once, and forks a worker for each request. See ``fork_server.py``.
 
-Run by its path, with one argument (:class:`ForkServerSettings` as JSON), in the environment that the run's workers
-have. What a worker gets from the process that asks for it (``worker_shim.py``): arguments, environment, directory,
-descriptors 0 to 2, session and process group, priority, limits, signals. So it is as if that process had started Python
-itself.
+The launcher starts this file by its path, with one argument (:class:`ForkServerSettings` as JSON), in the environment
+of the run's workers. A forked worker takes over from the process that asked for it (``worker_shim.py``): arguments,
+environment, directory, descriptors 0 to 2, session and process group, priority, limits, signals. So the worker is as if
+that process had started Python itself.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from typing import Any
 #: whether Python leaves a script's folder out of ``sys.path`` (PYTHONSAFEPATH, since Python 3.11)
 IS_SAFE_PATH = getattr(sys.flags, "safe_path", False)
 
-#: how often the server looks whether the launcher is still there
+#: seconds between two checks that the launcher still runs
 LOOK_SECONDS = 1.0
 
-#: of Linux: the signal that a process gets when its parent ends
+#: the number of Linux's ``prctl`` option: which signal a process gets when its parent ends
 PR_SET_PDEATHSIG = 1
 
-#: for a request to arrive, once its first bytes have
+#: seconds within which a request must arrive, once its connection is open
 REQUEST_SECONDS = 10.0
 
-#: What Ray sets for the workers of a run, which nobody knows before Ray has started. Ray's C++ core reads it once, when
-#: ``ray`` is imported. So ``ray`` is imported with the first request, in its environment.
+#: Variables that Ray sets for the workers of a run. They are not known before Ray has started. Ray's C++ core reads
+#: them once, when ``ray`` is imported. So the server imports ``ray`` with the first request, in its environment.
 OF_THE_RUN = frozenset({
     "RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_AUTH_MODE", "RAY_LD_PRELOAD_ON_WORKERS", "RAY_USAGE_STATS_ENABLED",
     "SPT_NOENV",
 })  # fmt: skip
 
-#: What may differ from worker to worker: it is read when it is needed and not at import, or :func:`become` sees to it.
-#: Where any other variable differs from the server's, a worker starts in the ordinary way.
+#: Variables that may differ from worker to worker: libraries do not read them at import, or :func:`become` applies
+#: them again. If any other variable differs from the server's, the worker starts as an ordinary Python.
 OF_A_WORKER = frozenset({
     # Ray's
     "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
@@ -65,11 +65,11 @@ class ForkServerSettings:
 
     Attributes:
         listener: the descriptor of the listening socket.
-        launcher: the launcher's pid. The server ends when it is gone.
-        folder: the socket's folder, removed then.
+        launcher: the launcher's pid. The server ends when the launcher has ended.
+        folder: the socket's folder, which the server removes at its end.
         path: the launcher's ``sys.path``, which Ray gives its workers too.
-        modules: what to import at once: nothing that imports ``ray``. A module that is not installed is left out.
-        with_ray: what to import with the first request.
+        modules: the modules to import at once; none of them imports ``ray``. One that is not installed is left out.
+        with_ray: the modules to import with the first request.
     """
 
     listener: int
@@ -81,20 +81,20 @@ class ForkServerSettings:
 
 
 class Imports:
-    """The modules that the server imports, and what importing them does to the environment.
+    """Imports modules, and records how they change the environment.
 
     Attributes:
-        changes: of ``os.environ``; None for what was removed.
+        changes: the new value of each changed variable of ``os.environ``; None for a removed one.
     """
 
     def __init__(self, path: list[str]):
         self.path = path
         self.changes: dict[str, str | None] = {}
         if not IS_SAFE_PATH:
-            del sys.path[0]  # this script's folder: what is left is a fresh interpreter's
+            del sys.path[0]  # this script's folder. The rest is the path of a fresh interpreter.
 
     def add(self, names: list[str]) -> None:
-        """Import what is installed of it, on the launcher's ``sys.path``."""
+        """Import those of the modules that are installed, on the launcher's ``sys.path``."""
         fresh, before = sys.path[:], dict(os.environ)
         sys.path[:] = self.path
         gc.disable()
@@ -110,18 +110,18 @@ class Imports:
 
 
 def leave_rays_generator_alone(actor: Any) -> None:
-    """Have ``@ray.remote`` draw a class's id from the operating system.
+    """Let ``@ray.remote`` draw a class's id from the operating system.
 
-    Ray draws it from a generator in its C++ core, which is seeded when it is first used. If that happened here, all
-    workers would draw the same ids.
+    Ray draws the id from a generator in its C++ core, which gets its seed at its first use. If that happened in this
+    process, all forked workers would draw the same ids.
     """
     class_id: Any = actor.ActorClassID
-    if not isinstance(class_id, types.SimpleNamespace):  # else it is done
+    if not isinstance(class_id, types.SimpleNamespace):  # else it was done before
         actor.ActorClassID = types.SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
 
 
 def end_with_launcher(settings: ForkServerSettings) -> None:
-    """End as soon as the launcher is gone, also while importing: the kernel sends SIGTERM then."""
+    """End as soon as the launcher has ended, even during an import: the kernel then sends SIGTERM."""
 
     def end(*_: object) -> None:
         if os.getppid() != settings.launcher:
@@ -133,7 +133,7 @@ def end_with_launcher(settings: ForkServerSettings) -> None:
 
 
 class Server:
-    """Answers requests one after the other, in one thread."""
+    """Answers requests one after another, in one thread."""
 
     def __init__(
         self, settings: ForkServerSettings, imports: Imports, environment: dict[str, str], shim: types.ModuleType
@@ -141,16 +141,16 @@ class Server:
         self.settings, self.imports, self.environment, self.shim = settings, imports, environment, shim
         self.is_complete = False
         self.listener = socket.socket(fileno=settings.listener)
-        self.workers: dict[int, socket.socket] = {}  # by pid: who asked for it
+        self.workers: dict[int, socket.socket] = {}  # by pid: the connection to the process that asked for it
         self.selector = selectors.DefaultSelector()
         self.woken, self.wake = socket.socketpair()
 
     def serve(self) -> dict[str, Any] | None:
-        """Serve until the launcher is gone. Returns in each forked worker as well, there with its request."""
+        """Serve until the launcher has ended, then return None. In each forked worker, return the worker's request."""
         for end in (self.woken, self.wake):
             end.setblocking(False)
         signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # to be woken by it
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it wakes this process
         self.selector.register(self.woken, selectors.EVENT_READ)
         self.selector.register(self.listener, selectors.EVENT_READ)
         while os.getppid() == self.settings.launcher:
@@ -169,7 +169,7 @@ class Server:
         return None
 
     def report_ended(self) -> None:
-        """Tell of each worker that has ended how it ended."""
+        """For each worker that has ended, tell the process that asked for it how it ended."""
         while self.workers:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -189,7 +189,7 @@ class Server:
             os.waitpid(pid, 0)
 
     def answer(self, connection: socket.socket) -> dict[str, Any] | None:
-        """Fork a worker, or say why not. Returns its request in the worker, None in the server."""
+        """Fork a worker, or say why not. Returns the request in the worker, and None in the server."""
         connection.settimeout(REQUEST_SECONDS)
         try:
             request, descriptors = self.receive(connection)
@@ -201,7 +201,7 @@ class Server:
             reasons = self.differences(request)
             if not reasons:
                 self.complete(request)
-                if threading.active_count() > 1:  # A lock that one of them holds would stay locked in a worker.
+                if threading.active_count() > 1:  # A lock that a thread holds would stay locked in the worker.
                     reasons = [f"threads of an imported module: {threading.enumerate()}"]
             if reasons:
                 print(f"ordinary start of {request['pid']}: {', '.join(reasons)}", flush=True)
@@ -216,7 +216,7 @@ class Server:
             connection.settimeout(None)
             self.workers[pid] = connection
             self.selector.register(connection, selectors.EVENT_READ, pid)
-            with suppress(OSError):  # where it was killed meanwhile, the selector says so
+            with suppress(OSError):  # if that process was killed meanwhile, the selector reports it
                 connection.sendall(self.shim.ANSWER.pack(self.shim.PID, pid))
         finally:
             for descriptor in descriptors:
@@ -224,11 +224,11 @@ class Server:
         return None
 
     def receive(self, connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-        """A request, and the descriptors that came with it.
+        """Receive a request, and the descriptors that came with it.
 
         Raises:
-            ValueError: it does not arrive whole.
-            OSError: the connection breaks.
+            ValueError: the request did not arrive completely.
+            OSError: the connection broke.
         """
         head, descriptors, *_ = socket.recv_fds(connection, self.shim.LENGTH.size, 3)
         if len(head) < self.shim.LENGTH.size:
@@ -242,18 +242,18 @@ class Server:
         return json.loads(data), descriptors
 
     def complete(self, request: dict[str, Any]) -> None:
-        """With the first request: import the rest in its environment."""
+        """At the first request, import the remaining modules in its environment."""
         if self.is_complete:
             return
         for name in OF_THE_RUN & request["environment"].keys():
             self.environment[name] = os.environ[name] = request["environment"][name]
         self.imports.add(self.settings.with_ray)
         gc.collect()
-        gc.freeze()  # else the first collection in each worker would touch, and so copy, all that is shared
+        gc.freeze()  # else the first collection in each worker would write to all shared memory, and so copy it
         self.is_complete = True
 
     def differences(self, request: dict[str, Any]) -> list[str]:
-        """Variables of this worker's environment that the server may have imported something under another value of."""
+        """The variables that differ between this worker and the server, and that an import may have read."""
         wanted = request["environment"]
         may_differ = OF_A_WORKER if self.is_complete else OF_A_WORKER | OF_THE_RUN
         reasons = sorted(
@@ -261,12 +261,12 @@ class Server:
             for name in (self.environment.keys() | wanted.keys()) - may_differ
             if self.environment.get(name) != wanted.get(name)
         )
-        if not wanted.get("RAY_JOB_ID"):  # a process of Ray's own, or one that is to wait for a job
+        if not wanted.get("RAY_JOB_ID"):  # one of Ray's own processes, or one that waits for a job
             reasons.append("no job")
         return reasons
 
     def let_go(self) -> None:
-        """In a worker: keep nothing of the server's."""
+        """In a worker, let go of everything that belongs to the server."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -276,14 +276,14 @@ class Server:
 
 
 def become(request: dict[str, Any], changes: dict[str, str | None], shim: types.ModuleType) -> str:
-    """Take over what the process that asked would have handed down; the path of the program to run.
+    """Take over what the process that asked would have passed to its child. Returns the path of the program to run.
 
     Args:
         request: what ``worker_shim.py`` sent.
-        changes: of the environment, by the imports.
-        shim: that module.
+        changes: :attr:`Imports.changes`.
+        shim: the module ``worker_shim``.
     """
-    with suppress(OSError):  # a group of another session
+    with suppress(OSError):  # the group may belong to another session
         if request["session"] == request["pid"]:
             os.setsid()
         elif request["group"] == request["pid"]:
@@ -300,7 +300,7 @@ def become(request: dict[str, Any], changes: dict[str, str | None], shim: types.
     os.environ.update(request["environment"])
     for name, value in changes.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    with suppress(OSError):  # to be nicer is always allowed
+    with suppress(OSError):  # a process may always lower its priority, but not raise it
         os.setpriority(os.PRIO_PROCESS, 0, request["nice"])
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(str(request["oom_score_adj"]))
@@ -322,7 +322,7 @@ def become(request: dict[str, Any], changes: dict[str, str | None], shim: types.
 
 
 def refresh_libraries() -> None:
-    """What libraries read from the environment or drew at random while the server imported them."""
+    """Set again what libraries read from the environment, or drew at random, while the server imported them."""
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
     if torch := sys.modules.get("torch"):
@@ -332,7 +332,7 @@ def refresh_libraries() -> None:
 
 
 def load_shim() -> types.ModuleType:
-    """``worker_shim.py``, which is beside this file. By its package's name it would import verl at once."""
+    """Import ``worker_shim.py``, which is beside this file, by its path. Its package's name would import verl too."""
     file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker_shim.py")
     spec = importlib.util.spec_from_file_location("worker_shim", file)
     assert spec is not None
@@ -343,7 +343,7 @@ def load_shim() -> types.ModuleType:
 
 
 def main() -> None:
-    """Import, serve, and in a worker: become it."""
+    """Import the modules and serve. In a forked worker, run the worker's program."""
     settings = ForkServerSettings(**json.loads(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher. It ends the run, and then this ends.
     end_with_launcher(settings)

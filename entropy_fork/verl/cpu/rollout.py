@@ -1,8 +1,8 @@
 """A rollout for machines without an accelerator: transformers behind verl's server interface.
 
 Hooks: ``RolloutReplicaRegistry`` (servers) and verl's table of rollout adapters (training workers), both under the
-name ``transformers``; see ``cpu_platform.py``. verl sends requests one by one to a server actor; the server collects
-what has arrived and answers it as one batch (``entropy_fork/sampling/generation.py``).
+name ``transformers``; see ``cpu_platform.py``. verl sends requests one by one to a server actor. The server collects
+them and answers them as one batch (``entropy_fork/sampling/generation.py``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ async def in_buckets(
     weights: Generator[tuple[str, torch.Tensor], None, None] | AsyncGenerator[tuple[str, torch.Tensor], None],
     limit: int,
 ) -> AsyncGenerator[list[tuple[str, torch.Tensor]], None]:
-    """Weights of any shape by the bucket: at most ``limit`` bytes each, and at least one tensor."""
+    """Group weights of any shape into buckets, each of at least one tensor and else at most ``limit`` bytes."""
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
     async for name, tensor in ensure_async_iterator(weights):
@@ -77,28 +77,28 @@ class TransformersServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def ready(self) -> bool:
-        """Answered when the model is loaded."""
+        """True. An actor answers this once its model is built."""
         return True
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **media: Any
     ) -> TokenOutput:
-        """Token in, token out, as verl's LLMServerClient asks for it.
+        """Answer one prompt, tokens in and tokens out, in the form of verl's LLMServerClient.
 
         Raises:
-            EntropyForkError: images or audio; or no weights yet.
+            EntropyForkError: the request has images or audio, or no weights have arrived yet.
         """
         if any(value is not None for value in media.values()):
             raise EntropyForkError("rollout.name=transformers answers text only; use rollout.name=vllm for media")
         if self.global_steps is None:
-            raise EntropyForkError(f"a request came before the weights did, in {process_name()}")
+            raise EntropyForkError(f"a request arrived before the first weights, in {process_name()}")
         if self._rejecting:  # the client asks another server
             return self._output(Answer(), sampling_params)
         room = self.config.prompt_length + self.config.response_length - len(prompt_ids)
         limit = sampling_params.get("max_tokens", sampling_params.get("max_new_tokens", self.config.response_length))
         request = Request(
             prompt_ids=prompt_ids,
-            # Without a seed of its own (another agent loop than ours) an answer still gets its own randomness.
+            # Another agent loop than ours sends no seed. Its answers still get different random numbers.
             seed=sampling_params.get("seed", int.from_bytes(request_id.encode()[-7:], "big")),
             max_tokens=max(1, min(limit, room)),
             temperature=sampling_params.get("temperature", 1.0),
@@ -133,7 +133,7 @@ class TransformersServer:
             if not batch:
                 continue
             try:
-                # The order of arrival must not matter, down to the row that an answer is computed in.
+                # Sort, so that the order of arrival does not matter, not even for the row of an answer in the batch.
                 batch.sort(key=lambda item: (item[0].seed, tuple(item[0].prompt_ids)))
                 async with self._computing:
                     answers = await asyncio.to_thread(
@@ -145,9 +145,9 @@ class TransformersServer:
                         lambda: self._aborting,
                     )
                 for (_, future), answer in zip(batch, answers, strict=True):
-                    if not future.done():  # somebody may have stopped waiting
+                    if not future.done():  # the client may have stopped waiting
                         future.set_result(answer)
-            except Exception as error:  # each waiting request gets the error, and the server lives on
+            except Exception as error:  # each waiting request gets the error, and the server goes on
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
@@ -159,10 +159,10 @@ class TransformersServer:
             await asyncio.sleep(SETTLE_SECONDS)
 
     async def load_weights(self, named_tensors: list[tuple[str, torch.Tensor]], is_first: bool, is_last: bool) -> None:
-        """Take one bucket of a weight sync.
+        """Load one bucket of a weight sync.
 
         Raises:
-            EntropyForkError: a name or a shape that the model does not have, or a parameter that the sync left out.
+            EntropyForkError: a name or a shape does not fit the model, or the sync has left out a parameter.
         """
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         if is_first:
@@ -176,13 +176,13 @@ class TransformersServer:
             raise EntropyForkError(f"weight sync left out {sorted(self._not_yet_loaded)} in {process_name()}")
 
     async def set_global_steps(self, global_steps: int) -> None:
-        """The step that the weights are of, for the metadata of answers."""
+        """Set the training step of the weights, for the metadata of answers."""
         self.global_steps = global_steps
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
-        """End all answers as they are, and hold new requests until :meth:`resume_generation`, or send them away.
+        """End all answers as they are. Then hold new requests until :meth:`resume_generation`, or reject them.
 
-        Returns when no token is being computed any more: what comes next is often new weights.
+        Returns when the server has stopped computing tokens, because verl often sends new weights next.
         """
         self._open.clear()
         self._aborting, self._rejecting = True, reject_request
@@ -228,7 +228,7 @@ class TransformersReplica(RolloutReplica):
         """Start the server beside its worker, as verl's replicas do.
 
         Raises:
-            EntropyForkError: a replica was asked to be several processes.
+            EntropyForkError: the config wants several processes per replica.
         """
         if self.world_size != 1:
             raise EntropyForkError(
@@ -255,7 +255,7 @@ class TransformersReplica(RolloutReplica):
 
 
 class TransformersAdapter(BaseRollout):
-    """The end of the rollout that lives in each of these workers: it hands the weights on to the server."""
+    """The rollout's part in each of these workers: it sends the weights to the server."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1):
         super().__init__(config, model_config, device_mesh)
@@ -278,10 +278,10 @@ class TransformersAdapter(BaseRollout):
     ) -> None:
         """Send all weights, of any shape, to this rank's server, in buckets.
 
-        The generator is drained on every rank: gathering a sharded parameter is a collective.
+        Every rank draws all weights from the generator, because gathering a sharded parameter is a collective.
 
         Raises:
-            EntropyForkError: what comes is no whole weights.
+            EntropyForkError: the weights are not whole, such as LoRA's.
         """
         if wire_format != "named_tensors" or peft_config is not None:
             raise EntropyForkError(

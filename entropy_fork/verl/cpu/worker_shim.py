@@ -1,11 +1,11 @@
-"""What Ray starts for each worker of a run with a fork server: asks the server for the worker, and stands in for it.
+"""The program that Ray starts for each worker of a run with a fork server. It gets a worker and stands in for it.
 
 Ray starts ``python -S -E worker_shim.py SOCKET default_worker.py ARGUMENTS…`` (see ``fork_server.py``). This program
 sends the server what a process inherits: arguments, environment, directory, descriptors 0 to 2, signals, priority,
-limits. The server forks the worker and answers with its pid. From then on this program passes signals on, and ends as
-the worker ends. When this program is killed, the server kills the worker.
+limits. The server forks the worker and answers with its pid. After that, this program passes signals on to the worker,
+and ends in the same way as the worker. If this program is killed, the server kills the worker.
 
-It runs once per worker and lives as long as the worker, so it imports next to nothing.
+One such program runs beside each worker, so it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ import struct
 import sys
 import time
 
-TYPE_CHECKING = False  # as in typing, which would take longer to import than all the rest
+TYPE_CHECKING = False  # not from typing: its import would take longer than everything else here
 if TYPE_CHECKING:
     from typing import Any
 
-#: what the server sends: a kind and a number
+#: an answer of the server: a kind and a number
 ANSWER = struct.Struct("!ci")
-#: the kinds: the worker's pid; how it ended, as ``os.wait`` says it; start an ordinary Python here; why there is none
+#: the kinds: the number is the worker's pid; the number is the worker's status, as from ``os.wait``; start an ordinary
+#: Python instead; there is no worker
 PID, ENDED, ORDINARY, REFUSED = b"P", b"E", b"O", b"R"
-#: the length of a request, sent in front of it
+#: the length of a request, sent before the request
 LENGTH = struct.Struct("!I")
 
-#: what Ray and a terminal send to a worker
+#: the signals that Ray or a terminal may send to a worker
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 LIMITS = tuple(number for name, number in sorted(vars(resource).items()) if name.startswith("RLIMIT_"))
 
 
 def describe_this_process(arguments: list[str]) -> dict[str, Any]:
-    """What a child of this process would inherit, but for its descriptors."""
+    """What a child of this process would inherit, except the descriptors."""
     with open("/proc/self/oom_score_adj") as file:
         oom_score_adj = int(file.read())
     return {
@@ -56,7 +57,7 @@ def describe_this_process(arguments: list[str]) -> dict[str, Any]:
 
 
 def ask(path: str, request: bytes) -> tuple[socket.socket, tuple[bytes, int] | None]:
-    """Send a request with descriptors 0 to 2; the connection and the first answer, or None where nobody answers."""
+    """Send a request with descriptors 0 to 2. Returns the connection and the first answer; None if none comes."""
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(path)
@@ -72,7 +73,7 @@ def ask(path: str, request: bytes) -> tuple[socket.socket, tuple[bytes, int] | N
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process has not ended yet. A zombie has."""
+    """Whether the process has not ended yet. A zombie has ended."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"

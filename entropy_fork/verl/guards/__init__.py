@@ -1,1 +1,1 @@
-"""What looks after a long run: checkpoints that are whole, data files, waits that never end."""
+"""Guards of a long run: resume from whole checkpoints only, check the data files, stop a wait that cannot end."""

@@ -1,19 +1,24 @@
-"""Refuses to resume a checkpoint of another selection, or one that was not written to its end.
+"""Refuse to resume a checkpoint of another selection, or an unfinished one.
 
-Hook: the trainers of ``trainer.py``, around verl's ``_save_checkpoint`` and before its ``_load_checkpoint``. Nothing of
-verl's is saved or loaded here. In runs whose config has the mask's node, also with ``entropy_fork=off``, a file says
-what each checkpoint was trained on (``resume.py``); a run without the node removes such a file where it saves over it,
-since it is no longer true. The rest is the guard ``checkpoints``.
+Hook: a mixin below verl's trainer (``trainer.py: install``), around verl's ``_save_checkpoint`` and before its
+``_load_checkpoint``. verl itself saves and loads; this module only checks.
 
-verl writes the files of a checkpoint one after another, then its step into ``latest_checkpointed_iteration.txt``, and
-resumes from the step that is in there. So a run that is killed while it saves goes on from the checkpoint before. Not
-so in these cases (verl 0.9.1, ``trainer_base.py``), each of which stops here with one error before anything is loaded:
+If the config has the mask's node, also as ``entropy_fork=off``, a file records what each checkpoint was trained on
+(``resume.py``). A run without the node removes that file when it overwrites the checkpoint, because the file is no
+longer true. Everything else here belongs to the guard ``checkpoints``.
 
-- A step is saved again, after a resume from an earlier one or a start in a used folder: verl already points to it, and
-  a kill leaves old and new files side by side, all of them readable. Hence the file ``unfinished`` while one is saved.
-- A folder that lacks ``data.pt`` begins the data anew, and one that is not there the training, with no more than a
-  line in the log. A file that was cut short or written by another number of ranks ends in a traceback of a worker's.
-- ``latest_checkpointed_iteration.txt`` is emptied before it is written.
+verl writes the files of a checkpoint one after another. Then it writes the step into
+``latest_checkpointed_iteration.txt``, and later resumes from that step. So a run that is killed while it saves resumes
+from the checkpoint before. That fails in three cases (verl 0.9.1, ``trainer_base.py``). The guard stops each of them
+with one error, before anything is loaded:
+
+- verl saves the same step a second time, after a resume from an earlier step or a start in a used folder. verl already
+  points to this step, so a kill leaves old and new files side by side, all of them readable. Therefore the file
+  ``unfinished`` is there during every save.
+- A file is missing or damaged. Without ``data.pt`` verl starts the data from the beginning, and without the folder the
+  whole training, and says so in one line of the log. If a file is cut short, or was written by another number of ranks,
+  a worker ends with a traceback.
+- A kill leaves ``latest_checkpointed_iteration.txt`` empty, because verl empties the file before it writes.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ if TYPE_CHECKING:
 else:
     Base = object  # trainer.py puts the mixin in front of verl's own methods
 
-#: the names of a rank's files by what ``checkpoint.load_contents`` asks for (verl's ``FSDPCheckpointManager``)
+#: the first word in the name of a rank's file, for each value of ``checkpoint.load_contents`` (FSDPCheckpointManager)
 SHARDS = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 
 
@@ -57,7 +62,7 @@ class WholeCheckpoints(Base):
 
     def _save_checkpoint(self) -> None:
         fork_config, guarded = read_node(self.config), read_guards(self.config).checkpoints
-        # An asynchronous save is not over when verl returns; Megatron then points to it when it is.
+        # An asynchronous save is not finished when verl returns. Megatron points to the checkpoint once it is finished.
         guarded = guarded and not self.config.actor_rollout_ref.actor.checkpoint.get("async_save", False)
         folder = Path(self.config.trainer.default_local_dir).absolute() / f"global_step_{self.global_steps}"
         is_new = not folder.exists()
@@ -68,11 +73,11 @@ class WholeCheckpoints(Base):
                 (folder / UNFINISHED).write_text(
                     "entropy_fork: this checkpoint is being written, or its run ended there\n"
                 )
-            # first, so that verl never points to a checkpoint that says something else, or nothing
+            # Write our file first, so that verl never points to a checkpoint with a wrong file or without one.
             if fork_config is not None:
                 selection = fork_config.selection()
                 write_selection(folder, selection if is_new or says(folder, selection) else MIXED)
-            else:  # what a run with the node has left in a folder that is used again
+            else:  # a run with the node may have left its file in this folder
                 (folder / FILE).unlink(missing_ok=True)
             super()._save_checkpoint()
             if fork_config is not None and not is_new:
@@ -84,7 +89,7 @@ class WholeCheckpoints(Base):
                 raise
             raise EntropyForkError(
                 f"the checkpoint of step {self.global_steps} could not be written to {folder} ({_in_short(error)}; "
-                f"{_room_in(folder)}). It is marked as unfinished; the same command goes on from the last whole one."
+                f"{_room_in(folder)}). It is marked as unfinished. The same command resumes from the last whole one."
             ) from error
 
     def _load_checkpoint(self) -> None:
@@ -96,13 +101,13 @@ class WholeCheckpoints(Base):
 
 
 def _check_whole(trainer: StockTrainer) -> None:
-    """Raise for a checkpoint that verl would resume from and that is not whole."""
+    """Raise an EntropyForkError if the checkpoint that verl would resume from is not whole."""
     folder = checkpoint_to_resume(trainer.config.trainer)
     if folder is None:
         return
     step = folder.name.removeprefix("global_step_")
     named = trainer.config.trainer.resume_mode != "auto" or step.isdecimal()
-    wrong = _wrong_with(trainer, folder) if named else [f"{folder.parent / LATEST} names no step but {step!r}"]
+    wrong = _wrong_with(trainer, folder) if named else [f"{folder.parent / LATEST} contains no step but {step!r}"]
     if not wrong:
         return
     whole = next((other for other in _newest_first(folder.parent) if not _wrong_with(trainer, other)), None)
@@ -113,17 +118,17 @@ def _check_whole(trainer: StockTrainer) -> None:
     )
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     raise EntropyForkError(
-        f"the checkpoint to go on from is not whole: {'; '.join(wrong[:3])}{more}. {way_on} "
-        f"trainer.resume_mode=disable to begin again."
+        f"the checkpoint to resume from is not whole: {'; '.join(wrong[:3])}{more}. {way_on} "
+        f"trainer.resume_mode=disable to start again."
     )
 
 
 def _wrong_with(trainer: StockTrainer, folder: Path) -> list[str]:
-    """What keeps a folder from being a whole checkpoint of this run's; every rank looks for its own files."""
+    """What is wrong with a folder as a whole checkpoint of this run. Each rank looks for its own files."""
     if not folder.is_dir():
         return [f"{folder} is not there"]
     if (folder / UNFINISHED).exists():
-        return [f"{folder} was not written to its end (the file '{UNFINISHED}' is in it)"]
+        return [f"{folder} is unfinished (the file '{UNFINISHED}' is in it)"]
     config = trainer.config
     groups = [("actor", config.actor_rollout_ref.actor, trainer.actor_rollout_wg)]
     if trainer.use_critic:
@@ -138,10 +143,10 @@ def _wrong_with(trainer: StockTrainer, folder: Path) -> list[str]:
 
 
 def wrong_shards(_: Any, folder: str, contents: list[str]) -> list[str]:
-    """Run in each training worker: what is wrong with its own files, on the disk that it sees.
+    """What is wrong with this rank's own files. Runs in each training worker, because it may see another disk.
 
     Args:
-        folder: of one role in a checkpoint.
+        folder: the folder of one role in a checkpoint.
         contents: verl's ``checkpoint.load_contents``.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -156,9 +161,9 @@ def wrong_shards(_: Any, folder: str, contents: list[str]) -> list[str]:
 
 
 def _wrong_with_file(path: Path) -> list[str]:
-    """``torch.save`` writes a zip file, whose directory comes last: one that was cut short has none.
+    """What is wrong with a file of ``torch.save``: a zip file, whose directory is at its end.
 
-    Only that directory is read, however large the file is.
+    A file that was cut short has no directory. Only the directory is read, however large the file is.
     """
     try:
         with zipfile.ZipFile(path):
@@ -177,13 +182,13 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _in_short(error: BaseException) -> str:
-    """The last line, which names the error: Ray puts whole tracebacks into its messages."""
+    """The last line of a message, which names the error. Ray puts whole tracebacks into its messages."""
     line = "".join(str(error).strip().splitlines()[-1:])
     return line if isinstance(error, RayTaskError) else f"{type(error).__name__}: {line}"
 
 
 def _room_in(folder: Path) -> str:
-    """Of a full disk torch says nothing but "unexpected pos 704 vs 598"."""
+    """The free space on a disk, in words. On a full disk torch says only "unexpected pos 704 vs 598"."""
     try:
         return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free there"
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The data files of a run, looked through before Ray starts.
+"""Check every row of a run's data files before Ray starts.
 
 verl reads a row when its turn comes: one that has no prompt ends the run in some later epoch, one whose length filter
 stumbles over it is left out with a traceback in the log, and an answer that has no ground truth to be compared with is
@@ -25,7 +25,7 @@ from entropy_fork.common.json_rows import json_rows
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: how a reward function of ours is named in ``reward.custom_reward_function.path``
+#: the value of ``reward.custom_reward_function.path`` for a reward function of ours
 OUR_REWARD = "pkg://entropy_fork.reward"
 
 #: the files that verl's data set reads, by how their names end
@@ -60,14 +60,14 @@ class _Bad(NamedTuple):
 
 
 def reads_with_verl(config: DictConfig) -> bool:
-    """Whether verl's own data set class reads the files. What another one wants of them, nobody here knows."""
+    """Whether verl's own data set class reads the files. What another class needs in them is not known."""
     return OmegaConf.select(config, "data.custom_cls.path", default=None) is None
 
 
 def check_data_files(config: DictConfig) -> None:
     """Local files must be there, be readable to the end, and have in every row what a run needs of it.
 
-    Nothing is looked at where a data set class of the user's own reads the files (``data.custom_cls.path``).
+    If the user's own data set class reads the files (``data.custom_cls.path``), nothing is checked.
 
     Raises:
         EntropyForkError: with the file, the column or the first such row, what is wrong with it, and what to write. One

@@ -1,11 +1,11 @@
-"""A checkpoint says what it was trained on, and no run of another selection goes on from it unasked.
+"""Record in a checkpoint which tokens it was trained on, and refuse to resume it with another selection.
 
-Hook: none here. ``checkpoint.py`` writes the file with each checkpoint and asks before one is loaded; ``checks.py``
-asks in the launcher, which usually sees the same folder and has not started Ray yet.
+Hook: none here. ``checkpoint.py`` writes the file with each checkpoint, and checks it before a checkpoint is loaded.
+``checks.py`` checks it in the launcher too, which usually sees the same folder, before Ray starts.
 
-verl resumes from whatever lies in ``trainer.default_local_dir``, which follows from the names of project and
-experiment. The same command line with ``+entropy_fork=off`` would find the masked run's checkpoint there, take no step
-more and end well: the "baseline" would be the masked model.
+verl resumes from any checkpoint in ``trainer.default_local_dir``, a folder named after project and experiment. So the
+same command line with ``+entropy_fork=off`` would find the checkpoint of the finished masked run there, take no more
+steps, and end without an error: the "baseline" would be the masked model.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from entropy_fork.common.output_folder import LATEST, SELECTION_FILE, write_whol
 from entropy_fork.core.rule import KEY_OF
 from entropy_fork.verl.config import RULE_KEYS, TrainedOn, read_node
 
-#: beside ``actor`` in the folder of a checkpoint
+#: our file, beside ``actor`` in the folder of a checkpoint
 FILE = SELECTION_FILE
 
-#: what a folder says while a checkpoint of another selection in it is written over, and after a kill in that time
+#: what our file says while a checkpoint of another selection is being overwritten. A kill meanwhile leaves it so.
 MIXED = "tokens of two selections (a run was stopped while it wrote over the checkpoint of another one)"
 
-#: what a key means that an earlier version of this package did not write down
+#: the value of a key that an earlier version of this package did not write
 DEFAULTS = {name: KEY_OF[name].default for name in RULE_KEYS}
 
 
@@ -37,7 +37,7 @@ def write_selection(folder: Path, selection: TrainedOn) -> None:
 
 
 def says(folder: Path, selection: TrainedOn) -> bool:
-    """Whether the file in a checkpoint's folder says that it was trained on this selection."""
+    """Whether the file in a checkpoint's folder names exactly this selection."""
     try:
         return read_selection(folder) == selection
     except EntropyForkError:
@@ -45,7 +45,7 @@ def says(folder: Path, selection: TrainedOn) -> bool:
 
 
 def read_selection(folder: Path) -> TrainedOn | None:
-    """What a checkpoint was trained on last; None where no file says so, as in stock verl's checkpoints.
+    """What a checkpoint was trained on last; None if no file says so, as in checkpoints of stock verl.
 
     Raises:
         EntropyForkError: the file cannot be read.
@@ -60,16 +60,16 @@ def read_selection(folder: Path) -> TrainedOn | None:
     except (OSError, ValueError) as error:
         reason = str(error)
     raise EntropyForkError(
-        f"{folder / FILE} cannot be read ({reason}). Write trainer.resume_mode=disable to begin again, or remove that "
-        f"file to go on from the checkpoint whatever it was trained on."
+        f"{folder / FILE} cannot be read ({reason}). Write trainer.resume_mode=disable to start again, or remove that "
+        f"file to resume from the checkpoint without this check."
     )
 
 
 def checkpoint_to_resume(trainer: DictConfig) -> Path | None:
-    """The folder that verl would resume from, there or not; None where it would begin anew.
+    """The folder that verl would resume from, which may not exist; None if verl would start from the beginning.
 
     Args:
-        trainer: the node of that name.
+        trainer: the node ``trainer`` of the config.
     """
     if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
         return Path(trainer.resume_from_path).absolute()
@@ -80,17 +80,16 @@ def checkpoint_to_resume(trainer: DictConfig) -> Path | None:
 
 
 def check_resumable(config: DictConfig) -> str | None:
-    """Refuse to go on from a checkpoint of another selection, in a run whose config has the node.
+    """Refuse to resume from a checkpoint of another selection, if the config has the node.
 
     Args:
-        config: the root.
+        config: the root of verl's config.
 
     Returns:
-        A line for the log where the checkpoint does not say what it was trained on; None where it does, or where there
-        is no checkpoint.
+        A line for the log if the checkpoint does not say what it was trained on; else None.
 
     Raises:
-        EntropyForkError: with both selections and the ways out.
+        EntropyForkError: with both selections, and what to write instead.
     """
     fork_config = read_node(config)
     if fork_config is None or fork_config.resume_other_selection:
@@ -110,15 +109,15 @@ def check_resumable(config: DictConfig) -> str | None:
     if then == now:
         return None
     raise EntropyForkError(
-        f"{folder} was trained on {_in_words(then, now)}, and this run on {_in_words(now, then)}: "
-        f"it would continue the other run's model. Write trainer.experiment_name=NAME for a run of its own"
-        f"{_folder_too(trainer)}, trainer.resume_mode=disable to begin again in this folder, or "
-        f"{NODE}.resume_other_selection=true to go on from that checkpoint on purpose."
+        f"{folder} was trained on {_in_words(then, now)}, but this run trains on {_in_words(now, then)}: "
+        f"it would continue the other run's model. Write trainer.experiment_name=NAME for a separate run"
+        f"{_folder_too(trainer)}, trainer.resume_mode=disable to start again in this folder, or "
+        f"{NODE}.resume_other_selection=true to resume from that checkpoint on purpose."
     )
 
 
 def _in_words(selection: TrainedOn, other: TrainedOn) -> str:
-    """The selection in words: top_ratio, select, and each key that is not its default or differs from the other's."""
+    """The selection in words: top_ratio, select, and each key that has not its default or differs from ``other``."""
     if isinstance(selection, str):
         return selection
     beside = other if isinstance(other, dict) else {}
@@ -131,7 +130,7 @@ def _in_words(selection: TrainedOn, other: TrainedOn) -> str:
 
 
 def _folder_too(trainer: DictConfig) -> str:
-    """Checkpoints lie where the name says, unless the user has written a path."""
+    """What else to write, if the user has written a path, so that the name does not decide the folder."""
     if trainer.resume_mode == "resume_path":
         return " and trainer.resume_mode=auto"
     follows = str(trainer.experiment_name) in Path(trainer.default_local_dir).parts

@@ -1,11 +1,15 @@
-"""A run that waits for answers notices when none can come any more.
+"""Stop a run that waits for answers which can never come.
 
-Hook: none. verl's driver asks the TransferQueue again and again whether a batch's prompts are finished
-(``replay_buffer.py``), without a limit and without looking at those who should finish them: when an agent-loop worker
-dies, or a reward never returns, it asks for ever; when a rollout server dies under an asynchronous trainer, it drops
-the failed prompts and sends new ones for ever; and when the TransferQueue's controller dies, it waits for the answer to
-its question for ever. So the one question that all its loops ask is wrapped (``_sync_metadata_from_transfer_queue``, on
-the trainer's own buffer), in runs that ask for the guard ``waiting``.
+Hook: none. verl's driver asks the TransferQueue again and again whether the prompts of a batch are finished
+(``replay_buffer.py``). It has no time limit, and does not check the processes that must finish them. So there are
+three ways to wait for ever:
+
+- An agent-loop worker dies, or a reward never returns: the driver asks for ever.
+- A rollout server dies under an asynchronous trainer: the driver drops the failed prompts and sends new ones for ever.
+- The TransferQueue's controller dies: the driver waits for ever for the answer to one question.
+
+All these loops call one method, ``_sync_metadata_from_transfer_queue``. If the config has the guard ``waiting``, that
+method is wrapped, on the trainer's own buffer.
 """
 
 from __future__ import annotations
@@ -31,10 +35,10 @@ if TYPE_CHECKING:
 else:
     Base = object  # trainer.py puts the mixin in front of verl's own methods
 
-#: between two looks at whether everybody is alive
+#: seconds between two checks that every actor is alive
 LOOK_SECONDS = 2.0
 
-#: for a living actor to say so, where prompts have failed and it matters now
+#: seconds that an actor has to show that it is alive, after prompts have failed
 ANSWER_SECONDS = 10.0
 
 
@@ -59,32 +63,32 @@ class WatchedWaiting(Base):
 
 
 class Watch:
-    """Who is alive, and when the last answer came.
+    """Watches whether the actors are alive, and how long no answer has come.
 
     Args:
-        trainer: verl's.
+        trainer: verl's trainer.
         patience_s: ``entropy_fork_guards.patience_s``.
     """
 
     def __init__(self, trainer: StockTrainer, patience_s: float):
         self.trainer, self.patience_s = trainer, patience_s
-        self._asked: dict[str, Any] = {}  # by name of an actor: its sign of life, which comes or fails
+        self._asked: dict[str, Any] = {}  # by an actor's name: the result of its __ray_ready__, which comes or fails
         self._next_look = 0.0
         self._failed: set[str] = set()
         self._answers: set[str] = set()
         self._waited, self._asked_at = 0.0, time.monotonic()
 
     def before_asking(self) -> None:
-        """Raise an EntropyForkError where somebody has died."""
+        """Raise an EntropyForkError if an actor has died."""
         if time.monotonic() >= self._next_look:
             self._check_alive(0.0)
             self._next_look = time.monotonic() + LOOK_SECONDS
 
     def while_asking(self, ask: Callable[[], None]) -> None:
-        """Ask in a thread, and go on looking: without its controller, the TransferQueue never answers.
+        """Ask in a thread, and check the actors meanwhile: without its controller, the TransferQueue never answers.
 
         Raises:
-            EntropyForkError: somebody has died. The thread, which waits for ever, ends with the process.
+            EntropyForkError: an actor has died. The thread still waits, and ends with the process.
         """
         answer: Future[None] = Future()
 
@@ -101,9 +105,9 @@ class Watch:
         answer.result()
 
     def after_asking(self, buffer: Any) -> None:
-        """Raise an EntropyForkError where no answer has come for ``patience_s``, or those have failed of the dead."""
+        """Raise an EntropyForkError if no answer came for ``patience_s``, or if prompts failed and an actor died."""
         failed = set().union(*buffer.failure_keys.values())
-        if failed - self._failed:  # the next thing that verl does may be to train on what is left of the batch
+        if failed - self._failed:  # check now, because verl may next train on the rest of the batch
             self._asked.clear()
             self._check_alive(ANSWER_SECONDS)
         self._failed = failed
@@ -125,8 +129,8 @@ class Watch:
                 *_, reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise EntropyForkError(
                     f"{names[answer]} has died, and the run was waiting for its answers "
-                    f"({shorten(reason, 200, placeholder=' …')}). Its last words are in Ray's logs. The same command "
-                    f"goes on from the last checkpoint in {self.trainer.config.trainer.default_local_dir}."
+                    f"({shorten(reason, 200, placeholder=' …')}). Ray's logs have its last output. The same command "
+                    f"resumes from the last checkpoint in {self.trainer.config.trainer.default_local_dir}."
                 ) from error
 
     def _check_progress(self, buffer: Any, now: float) -> None:
@@ -141,13 +145,13 @@ class Watch:
             pending, running = (sum(map(len, keys.values())) for keys in (buffer.pending_keys, buffer.running_keys))
             raise EntropyForkError(
                 f"no answer has come for {self.patience_s:g} s: {pending + running} prompts are not finished, "
-                f"{running} of them begun. A reward, a tool or a rollout server hangs ('py-spy dump --pid PID' says "
-                f"where), or answers take longer than that: {GUARDS}.patience_s=SECONDS waits longer, 0 for ever."
+                f"{running} of them begun. Either a reward, a tool or a rollout server hangs ('py-spy dump --pid PID' "
+                f"shows where), or an answer takes longer: write {GUARDS}.patience_s=SECONDS, or 0 to wait for ever."
             )
 
 
 def _actors(trainer: StockTrainer) -> Iterator[tuple[str, Any]]:
-    """Those whom answers depend on; the parts that a trainer does not have are left out."""
+    """The actors that answers depend on, by name. Actors that this trainer does not have are left out."""
     for name, owner, attribute in (
         ("training worker", "actor_rollout_wg", "workers"),
         ("rollout server", "llm_server_manager", "server_handles"),

@@ -1,4 +1,4 @@
-"""verl on a CPU: what is refused before Ray starts, and the places of verl that are wrapped, as they are today."""
+"""verl on a CPU: what is refused before Ray starts, and the parts of verl that are wrapped."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_what_a_cpu_cannot_do_is_refused(
 @pytest.mark.parametrize(
     ("override", "match"),
     [
-        ("actor_rollout_ref.rollout.nnodes=0", r"there are none.*rollout.nnodes=1"),
-        ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", r"backend=naive does not.*backend=ray"),
-        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", r"backend=nccl does not.*backend=ray"),
+        ("actor_rollout_ref.rollout.nnodes=0", r"rollout.nnodes=0 means none.*rollout.nnodes=1"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", r"backend=naive cannot send.*backend=ray"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", r"backend=nccl cannot send.*backend=ray"),
     ],
 )
 def test_what_a_separate_rollout_needs_is_named(compose: Compose, override: str, match: str) -> None:
@@ -74,7 +74,7 @@ def test_what_a_separate_rollout_needs_is_named(compose: Compose, override: str,
 
 def test_a_missing_extra_is_named(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("zmq", "fastapi") else name)
-    with pytest.raises(EntropyForkError, match=rf"needs fastapi, zmq.*{re.escape(install_command('cpu'))}"):
+    with pytest.raises(EntropyForkError, match=rf"needs the modules fastapi, zmq.*{re.escape(install_command('cpu'))}"):
         cpu_platform.check_before_training(compose("+recipe=demo_cpu"))
 
 
@@ -93,10 +93,10 @@ def test_the_cpu_is_never_detected() -> None:
 
 
 def test_the_places_that_are_wrapped_are_still_there() -> None:
-    """Fails when verl changes one of them: read what it does now, and drop or adapt the wrapper."""
+    """Fails if verl changes one of them: then read what verl does now, and remove or adapt the wrapper."""
     named_twice = 'f"cpu:gloo,{get_device_name()}'
     assert named_twice in inspect.getsource(distributed.initialize_global_process_group_ray)
-    if verl.__version__ != "0.9.0":  # which asks for gloo alone here
+    if verl.__version__ != "0.9.0":  # here it asks for gloo only
         assert named_twice in inspect.getsource(distributed.initialize_global_process_group)
     assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl.FSDPEngine)
     assert 'attn_implementation="flash_attention_2"' in inspect.getsource(verl_model.load_valuehead_model.__wrapped__)
@@ -118,7 +118,7 @@ def test_torch_cpu_answers_what_verl_asks() -> None:
 
 
 def test_a_process_group_of_one(tmp_path: Any) -> None:
-    """Its backend has no duplicate, and the process takes all cores: there is nobody to share them with."""
+    """Its backend has no duplicate. The process uses all cores, because there is no other to share them with."""
     torch.distributed.init_process_group(
         backend="cpu:gloo,cpu:gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )

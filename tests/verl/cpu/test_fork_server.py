@@ -1,4 +1,4 @@
-"""The fork server for Ray's workers: a worker that it forks is as one that Python started. Ray is not needed here."""
+"""The fork server for Ray's workers: a forked worker is like one that Python started. These tests need no Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from entropy_fork.verl.cpu.fork_server_process import OF_A_WORKER, OF_THE_RUN
 
 pytestmark = pytest.mark.process
 
-#: A launcher: starts the server, says how to ask it for a worker, and waits.
+#: a launcher: it starts the server, prints the command that asks for a worker, and waits
 LAUNCHER = """
 import json, os, signal, sys
 from entropy_fork.verl.cpu import fork_server
@@ -39,7 +39,7 @@ print(json.dumps([server.py_executable, server.process.pid, os.fspath(server.fol
 sys.stdin.read()
 """
 
-#: A worker: all that it has from others.
+#: a worker: it prints everything that it has inherited
 INHERITED = """
 import gc, json, os, resource, signal, stat, sys, threading
 import __main__
@@ -77,14 +77,14 @@ class Launcher:
         self.folder = Path(place)
 
     def start(self, *arguments: str, before: str = "", python: str | None = None, **how: Any) -> subprocess.Popen[str]:
-        """Start a worker as Ray does, by a shell that becomes it."""
+        """Start a worker as Ray does: through a shell that becomes the worker."""
         command = f"{before} exec {python or self.shim} {shlex.join(arguments)}"
         how["env"] = {**self.environment, "RAY_JOB_ID": "01000000", **how.get("env", {})}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(["bash", "-c", command], text=True, **pipes, **how)  # type: ignore[call-overload,no-any-return]
 
     def run(self, *arguments: str, **how: Any) -> tuple[str, str, int]:
-        """What a worker printed, and how it ended."""
+        """Run a worker. Returns what it printed, and how it ended."""
         worker = self.start(*arguments, **how)
         output, errors = worker.communicate("given", timeout=60)
         return output, errors, worker.returncode
@@ -118,7 +118,7 @@ def new_launcher(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
 
 @pytest.fixture(autouse=True)
 def no_worker_is_left(tmp_path: Path) -> Iterator[None]:
-    """Also where a test fails: end the workers that it started."""
+    """End the workers that a test started, even if the test fails."""
     yield
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -152,7 +152,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("new_session", [False, True])
 def test_a_forked_worker_inherits_what_python_would(launcher: Launcher, script, new_session: bool) -> None:  # type: ignore[no-untyped-def]
-    """The same program by the server and by Python itself, from the same parent: it finds the same."""
+    """The same program, started by the server and by Python from the same parent, finds the same environment."""
     worker = script(INHERITED)
     how: dict[str, Any] = {
         "before": "umask 027; ulimit -n 321; trap '' USR1;",
@@ -183,7 +183,7 @@ def test_a_worker_is_forked_and_draws_numbers_of_its_own(launcher: Launcher, scr
 
 
 def test_a_worker_in_another_environment_starts_in_the_ordinary_way(launcher: Launcher, script) -> None:  # type: ignore[no-untyped-def]
-    """A module may have read the variable while it was imported."""
+    """A module may have read the variable at import."""
     worker = script("import os, sys; print('numpy' in sys.modules, os.getpid(), os.environ['SET'], sys.argv[1:])")
     process = launcher.start(worker, "a b", env={"SET": "for one"})
     output = process.communicate(timeout=60)[0]
@@ -233,7 +233,7 @@ def test_only_the_user_may_ask(launcher: Launcher) -> None:
 
 
 def test_the_server_ends_with_the_launcher(new_launcher) -> None:  # type: ignore[no-untyped-def]
-    """Also where the launcher is killed, and a worker of its runs: that looks after itself, as Ray's do."""
+    """Also if the launcher is killed while a worker runs. Such a worker must end by itself, as Ray's workers do."""
     launcher = new_launcher("json")
     assert is_running(launcher.server)
     launcher.process.kill()
@@ -243,7 +243,7 @@ def test_the_server_ends_with_the_launcher(new_launcher) -> None:  # type: ignor
 
 @pytest.mark.parametrize("environment", [{}, {"DEAF": "to Ctrl-C"}])
 def test_a_server_that_dies_is_one_clear_error(new_launcher, script, environment: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
-    """Running workers go on. The next one that is asked for is refused, and the run stops."""
+    """Running workers go on. The next request for a worker is refused, and the run stops."""
     launcher = new_launcher("json", **environment)
     worker = launcher.start(script(WAITING))
     pid = int(worker.stdout.readline())
@@ -297,7 +297,7 @@ def test_threads_of_an_extension_stop_the_forking(new_launcher, script, tmp_path
 
 
 def test_the_modules_of_a_run_can_be_forked(new_launcher, script) -> None:  # type: ignore[no-untyped-def]
-    """verl, torch and Ray are there, OpenMP has started no thread, and what is drawn at random is drawn anew."""
+    """verl, torch and Ray are imported, OpenMP has started no thread, and each worker draws new random numbers."""
     launcher = new_launcher()
     worker = script(
         "import json, sys, threading; there = [name in sys.modules for name in ('verl', 'torch', 'ray._raylet')]\n"
@@ -312,7 +312,7 @@ def test_the_modules_of_a_run_can_be_forked(new_launcher, script) -> None:  # ty
     assert [one[1:3] for one in forked] == [plain[1:3]] * 2
     for drawn in (3, 4):
         assert len({one[drawn] for one in (*forked, plain)}) == 3
-    # one of pyarrow's allocator may be there
+    # pyarrow's allocator may have one
     assert len(os.listdir(f"/proc/{launcher.server}/task")) <= 2
 
 
@@ -321,7 +321,7 @@ def test_the_modules_of_a_run_can_be_forked(new_launcher, script) -> None:  # ty
 
 @pytest.fixture
 def ray_init(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Call a wrapped ``ray.init``: what the real one would get."""
+    """Call the wrapped ``ray.init``. Returns the arguments that the real one would get."""
     started: list[dict[str, str]] = []
     monkeypatch.setattr(fork_server.ForkServer, "start", lambda self, environment: started.append(dict(environment)))
     monkeypatch.setattr(fork_server.ray_cluster, "find_cluster", lambda arguments: arguments.get("address"))
@@ -364,7 +364,7 @@ def test_a_process_that_is_no_launcher_is_left_alone(ray_init) -> None:  # type:
     ("kwargs", "reason"),
     [
         ({"address": "10.0.0.1:6379"}, "the Ray cluster 10.0.0.1:6379 was not started by this run"),
-        ({"runtime_env": {"py_executable": "python -X dev"}}, "py_executable=python -X dev is something else"),
+        ({"runtime_env": {"py_executable": "python -X dev"}}, "py_executable=python -X dev names another program"),
         ({"runtime_env": {"pip": ["six"]}}, "runtime_env.pip gives the workers another environment"),
     ],
 )

@@ -1,7 +1,7 @@
-"""What breaks in a long run: it goes on, or it stops with one clear error, and no half-written checkpoint is taken.
+"""Faults in a long run: it goes on, or stops with one clear error, and never resumes from a half-written checkpoint.
 
-Here without real runs. Those are in e2e/test_killed_run.py (a run that is killed) and in faults/ (``make faults``, a
-real run for each of the other faults). Answers that no reward gets to the end of are in test_reward.py.
+These tests make no real runs. Real runs are in e2e/test_killed_run.py (a run that is killed) and in faults/ (``make
+faults``, one run for each other fault). Answers for which a reward never ends are in test_reward.py.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ LATEST = "latest_checkpointed_iteration.txt"
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches SIGKILL."""
+    """An exception that nothing catches, like SIGKILL."""
 
 
 class Stock:
-    """verl's trainer as far as checkpoints go: its files, in its order, each of which it may be killed in."""
+    """The part of verl's trainer that saves checkpoints: the same files, in the same order. A kill can hit each."""
 
     use_critic = True
 
@@ -86,7 +86,7 @@ class Trainer(checkpoint.WholeCheckpoints, Stock): ...
 
 
 class Worker:
-    """A training worker of two, which answers at once."""
+    """One of two training workers. It answers at once."""
 
     def __init__(self, rank: int):
         self.rank = rank
@@ -123,7 +123,7 @@ def save(trainer: Trainer, *steps: int) -> None:
         trainer._save_checkpoint()
 
 
-#: in each of the 12 files and data.pt, after each, with the name of the latest emptied, and after all
+#: a kill in each of the 12 files and data.pt, after each, with the file of the latest step empty, and at the end
 PLACES = [place / 2 for place in range(26)] + [13, 14]
 
 
@@ -140,12 +140,12 @@ def test_a_kill_anywhere_in_a_save_leaves_the_checkpoint_before_or_an_error(
         assert latest == "2"
         resumed._load_checkpoint()
         assert resumed.loaded
-    else:  # it is whole, but was not said to be
+    else:  # it is complete, but still marked as unfinished
         with pytest.raises(EntropyForkError, match=r"global_step_2 is whole: write trainer.resume_mode=resume_path"):
             resumed._load_checkpoint()
         assert not resumed.loaded
     resumed = trainer(resume_mode="resume_path", resume_from_path=str(tmp_path / "global_step_4"))
-    with pytest.raises(EntropyForkError, match=r"global_step_4 was not written to its end"):
+    with pytest.raises(EntropyForkError, match=r"global_step_4 is unfinished"):
         resumed._load_checkpoint()
 
 
@@ -153,7 +153,7 @@ def test_a_kill_anywhere_in_a_save_leaves_the_checkpoint_before_or_an_error(
 def test_a_kill_while_a_checkpoint_is_written_again(
     trainer: Callable[..., Trainer], tmp_path: Path, place: float
 ) -> None:
-    """verl already points to step 4, all its files are there and readable, and some are those of another run."""
+    """verl already points to step 4. All its files exist and are readable, but some are those of another run."""
     save(trainer("first"), 2, 4)
     with pytest.raises(Killed):
         save(trainer("second", killed_in=place, resume_mode="resume_path"), 4)
@@ -162,7 +162,7 @@ def test_a_kill_while_a_checkpoint_is_written_again(
     with pytest.raises(EntropyForkError, match=message):
         resumed._load_checkpoint()
     assert not resumed.loaded
-    save(trainer("second"), 4)  # once more, and to its end
+    save(trainer("second"), 4)  # once more, without a kill
     resumed._load_checkpoint()
     assert resumed.loaded
 
@@ -178,7 +178,7 @@ def _shortened(path: Path) -> None:
         ("critic/model_world_size_2_rank_0.pt", _shortened, r"model_world_size_2_rank_0.pt cannot be read \("),
         ("actor/extra_state_world_size_2_rank_0.pt", lambda p: p.write_bytes(b""), r"rank_0.pt cannot be read \("),
         ("data.pt", Path.unlink, r"data.pt is missing"),
-        (f"../{LATEST}", lambda p: p.write_text(""), rf"{LATEST} names no step but ''"),
+        (f"../{LATEST}", lambda p: p.write_text(""), rf"{LATEST} contains no step but ''"),
         (f"../{LATEST}", lambda p: p.write_text("6"), r"global_step_6 is not there"),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(
 ) -> None:
     save(trainer(), 2, 4)
     breaks((tmp_path / "global_step_4" / broken).resolve())
-    with pytest.raises(EntropyForkError, match=message + ".*trainer.resume_mode=disable to begin again"):
+    with pytest.raises(EntropyForkError, match=message + ".*trainer.resume_mode=disable to start again"):
         trainer()._load_checkpoint()
     disabled = trainer(resume_mode="disable")
     disabled._load_checkpoint()
@@ -245,7 +245,7 @@ def test_what_an_asynchronous_save_writes_is_left_to_megatron(trainer: Callable[
 
 
 class Buffer:
-    """verl's replay buffer as far as it is looked at."""
+    """The part of verl's replay buffer that the guard reads."""
 
     def __init__(self) -> None:
         self.partitions: dict[str, dict[str, Any]] = {"train": {}}
@@ -288,9 +288,9 @@ def test_a_run_waits_as_long_as_answers_come(clock: SimpleNamespace) -> None:
     for number in range(100):
         clock.now += 2
         if number % 10 == 0:
-            buffer.partitions["train"] = {f"answer {number}": {}}  # those before may have been filtered out
+            buffer.partitions["train"] = {f"answer {number}": {}}  # earlier answers may have been filtered out
         look(watch, buffer)
-    clock.now += 100_000  # the driver trains, and looks again
+    clock.now += 100_000  # the driver trains, then asks again
     look(watch, buffer)
     for _ in range(19):
         clock.now += 2
@@ -316,7 +316,7 @@ def test_the_dead_are_noticed_and_the_unreachable_asked_again(clock: SimpleNames
     clock.now += 1
     look(watch, buffer)  # it is not asked at every turn
     buffer.failure_keys["train"] = {"a"}  # but here
-    with pytest.raises(EntropyForkError, match=r"agent-loop worker 0 has died.*goes on from the last checkpoint in ch"):
+    with pytest.raises(EntropyForkError, match=r"agent-loop worker 0 has died.*resumes from the last checkpoint in ch"):
         look(watch, buffer)
 
 
@@ -376,7 +376,7 @@ def test_ray_says_who_has_died(python: Callable[..., Any]) -> None:
 def test_a_question_that_is_never_answered_does_not_hide_who_died(
     clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The TransferQueue's controller dies while the driver waits for what it says."""
+    """The TransferQueue's controller dies while the driver waits for its answer."""
     monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.05)
     watch, never = waiting.Watch(clock.trainer, patience_s=0), threading.Event()
     asked: list[str] = []
@@ -400,7 +400,7 @@ def test_a_question_that_is_never_answered_does_not_hide_who_died(
 def test_verls_replay_buffers_ask_through_the_watch(
     monkeypatch: pytest.MonkeyPatch, node: dict[str, Any] | None, watched: bool
 ) -> None:
-    """Fails when verl asks in another way."""
+    """Fails if verl asks in another way."""
     from verl.trainer.ppo.v1 import replay_buffer
 
     class Stock:
@@ -517,7 +517,7 @@ def test_another_reward_may_do_without_a_ground_truth(compose: Callable[..., Any
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
 def test_a_file_that_was_damaged_is_not_read(compose: Callable[..., Any], tmp_path: Path, damage: str) -> None:
-    """A byte in the middle of a page, found by the checksums that 'entropy-fork data prepare' writes."""
+    """A byte in the middle of a page is changed. The checksums that 'entropy-fork data prepare' writes find it."""
     path = tmp_path / "train.parquet"
     rows = [_row(prompt=[{"role": "user", "content": f"{i} + {i}"}]) for i in range(1000)]
     pq.write_table(pa.Table.from_pylist(rows), path, write_page_checksum=True, compression="none")

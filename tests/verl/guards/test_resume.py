@@ -1,4 +1,4 @@
-"""A checkpoint says what it was trained on, and no run of another selection goes on from it unasked."""
+"""A checkpoint records what it was trained on, and a run of another selection does not resume from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 
 
 class Stock:
-    """verl's trainer as far as its folders go; ``_load_checkpoint`` as in verl 0.9.1 tells where it would go on."""
+    """The part of verl's trainer for its folders. ``_load_checkpoint``, as in verl 0.9.1, returns where it resumes."""
 
     use_critic = False
 
@@ -58,7 +58,7 @@ COMPOSED: dict[tuple[str, ...], Any] = {}
 
 @pytest.fixture
 def line(compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """A command line of the user's own, run in an empty folder; its checkpoints go where verl's defaults say."""
+    """A user's command line, run in an empty folder. Checkpoints go to verl's default folder."""
     monkeypatch.chdir(tmp_path)
 
     def composed(*words: str) -> Any:
@@ -72,7 +72,7 @@ def line(compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def train(config: Any, step: int = 1) -> Path:
-    """A run that saves a checkpoint, and the folder of it."""
+    """Make a run that saves a checkpoint. Returns the checkpoint's folder."""
     check_before_training(config)
     trainer = Trainer(config)
     trainer._load_checkpoint()
@@ -82,7 +82,7 @@ def train(config: Any, step: int = 1) -> Path:
 
 
 def resume(config: Any) -> int:
-    """The step that a run goes on from, refused by neither the launcher nor the trainer."""
+    """The step from which a run resumes. Neither the launcher nor the trainer refuses it."""
     check_before_training(config)
     trainer = Trainer(config)
     trainer._load_checkpoint()
@@ -90,7 +90,7 @@ def resume(config: Any) -> int:
 
 
 def refused(config: Any, match: str) -> None:
-    """By the launcher, and by the trainer of somebody who has a launcher of his own."""
+    """The launcher refuses, and so does the trainer, for users with their own launcher."""
     for start in (check_before_training, lambda config: Trainer(config)._load_checkpoint()):
         with pytest.raises(EntropyForkError, match=match):
             start(config)
@@ -101,16 +101,16 @@ GLOBAL = ["+entropy_fork=global"]
 
 
 def test_off_does_not_take_the_masked_model_for_its_own(line: Callable[..., Any], tmp_path: Path) -> None:
-    """The reported case: no step would be left to take, and the run would end well."""
+    """The reported case: all steps are done, so the run would end without an error."""
     folder = train(line(*GLOBAL, "trainer.total_training_steps=1"))
     baseline = [*OFF, "trainer.total_training_steps=1"]
     refused(
         line(*baseline),
-        rf"{folder} was trained on the tokens of top_ratio=0.2 select=top, and this run on all tokens.*"
-        r"trainer.experiment_name=NAME for a run of its own, trainer.resume_mode=disable.*"
-        r"or entropy_fork.resume_other_selection=true to go on from that checkpoint on purpose",
+        rf"{folder} was trained on the tokens of top_ratio=0.2 select=top, but this run trains on all tokens.*"
+        r"trainer.experiment_name=NAME for a separate run, trainer.resume_mode=disable.*"
+        r"or entropy_fork.resume_other_selection=true to resume from that checkpoint on purpose",
     )
-    # each way out is one
+    # each remedy in the message works
     assert resume(line(*baseline, "trainer.experiment_name=baseline")) == 0
     assert resume(line(*baseline, "trainer.resume_mode=disable")) == 0
     assert resume(line(*baseline, "entropy_fork.resume_other_selection=true")) == 1
@@ -124,7 +124,7 @@ def test_off_does_not_take_the_masked_model_for_its_own(line: Callable[..., Any]
 def test_a_baseline_is_not_resumed_with_a_mask(line: Callable[..., Any]) -> None:
     folder = train(line(*OFF))
     assert json.loads((folder / FILE).read_text()) == {"trained_on": "all tokens"}
-    refused(line(*GLOBAL), r"was trained on all tokens, and this run on the tokens of top_ratio=0.2 select=top:")
+    refused(line(*GLOBAL), r"was trained on all tokens, but this run trains on the tokens of top_ratio=0.2 select=top:")
     assert resume(line(*GLOBAL, "entropy_fork.top_ratio=1.0")) == 1, "which is the update of all tokens, bit for bit"
 
 
@@ -141,11 +141,11 @@ def test_a_folder_that_does_not_follow_from_the_name(line: Callable[..., Any], t
     folder = [f"trainer.default_local_dir={tmp_path / 'here'}"]
     train(line(*GLOBAL, *folder))
     refused(
-        line(*OFF, *folder), "trainer.experiment_name=NAME for a run of its own and trainer.default_local_dir=FOLDER,"
+        line(*OFF, *folder), "trainer.experiment_name=NAME for a separate run and trainer.default_local_dir=FOLDER,"
     )
 
 
-#: What changes the selection, with what it needs to.
+#: what changes the selection, with the keys that it needs
 OTHERS = [
     ["top_ratio=0.1"],
     ["select=bottom"],
@@ -164,7 +164,7 @@ OTHERS = [
     ["schedule=linear", "schedule_steps=10", "final_ratio=0.5"],
     ["enabled=false"],
 ]
-#: What does not.
+#: what does not change it
 SAME = [
     ["sparse_head=false"],
     ["dump_every=5", "dump_answers=2", "dump_dir=tokens"],
@@ -180,7 +180,7 @@ SAME = [
 def test_every_key_that_selects_is_part_of_the_selection(line: Callable[..., Any], keys: Line) -> None:
     train(line(*GLOBAL))
     words = [f"entropy_fork.{key}" for key in keys]
-    refused(line(*GLOBAL, *words), r"was trained on .*, and this run on ")
+    refused(line(*GLOBAL, *words), r"was trained on .*, but this run trains on ")
     assert resume(line(*GLOBAL, *words, "entropy_fork.resume_other_selection=true")) == 1
     again = line(*GLOBAL, *words, "trainer.experiment_name=other")
     train(again)
@@ -206,7 +206,7 @@ def test_what_changes_nothing_of_the_selection_may_change(line: Callable[..., An
 
 
 def test_every_key_of_the_node_is_one_or_the_other() -> None:
-    """A new key must be thought about here."""
+    """For a new key, decide here whether it changes the selection."""
     named = {key.split("=")[0] for keys in (*OTHERS, *SAME) for key in keys}
     assert named == set(EntropyForkConfig.__dataclass_fields__)
 
@@ -214,7 +214,7 @@ def test_every_key_of_the_node_is_one_or_the_other() -> None:
 def test_a_checkpoint_that_does_not_say_is_taken_with_a_line_in_the_log(
     line: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stock verl's, and those of earlier versions of this package."""
+    """That is the case for stock verl, and for earlier versions of this package."""
     folder = train(line())
     assert not (folder / FILE).exists(), "a line without our node is verl's own"
     for words in (GLOBAL, OFF):
@@ -249,7 +249,7 @@ def test_a_file_that_cannot_be_read(line: Callable[..., Any], content: str) -> N
 
 
 def test_it_is_written_before_verl_points_to_the_checkpoint(line: Callable[..., Any], tmp_path: Path) -> None:
-    """Killed anywhere in a save, a run leaves no checkpoint to resume from that does not say what it was trained on."""
+    """A run killed anywhere in a save never leaves a checkpoint to resume from without the file."""
 
     class Killed(BaseException): ...
 
@@ -268,7 +268,7 @@ def test_it_is_written_before_verl_points_to_the_checkpoint(line: Callable[..., 
 
 
 def test_the_guards_do_not_matter(line: Callable[..., Any]) -> None:
-    """A wrong baseline is a wrong result; it is the mask's business."""
+    """This check belongs to the mask, because a wrong baseline is a wrong result."""
     guards = ["+entropy_fork_guards=off"]
     train(line(*GLOBAL, *guards))
     refused(line(*OFF, *guards), "was trained on")
@@ -277,7 +277,7 @@ def test_the_guards_do_not_matter(line: Callable[..., Any]) -> None:
 def test_a_run_without_the_node_that_saves_over_a_checkpoint_removes_what_is_no_longer_true(
     line: Callable[..., Any],
 ) -> None:
-    """Else the next masked run would go on from a model of all tokens, and take it for its own."""
+    """Else the next masked run would resume from a model of all tokens as if it were its own."""
     folder = train(line(*GLOBAL))
     assert train(line("trainer.resume_mode=disable")) == folder
     assert not (folder / FILE).exists()
@@ -285,7 +285,7 @@ def test_a_run_without_the_node_that_saves_over_a_checkpoint_removes_what_is_no_
 
 @pytest.mark.parametrize("first", [OFF, []])
 def test_a_checkpoint_that_was_half_written_over_is_of_neither_selection(line: Callable[..., Any], first: Line) -> None:
-    """verl already points to it, and without the guard ``checkpoints`` nothing else says that it is not whole."""
+    """verl already points to it. Without the guard ``checkpoints`` nothing else shows that it is not whole."""
 
     class Killed(BaseException): ...
 
