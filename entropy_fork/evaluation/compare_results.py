@@ -59,7 +59,7 @@ def tables(paired: PairedEvaluation) -> list[TextTable]:
         questions.rows.append(
             [name, *map(str, (summary.better, summary.worse, summary.same, summary.questions))],
         )
-        length.rows.append([name, *_cells(summary.tokens, 1, 0)])
+        length.rows.append([name, *_cells(summary.tokens, 1, 1)])
         passes.rows.extend([name, str(i), *_cells(one, 100, 2)] for i, one in summary.pass_at.items() if i > 1)
     return [models, accuracy, questions, length, *([passes] if passes.rows else [])]
 
@@ -165,12 +165,12 @@ def _cells(difference: Difference, scale: float, digits: int) -> list[str]:
         f"{scale * difference.before:.{digits}f}",
         f"{scale * difference.after:.{digits}f}",
         f"{scale * difference.difference:+.{digits}f}",
-        _interval(difference, scale, max(digits - 1, 0)),
+        _interval(difference, scale),
     ]
 
 
-def _interval(difference: Difference, scale: float, digits: int) -> str:
+def _interval(difference: Difference, scale: float) -> str:
     if difference.interval is None:
         return "–"
     low, high = (scale * end for end in difference.interval)
-    return f"{low:+.{digits}f} to {high:+.{digits}f}"
+    return f"{low:+.1f} to {high:+.1f}"

@@ -42,7 +42,8 @@ def load_tokenizer(folder: Path, trusted: bool = False) -> Any:
             raise EntropyForkError(f"{folder} has no tokenizer: {way_out}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EntropyForkError(f"the tokenizer in {folder} cannot be read ({reason}): {way_out}") from error
-    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+    added = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}  # Mistral's has no such method
+    if not set(tokenizer.get_vocab()) - set(added) - set(tokenizer.all_special_tokens):
         found = ", ".join(file.name for file in _files(folder))
         raise EntropyForkError(
             f"{folder} has no tokenizer: {way_out}"

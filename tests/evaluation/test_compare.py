@@ -79,7 +79,7 @@ def test_the_numbers_of_a_small_example(
     )
     assert "| aime24 | 2 | 1 | 1 | 4 |" in markdown
     assert f"| after | {pair[1]} | /runs/a/global_step_30/actor | 30 | top_ratio=0.2 select=top |" in markdown
-    assert "| aime24 | 10 | 16 | +6 | +6 to +6 |" in markdown
+    assert "| aime24 | 10.0 | 16.0 | +6.0 | +6.0 to +6.0 |" in markdown
     assert "| own | 2 | 66.67 | 100.00 | +33.33 |" in markdown
     for cell in ("+12.50", "/runs/a/global_step_30/actor", "average"):
         assert cell in result.output
