@@ -32,8 +32,8 @@ class EntropyForkSearchPath(SearchPathPlugin):
         """Hydra's hook: append the recipes, in a process that has imported verl.
 
         Raises:
-            SystemExit: a recipe or a node of ours is asked for and the plugin is not active; or words of the line that name
-                our nodes are wrong.
+            SystemExit: a recipe or a node of ours is asked for and the plugin is not active; or words of the line that
+                name our nodes are wrong.
         """
         if "verl" not in sys.modules:
             _refuse_a_node_in_a_file()  # not verl's application, or one that imports verl later

@@ -103,9 +103,9 @@ ROWS = [
     ("", "+R.reward_kwargs.timeout=soon", r"reward_kwargs=\{'timeout': 'soon'\}: TypeError"),
     ("", "R.path=/gone.py", r"custom_reward_function\.path=/gone\.py: there is no file /gone\.py"),
     ("", "R.path=pkg://gone.reward", r"there is no module gone\.reward in this environment"),
-    ("", "R.name=compute_scores", r"name=compute_scores: .* has no function of that name\. Did you mean compute_score\?"),
+    ("", "R.name=compute_scores", r"=compute_scores: .* no function of that name\. Did you mean compute_score\?"),
     ("", "R.path={mine.py} R.name=scores", r"name=scores: .*Did you mean score\?"),
-    ("no-reward", "custom_reward_function.path={mine.py}", r"old key that main_ppo does not read\. Write reward\.custom"),
+    ("no-reward", "custom_reward_function.path={mine.py}", r"old key that main_ppo does not read\. Write reward\."),
     ("", "data.train_files={dapo.parquet}", r"ask for the answer as 'Answer: …', and the reward reads \\boxed"),
     (
         "",
@@ -121,7 +121,7 @@ ROWS = [
     ("", "algorithm.adv_estimator=grpoo", r"adv_estimator=grpoo is not known\. Did you mean grpo\?"),
     ("", "actor_rollout_ref.rollout.name=vlm", r"rollout\.name=vlm is not known\. Did you mean vllm\?"),
     ("", "A.policy_loss.loss_mode=vanila", r"loss_mode=vanila .*Did you mean vanilla\?"),
-    ("", "entropy_fork=off +recipe=qwen3_8b_20k A.policy_loss.loss_mode=vanila", r"=vanila is not known\. Did you mean"),
+    ("", "entropy_fork=off +recipe=qwen3_8b_20k A.policy_loss.loss_mode=vanila", r"=vanila is not known\. Did you"),
     ("", "reward.reward_manager.name=dappo", r"reward_manager\.name=dappo is not known\. Did you mean dapo\?"),
     ("", "trainer.v1.trainer_mode=synk", r"trainer_mode=synk is not known\. Did you mean sync\?"),
     ("", "trainer.resume_mode=atuo", r"resume_mode=atuo is not known\. Did you mean auto\?"),
@@ -142,9 +142,9 @@ ROWS = [
     ("", "data.train_files={empty.jsonl}", r"empty\.jsonl has no row"),
     ("", "trainer.resume_mode=resume_path trainer.resume_from_path={folder}/global_step_5",
      r"there is no folder .*/global_step_5\. .*has global_step_10"),
-    ("", "trainer.resume_mode=resume_path trainer.resume_from_path={folder}", r"must end in global_step_NUMBER"),
+    ("", "trainer.resume_mode=resume_path trainer.resume_from_path={folder}", r"must end in global_step_NUM"),
     ("", "trainer.resume_mode=resume_path", r"resume_path needs trainer\.resume_from_path="),
-    ("", "data.custom_cls.path=gone.py data.custom_cls.name=Mine", r"data\.custom_cls\.path=gone\.py: there is no file"),
+    ("", "data.custom_cls.path=gone.py data.custom_cls.name=Mine", r"custom_cls\.path=gone\.py: there is no file"),
     # whole numbers
     ("", "data.train_batch_size=64.0", r"data\.train_batch_size=64\.0 is not a whole number\. Write .*=64\."),
     ("", "actor_rollout_ref.rollout.n=16.0", r"rollout\.n=16\.0 is not a whole number\. Write .*n=16\."),
@@ -157,7 +157,7 @@ ROWS = [
     ("", "+entropy_fork=globl", r"globl: there is no such preset\. Did you mean global\? Presets: (?!.*schema)"),
     ("", "entropy_fork.top_ratio=null", r"top_ratio=null is not a number\. Write entropy_fork\.top_ratio=0\.2"),
     ("", "entropy_fork.top_ratio=20%", r"top_ratio=20% is not a number\. Write entropy_fork\.top_ratio=0\.2\."),
-    ("", "entropy_fork.top_ratio=[0.1,0.2]", r"is not a number\. Write one value: .*=0\.1\. .*-m .*top_ratio=0\.1,0\.2"),
+    ("", "entropy_fork.top_ratio=[0.1,0.2]", r"is not a number\. Write one value: .*=0\.1\. .*-m .*=0\.1,0\.2"),
     ("", "entropy_fork.top_ration=0.1", r"entropy_fork has no key 'top_ration'\. Did you mean top_ratio\? Keys"),
     ("", "entropy_fork.top_ratio=2", r"top_ratio must be in \(0, 1\]"),
     ("no-preset", "entropy_fork.top_ratio=0.1", r"a node that is not there\. Add \+entropy_fork=global to the line"),
@@ -273,10 +273,8 @@ def test_words_about_our_nodes(words: list[str], problems: int) -> None:
 
 
 def test_a_preset_of_the_users_own() -> None:
-    assert (
-        check_words(["+entropy_fork=mine"], lambda group, option: (group, option) == ("entropy_fork", "mine")).problems
-        == []
-    )
+    found = check_words(["+entropy_fork=mine"], lambda group, option: (group, option) == ("entropy_fork", "mine"))
+    assert found.problems == []
 
 
 def test_who_is_logged_in(tmp_path: Path) -> None:
@@ -302,9 +300,7 @@ def test_the_data_sources_that_verls_own_reward_knows() -> None:
 
     knows = known_sources(default_compute_score)
     assert knows is not None
-    assert all(
-        knows(source) for source in ("openai/gsm8k", "math_dapo", "aime2025", "hiyouga/geometry3k", "codeforces")
-    )
+    assert all(knows(source) for source in ("openai/gsm8k", "math_dapo", "aime2025", "hiyouga/geometry3k", "taco"))
     assert not any(knows(source) for source in ("dapo_math_17k", "mine", ""))
     for unknown in ("dapo_math_17k", "mine"):
         with pytest.raises(NotImplementedError):
@@ -329,11 +325,11 @@ def test_verls_own_reward_on_its_own_data_has_no_problem(line: Line, tmp_path: P
 @pytest.mark.parametrize(
     ("source", "match"),
     [
-        ("def score(data_source, solution_str, ground_truth, extra_info, scale=1): return {'score': 1.0, 'acc': 1.0}", None),
+        ("def score(data_source, solution_str, ground_truth, extra_info, scale=1): return {'score': 1.0}", None),
         ("async def score(data_source, solution_str, ground_truth, extra_info, **kwargs): return 0.5", None),
         ("import gone\ndef score(): pass", "cannot be loaded: ModuleNotFoundError: No module named 'gone'"),
         ("def score(solution_str, ground_truth, scale=1): return 1", "does not take data_source, extra_info"),
-        ("def score(data_source, solution_str, ground_truth, extra_info): return 1", "kwargs.scale: .*no such argument"),
+        ("def score(data_source, solution_str, ground_truth, extra_info): return 1", "kwargs.scale: .*no such"),
         (
             "def score(data_source, solution_str, ground_truth, extra_info, scale, url): return 1",
             r"needs url, which nobody gives\. Write \+reward\.custom_reward_function\.reward_kwargs\.url=VALUE",
@@ -390,7 +386,7 @@ def test_a_folder_of_the_users_own(line: Line, tmp_path: Path) -> None:
     (tmp_path / "conf" / "mine" / "masked.yaml").write_text("# @package _global_\nentropy_fork: {top_ratio: 0.3}\n")
     words = ["plan", "--config-dir", str(tmp_path / "conf"), *line("+mine=masked")[1:], "--json"]
     run = CliRunner().invoke(app, words)
-    assert "0.3" in json.loads(run.stdout)["mask"], run.output
+    assert "30% of the response tokens" in json.loads(run.stdout)["mask"], run.output
     run = CliRunner().invoke(app, ["plan", "--config-dir", "gone", "+mine=masked"])
     assert "--config-dir=gone: there is no such folder" in " ".join(run.output.split())
 

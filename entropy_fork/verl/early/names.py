@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from omegaconf import DictConfig, OmegaConf
 
 from entropy_fork.common.close_names import did_you_mean
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.problem import IN_RAY, IN_UPDATE, Problem
-from entropy_fork.verl.config import ESTIMATORS, plain_name
+from entropy_fork.verl.config import ESTIMATORS, plain_name, read_config
+from entropy_fork.verl.guards.data_files import OUR_REWARD
 
 #: verl's values of ``trainer.resume_mode``: it logs an error for others, and then dies of another one
 RESUME_MODES = ("auto", "disable", "resume_path")
@@ -25,15 +27,17 @@ def check_names(config: DictConfig) -> Iterator[Problem]:
     manager = _text(config, "reward.reward_manager.name")
     if _text(config, "reward.reward_manager.source") == "register" and manager is not None:
         known = _managers()
-        if manager not in known and not _path(config, "reward.custom_reward_function.path"):
+        function = OmegaConf.select(config, "reward.custom_reward_function.path", default=None)
+        if manager not in known and function in (None, OUR_REWARD):  # a file of the user's may register one
             yield _unknown("reward.reward_manager.name", manager, known, IN_RAY)
     if _registers_elsewhere(config):
         return
     from verl.trainer.ppo import core_algos
 
+    losses = (*core_algos.POLICY_LOSS_REGISTRY, "reinforce")
     for key, names, when in (
         ("algorithm.adv_estimator", (*core_algos.ADV_ESTIMATOR_REGISTRY, *ESTIMATORS), IN_UPDATE),
-        ("actor_rollout_ref.actor.policy_loss.loss_mode", (*core_algos.POLICY_LOSS_REGISTRY, "reinforce"), IN_UPDATE),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", () if _is_masked(config) else losses, IN_UPDATE),
         ("actor_rollout_ref.rollout.name", _rollouts(), IN_RAY),
         ("trainer.v1.trainer_mode", _trainers() if _flag(config, "trainer.use_v1") else (), IN_RAY),
     ):
@@ -61,6 +65,14 @@ def _registers_elsewhere(config: DictConfig) -> bool:
     return any(_path(config, key) for key in keys) or any(
         name in variables for name in ("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
     )
+
+
+def _is_masked(config: DictConfig) -> bool:
+    """Whether the run has a mask, whose own check looks at the loss."""
+    try:
+        return read_config(config) is not None
+    except EntropyForkError:
+        return True
 
 
 def _rollouts() -> list[str]:

@@ -108,8 +108,10 @@ def _check_verls(config: DictConfig, rows: list[Rows]) -> Iterator[Problem]:
     from verl.utils.reward_score import default_compute_score
 
     knows = known_sources(default_compute_score)
-    for each in rows if knows is not None else []:
-        unknown = [source for source in each.sources if knows is not None and not knows(source)]
+    for each in {each.path: each for each in reversed(rows)}.values():
+        if knows is None:
+            break
+        unknown = [source for source in each.sources if not knows(source)]
         if unknown:
             yield Problem(
                 f"data.{each.key}: {each.path} has rows of the data source{'s'[: len(unknown) > 1]} "
@@ -138,16 +140,18 @@ def known_sources(function: Callable[..., Any]) -> Callable[[str], bool] | None:
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == "data_source":
-            names |= {part.value for part in ast.walk(node.comparators[0]) if _is_text(part)}
+            names |= set(_texts(node.comparators[0]))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "data_source.startswith":
-            beginnings += [part.value for part in ast.walk(node.args[0]) if _is_text(part)]
+            beginnings += _texts(node.args[0])
     if "openai/gsm8k" not in names:
         return None
     return lambda source: source in names or source.startswith(tuple(beginnings))
 
 
-def _is_text(node: ast.AST) -> Any:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _texts(node: ast.AST) -> list[str]:
+    """The texts in an expression."""
+    constants = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return [value for value in constants if isinstance(value, str)]
 
 
 def _check_form(config: DictConfig, rows: list[Rows], reads: Callable[[Rows], Form | None]) -> Iterator[Problem]:
