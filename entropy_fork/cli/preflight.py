@@ -11,8 +11,32 @@ from entropy_fork.cli.at_work import at_work, print_json
 #: for typer: what it does not know is an override for Hydra, passed on as it is
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-ConfigName = Annotated[str, typer.Option(help="verl's config, as main_ppo's --config-name")]
+ConfigName = Annotated[str, typer.Option("--config-name", "-cn", help="verl's config, as main_ppo's --config-name")]
+ConfigDir = Annotated[
+    str | None, typer.Option("--config-dir", "-cd", help="a folder with configs of yours, as main_ppo's --config-dir")
+]
 Json = Annotated[bool, typer.Option("--json", help="print everything as JSON, for a program")]
+
+
+def _line(context: typer.Context, overrides: list[str] | None) -> list[str]:
+    """The overrides of a command line.
+
+    Raises:
+        EntropyForkError: an option that the command does not have.
+    """
+    from entropy_fork.common.close_names import did_you_mean
+    from entropy_fork.common.errors import EntropyForkError
+
+    line = [*(overrides or []), *context.args]
+    known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+    for word in line:
+        name = word.split("=")[0]
+        if name.startswith("-") and name not in ("-m", "--multirun"):
+            raise EntropyForkError(
+                f"'{context.info_name}' has no option {name}.{did_you_mean(name, known)} Its options: "
+                f"{', '.join(known)}. Everything else is an override of main_ppo: key=value."
+            )
+    return line
 
 
 def plan(
@@ -21,6 +45,7 @@ def plan(
         list[str] | None, typer.Argument(help="what you would write after 'python -m verl.trainer.main_ppo'")
     ] = None,
     config_name: ConfigName = "ppo_trainer",
+    config_dir: ConfigDir = None,
     model_config: Annotated[
         str | None,
         typer.Option(help="a config.json, or a shape that we ship (qwen3-8b, …), if the model is not on this machine"),
@@ -35,7 +60,8 @@ def plan(
     with at_work("plan"):
         from entropy_fork.preflight import plan as planning
 
-        made = planning.make_plan([*(overrides or []), *context.args], config_name, model_config, gpu_memory_gib)
+        line = _line(context, overrides)
+        made = planning.make_plan(line, config_name, model_config, gpu_memory_gib, config_dir)
     if json:
         print_json(made.to_json())
     else:
@@ -54,6 +80,7 @@ def doctor(
         str | None, typer.Option(help="a running Ray cluster ('auto', 'HOST:6379'): one worker per node is asked")
     ] = None,
     config_name: ConfigName = "ppo_trainer",
+    config_dir: ConfigDir = None,
     json: Json = False,
 ) -> None:
     """Check that this process and a Ray worker have what a run needs. Exit status 1 means that something is wrong.
@@ -63,7 +90,7 @@ def doctor(
     with at_work("doctor"):
         from entropy_fork.preflight.doctor import diagnose
 
-        found = diagnose([*(overrides or []), *context.args], address, config_name)
+        found = diagnose(_line(context, overrides), address, config_name, config_dir)
     if json:
         print_json(found.to_json())
     else:

@@ -8,6 +8,7 @@
 | an estimator or a loss of ours | its name in ``algorithm.adv_estimator`` or ``loss_mode`` | what it needs is there |
 | the light rollout | its name in ``rollout.name`` | ``VERL_PLATFORM=cpu`` is in the environment |
 | verl on a CPU | ``VERL_PLATFORM=cpu`` | the config can run there |
+| any of these but ``off``, in ``main_ppo`` | | what verl would notice late is looked for (``verl/early/``) |
 | a mask where it does nothing | our nodes, or a name of ρ, in another place (``check_places``) | it is refused |
 
 ``verl/plugin.py`` makes the checks in the launcher. This module imports neither verl nor the plugin, because the search

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.preflight.memory import DTYPE_BYTES
+from entropy_fork.verl.early.numbers import complaint_about
 
 
 class UnreadableConfig(EntropyForkError):
@@ -154,7 +155,10 @@ class ConfigValues:
         if isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least):
             return value
         kind = "a whole number" if least is None else f"a whole number of at least {least}"
-        self._wrong(key, value, kind, f"{key}={'NUMBER' if least is None else f'{least} or more'}")
+        if value is None or value is _ABSENT or value is _UNREADABLE:
+            self._wrong(key, value, kind, f"{key}={'NUMBER' if least is None else f'{least} or more'}")
+        elif complaint := complaint_about(key, value, least):
+            self.complain(key, complaint)
         return max(1, least or 1)
 
     def _wrong(self, key: str, value: Any, kind: str, way: str) -> None:

@@ -22,7 +22,7 @@ from entropy_fork.common.progress import task
 from entropy_fork.common.recipes import recipes_dir
 from entropy_fork.common.supported import SUPPORTED
 from entropy_fork.core.rule import TOKEN_MEAN
-from entropy_fork.preflight.compose import compose
+from entropy_fork.preflight.compose import compose_most
 from entropy_fork.preflight.launcher import what_the_launcher_says
 from entropy_fork.preflight.probe import PACKAGES, Answer, probe
 from entropy_fork.preflight.workers import ask_workers
@@ -62,35 +62,34 @@ class Diagnosis:
         return {"healthy": not self.problems, **asdict(self)}
 
 
-def diagnose(overrides: list[str], address: str | None = None, config_name: str = "ppo_trainer") -> Diagnosis:
+def diagnose(
+    overrides: list[str],
+    address: str | None = None,
+    config_name: str = "ppo_trainer",
+    config_dir: str | None = None,
+) -> Diagnosis:
     """Look at this process, at a worker of each node, and at what a command line would mask.
 
     Args:
         overrides: what follows ``python -m verl.trainer.main_ppo``; empty looks at no command line.
         address: of a running Ray cluster; None starts a Ray for this check.
         config_name: verl's config.
+        config_dir: main_ppo's ``--config-dir``.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # verl's, about engines that are not installed
-        return _diagnose(overrides, address, config_name)
+        return _diagnose(overrides, address, config_name, config_dir)
 
 
-def _diagnose(overrides: list[str], address: str | None, config_name: str) -> Diagnosis:
+def _diagnose(overrides: list[str], address: str | None, config_name: str, config_dir: str | None) -> Diagnosis:
     found = Diagnosis(needs=_needs_of_verl())
     with task(HERE):
         found.processes[HERE] = probe()
         _search_path(found)
     config = None
     if overrides:
-        try:
-            config = compose(overrides, config_name)
-            with task("this command line, and its data"):
-                problems = what_the_launcher_says(config)
-            found.problems += [f"this command line: {problem.message}" for problem in problems]
-            found.mask = sentences(read_config(config), config.actor_rollout_ref.actor.loss_agg_mode)
-        except (EntropyForkError, ValueError) as error:
-            if not any(str(error) in problem for problem in found.problems):
-                found.problems.append(f"this command line: {error}")
+        with task("this command line, and its data"):
+            config = _command_line(found, overrides, config_name, config_dir)
     with task("a worker of Ray" if address is None else f"a worker of each node of {address}"):
         workers = ask_workers(address, config, _on_cpu(found))
     found.processes |= workers.answers
@@ -103,6 +102,24 @@ def _diagnose(overrides: list[str], address: str | None, config_name: str) -> Di
     found.problems += [f"{', '.join(names)}: {problem}" for problem, names in where.items()]
     _accelerators(found)
     return found
+
+
+def _command_line(found: Diagnosis, overrides: list[str], config_name: str, config_dir: str | None) -> Any:
+    """Add what a command line would mask and what is wrong with it. Returns its config; None if there is none."""
+    said: list[str] = []
+    config = None
+    try:
+        composed = compose_most(overrides, config_name, config_dir)
+        said, config = list(composed.problems), composed.config
+        problems = what_the_launcher_says(config)
+        said += [problem.message for problem in problems if problem.fatal]
+        found.notes += [f"this command line: {problem.message}" for problem in problems if not problem.fatal]
+        found.mask = sentences(read_config(config), config.actor_rollout_ref.actor.loss_agg_mode)
+    except (EntropyForkError, ValueError) as error:
+        each = error.problems if isinstance(error, EntropyForkError) else [str(error)]
+        said += [problem for problem in each if not any(problem in known for known in said)]
+    found.problems += [f"this command line: {problem}" for problem in dict.fromkeys(said)]
+    return config
 
 
 def _needs_of_verl() -> dict[str, str]:

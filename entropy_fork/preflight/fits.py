@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from entropy_fork.common.problem import IN_ENGINE, Problem
 from entropy_fork.preflight import memory
 from entropy_fork.preflight.add_up import Engines, Totals
 from entropy_fork.preflight.memory import Phase, in_gib
 from entropy_fork.preflight.model_shape import ModelShape
-from entropy_fork.preflight.problem import IN_ENGINE, Problem
 from entropy_fork.preflight.read_shape import ROLLOUT
 from entropy_fork.preflight.run_shape import RunShape
 

@@ -12,17 +12,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError, is_said
+from entropy_fork.common.problem import AT_START, IN_MODEL, IN_RAY, Problem
 from entropy_fork.common.progress import task
 from entropy_fork.preflight.add_up import Engines, Logits, ModelSummary, add_up
-from entropy_fork.preflight.compose import compose, resolve
+from entropy_fork.preflight.compose import compose_most, resolve
 from entropy_fork.preflight.config_values import UnreadableConfig
 from entropy_fork.preflight.fits import check_fit
 from entropy_fork.preflight.launcher import find_unguarded_data_problems, what_the_launcher_says
 from entropy_fork.preflight.memory import GIB, Layout, Phase
 from entropy_fork.preflight.model_shape import ModelShape, find_model_shape
 from entropy_fork.preflight.notes import notes_on
-from entropy_fork.preflight.problem import IN_MODEL, IN_RAY, Problem
 from entropy_fork.preflight.problems import find_problems
 from entropy_fork.preflight.read_shape import read_run_shape
 from entropy_fork.preflight.run_shape import Model
@@ -84,6 +84,7 @@ def make_plan(
     config_name: str = "ppo_trainer",
     model_config: str | None = None,
     gpu_memory_gib: float = 80.0,
+    config_dir: str | None = None,
 ) -> Plan:
     """Compose, check and add up.
 
@@ -92,12 +93,15 @@ def make_plan(
         config_name: verl's config.
         model_config: a ``config.json`` or a built-in shape, where the model is not on this machine.
         gpu_memory_gib: memory of one accelerator.
+        config_dir: main_ppo's ``--config-dir``.
 
     Raises:
-        EntropyForkError: the config cannot be composed.
+        EntropyForkError: no config can be composed, whatever is left out of the line.
     """
-    config = compose(overrides, config_name)
+    composed = compose_most(overrides, config_name, config_dir)
+    config = composed.config
     plan = Plan(command=" ".join(overrides), accelerator_bytes=round(gpu_memory_gib * GIB))
+    plan.problems += [Problem(problem, AT_START) for problem in composed.problems]
     with task("checks of the launcher, and of the data"):
         plan.problems += what_the_launcher_says(config)
     try:
@@ -108,11 +112,14 @@ def make_plan(
     try:
         run = read_run_shape(config)
     except UnreadableConfig as error:
-        plan.problems += [Problem(complaint) for complaint in error.complaints]
+        known = [problem.message for problem in plan.problems]
+        plan.problems += [Problem(complaint) for complaint in error.complaints if complaint not in known]
         return plan
     model = _find_model(plan, run.model, model_config)
     plan.problems += find_problems(run, model)
-    plan.problems += find_unguarded_data_problems(config)
+    known = [problem.message for problem in plan.problems]
+    unguarded = find_unguarded_data_problems(config)
+    plan.problems += [problem for problem in unguarded if not is_said(problem.message, known)]
     plan.layout, plan.step, plan.mask = run.layout, count_step(run), mask_in_words(config)
     if model is None:
         return plan

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from entropy_fork.common.problem import Problem
 from entropy_fork.preflight.model_shape import ModelShape
-from entropy_fork.preflight.problem import Problem
 from entropy_fork.preflight.problems_of_accelerators import check_parallelism, check_rollout
 from entropy_fork.preflight.problems_of_batches import check_batches, check_lengths, check_rows, check_trainer
 from entropy_fork.preflight.run_shape import RunShape

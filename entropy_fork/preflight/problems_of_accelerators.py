@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from entropy_fork.common.problem import IN_ENGINE, IN_LOG_PROB, IN_RAY, IN_WORKER, Problem
 from entropy_fork.preflight.model_shape import ModelShape
-from entropy_fork.preflight.problem import IN_ENGINE, IN_LOG_PROB, IN_RAY, IN_WORKER, Problem
 from entropy_fork.preflight.read_shape import ACTOR, ROLLOUT
 from entropy_fork.preflight.run_shape import RunShape
 

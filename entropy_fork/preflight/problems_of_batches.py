@@ -6,8 +6,8 @@ import math
 import os
 from collections.abc import Iterator
 
+from entropy_fork.common.problem import IN_LOG_PROB, IN_RAY, IN_UPDATE, IN_WORKER, Problem
 from entropy_fork.preflight.model_shape import ModelShape
-from entropy_fork.preflight.problem import IN_LOG_PROB, IN_RAY, IN_UPDATE, IN_WORKER, Problem
 from entropy_fork.preflight.read_shape import ACTOR, REF, ROLLOUT
 from entropy_fork.preflight.run_shape import RunShape
 from entropy_fork.preflight.step import sequences_of_batch

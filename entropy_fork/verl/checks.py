@@ -8,14 +8,17 @@ that asks for nothing of ours passes all of them.
 
 from __future__ import annotations
 
-import sys
 import weakref
+from collections.abc import Iterator, Sequence
 
 import verl
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from entropy_fork.common.asked_for import GROUPS, came_as_a_plain_value, chosen, overrides
-from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.close_names import did_you_mean
+from entropy_fork.common.errors import EntropyForkError, all_at_once, problems_of
 from entropy_fork.common.recipes import preset_names
 from entropy_fork.core.rule import LOSS_AGG_MODES, SEQ_MEAN_TOKEN_MEAN
 from entropy_fork.verl.config import (
@@ -28,6 +31,7 @@ from entropy_fork.verl.config import (
     EntropyForkConfig,
     averages_by_sequence,
     check_places,
+    is_ours,
     make_typed,
     plain_name,
     read_config,
@@ -45,21 +49,67 @@ def check_before_training(config: DictConfig) -> None:
         config: main_ppo's whole config.
 
     Raises:
-        EntropyForkError: with what is wrong and what to write instead.
+        EntropyForkError: with all that is wrong, and what to write instead.
     """
-    check_groups(config)
-    fork_config = read_config(config)
-    check_estimator(config)
-    check_on_policy(config)
-    make_typed(config)
-    check_resumable(config)
-    if read_guards(config).data_files:
-        check_data_files(config)
-    if fork_config is not None:
-        check_maskable(config, fork_config)
-    check_dumpable(config)
+    if problems := find_problems(config):
+        raise all_at_once(problems)
     global _checked
     _checked = weakref.ref(config)
+
+
+def find_problems(config: DictConfig) -> list[str]:
+    """What :func:`check_before_training` refuses, a message each. Types our nodes where they are good."""
+
+    def check_files() -> None:
+        if read_guards(config).data_files:
+            check_data_files(config)
+
+    def check_mask() -> None:
+        try:
+            fork_config = read_config(config)
+        except EntropyForkError:  # another check's complaint; what its values have no say in is looked at all the same
+            fork_config = EntropyForkConfig()
+        if fork_config is not None:
+            check_maskable(config, fork_config)
+
+    return problems_of(
+        (
+            lambda: check_groups(config),
+            lambda: read_config(config),
+            lambda: check_estimator(config),
+            lambda: check_on_policy(config),
+            lambda: make_typed(config),
+            lambda: check_resumable(config),
+            check_files,
+            check_mask,
+            lambda: check_dumpable(config),
+        )
+    )
+
+
+def refuse_all(ours: Sequence[str], verls: Exception | None) -> None:
+    """Raise what was found before Ray starts, all of it at once; verl's own error as it is, where it is alone.
+
+    Args:
+        ours: messages.
+        verls: what verl's ``validate_config`` raised.
+
+    Raises:
+        EntropyForkError: with all messages.
+    """
+    if not ours:
+        if verls is not None:
+            raise verls
+        return
+    more = [] if verls is None or isinstance(verls, (MissingMandatoryValue, TypeError)) else [in_words(verls)]
+    raise all_at_once([*ours, *(message for message in more if message not in ours)])
+
+
+def in_words(error: BaseException) -> str:
+    """An error's message in one line, without Hydra's account of where it was raised."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__  # a check in one of verl's dataclasses
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 _checked: weakref.ref[DictConfig] | None = None
@@ -132,15 +182,6 @@ def check_first(config: DictConfig) -> None:
         check_complete(config)
 
 
-def _is_ours(registry: str, name: str, ours: tuple[str, ...]) -> bool:
-    """Whether the name stands for our loss or estimator, and not for one that a user's module has registered."""
-    if name not in ours:
-        return False
-    core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
-    registered = getattr(core_algos, registry, {}).get(name)
-    return registered is None or registered.__module__.startswith("entropy_fork.")
-
-
 def check_estimator(config: DictConfig) -> None:
     """Refuse one of our advantage estimators if the run lacks what it is computed from.
 
@@ -148,21 +189,27 @@ def check_estimator(config: DictConfig) -> None:
         EntropyForkError: no critic, a group of one answer, or verl's legacy trainer.
     """
     name = config.algorithm.adv_estimator
-    if not _is_ours("ADV_ESTIMATOR_REGISTRY", name, ESTIMATORS):
+    if not is_ours("ADV_ESTIMATOR_REGISTRY", name, ESTIMATORS):
         return
+    if problems := list(_lacking(config, name)):
+        raise all_at_once(problems)
+
+
+def _lacking(config: DictConfig, name: str) -> Iterator[str]:
+    """What an estimator of ours is computed from and will not be there."""
     if name in NEED_CRITIC and not config.critic.enable:
-        raise EntropyForkError(
+        yield (
             f"algorithm.adv_estimator={name} is computed from a critic's values, but verl starts a critic by itself "
             f"only for gae. Write critic.enable=True (and critic.model.path=…), or an estimator that needs no critic: "
             f"{', '.join(name for name in ESTIMATORS if name not in NEED_CRITIC)}."
         )
     if not config.trainer.use_v1:
-        raise EntropyForkError(
+        yield (
             f"algorithm.adv_estimator={name} needs verl's V1 trainer, and trainer.use_v1=False chooses the legacy one. "
             f"Write trainer.use_v1=True."
         )
     if name in NEED_GROUP and config.actor_rollout_ref.rollout.n < 2:
-        raise EntropyForkError(
+        yield (
             f"algorithm.adv_estimator={name} compares the answers to one question, and actor_rollout_ref.rollout.n="
             f"{config.actor_rollout_ref.rollout.n} asks for one answer. Write at least n=2, or reward_to_go."
         )
@@ -179,7 +226,7 @@ def check_on_policy(config: DictConfig) -> None:
     """
     actor, trainer = config.actor_rollout_ref.actor, config.trainer
     loss_mode = OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla")
-    if not _is_ours("POLICY_LOSS_REGISTRY", loss_mode, ("reinforce",)):
+    if not is_ours("POLICY_LOSS_REGISTRY", loss_mode, ("reinforce",)):
         return
     wrong = []
     if actor.ppo_mini_batch_size != config.data.train_batch_size:
@@ -205,28 +252,33 @@ def check_maskable(config: DictConfig, fork_config: EntropyForkConfig) -> None:
     launcher's checks.
 
     Raises:
-        EntropyForkError: with what cannot be masked, and what to write instead.
+        EntropyForkError: all that cannot be masked, with the ways out.
     """
+    if problems := list(_unmaskable(config, fork_config)):
+        raise all_at_once(problems)
+
+
+def _unmaskable(config: DictConfig, fork_config: EntropyForkConfig) -> Iterator[str]:
     actor = config.actor_rollout_ref.actor
     correction = OmegaConf.select(config, "algorithm.rollout_correction", default=None)
     loss_mode = plain_name(OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla"))
 
     if not config.trainer.use_v1:
-        raise EntropyForkError(
+        yield (
             "entropy_fork needs verl's V1 trainer, and trainer.use_v1=False chooses the legacy one, which would train "
             "on all tokens. Write trainer.use_v1=True, or entropy_fork=off."
         )
     if correction and correction.get("bypass_mode", False):
-        raise EntropyForkError(
+        yield (
             "algorithm.rollout_correction.bypass_mode=True skips the log-prob pass that computes the old policy's "
             "entropies, and its loss ignores token weights. Write bypass_mode=False, or entropy_fork=off."
         )
     if loss_mode not in MASKABLE_LOSSES:
-        reason = "is not known to multiply token weights into its gradient"
+        reason = f"is not known to multiply token weights into its gradient.{did_you_mean(loss_mode, MASKABLE_LOSSES)}"
         if loss_mode == "geo_mean":
-            reason = "takes the logarithm of token weights, and a zero poisons the sequence"
-        raise EntropyForkError(
-            f"actor.policy_loss.loss_mode={loss_mode} {reason}. Use one of {', '.join(MASKABLE_LOSSES)}, "
+            reason = "takes the logarithm of token weights, and a zero poisons the sequence."
+        yield (
+            f"actor.policy_loss.loss_mode={loss_mode} {reason} Use one of {', '.join(MASKABLE_LOSSES)}, "
             f"or entropy_fork=off."
         )
     if (
@@ -234,25 +286,25 @@ def check_maskable(config: DictConfig, fork_config: EntropyForkConfig) -> None:
         and averages_by_sequence(loss_mode, verl.__version__)
         and actor.loss_agg_mode != SEQ_MEAN_TOKEN_MEAN
     ):
-        raise EntropyForkError(
+        yield (
             f"verl {verl.__version__} averages loss_mode={loss_mode} as seq-mean-token-mean and ignores "
             f"actor.loss_agg_mode={actor.loss_agg_mode}, so the weights would be made for another mean. Write "
             f"actor_rollout_ref.actor.loss_agg_mode={SEQ_MEAN_TOKEN_MEAN}, which changes nothing else."
         )
     if actor.loss_agg_mode not in LOSS_AGG_MODES:
-        raise EntropyForkError(
+        yield (
             f"actor.loss_agg_mode={actor.loss_agg_mode} is not known to entropy_fork. Write one of "
             f"{', '.join(LOSS_AGG_MODES)}."
         )
     if fork_config.in_worker(actor.shuffle) and actor.strategy not in MASKED_STRATEGIES:
-        raise EntropyForkError(
+        yield (
             f"entropy=current, pool=micro_batch and actor.shuffle=True select in the worker. That works in verl's "
             f"engines {', '.join(MASKED_STRATEGIES)} only, and actor.strategy={actor.strategy}. Write "
             f"{NODE}.entropy=old {NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False, which works in every "
             f"engine (the preset {NODE}=global has these values)."
         )
     if OmegaConf.select(config, "distillation.enabled", default=False):
-        raise EntropyForkError(
+        yield (
             "distillation.enabled=True replaces the policy loss by one that is not masked. Write "
             "distillation.enabled=False, or entropy_fork=off."
         )

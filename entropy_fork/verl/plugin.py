@@ -20,7 +20,7 @@ from typing import Any
 import verl
 import wrapt
 
-from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.common.errors import EntropyForkError, is_said, problems_of
 from entropy_fork.common.supported import why_unsupported
 
 #: whether the environment asks for verl on a CPU; see cpu_platform.py
@@ -40,6 +40,7 @@ _check_verl(verl.__version__)
 
 from entropy_fork.verl import checks, config, launch  # noqa: E402
 from entropy_fork.verl.cpu import cpu_platform, fork_server  # noqa: E402
+from entropy_fork.verl.early import look as early  # noqa: E402
 
 
 def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,20 +48,34 @@ def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..
 
     @wraps(validate_config)  # a function, not wrapt's proxy, because programs pickle it
     def validate(config: Any, *args: Any, **kwargs: Any) -> Any:
-        checks.check_first(config)
-        result = validate_config(config, *args, **kwargs)
-        if ON_CPU:
-            cpu_platform.check_before_training(config)
-        else:
-            cpu_platform.check_opted_in(config)
-            fork_server.check_opted_in(config)
-        checks.check_before_training(config)
+        ours = problems_of([lambda: checks.check_first(config)])
+        result, verls = None, None
+        if not ours:  # or verl's message would mislead
+            try:
+                result = validate_config(config, *args, **kwargs)
+            except Exception as error:
+                verls = error
+        try:
+            ours += [message for message in problems_of(our_checks(config)) if not is_said(message, ours)]
+        except Exception:  # a value of another type than verl's, which complains about it too
+            if not ours and verls is None:
+                raise
+        checks.refuse_all(ours, verls)
         launch.extend_program()
         if ON_CPU:
             fork_server.choose(config)
         return result
 
     return validate
+
+
+def our_checks(config: Any) -> list[Callable[[], object]]:
+    """The checks that the launcher makes after verl's."""
+    if ON_CPU:
+        platform = [lambda: cpu_platform.check_before_training(config)]
+    else:
+        platform = [lambda: cpu_platform.check_opted_in(config), lambda: fork_server.check_opted_in(config)]
+    return [*platform, lambda: checks.check_before_training(config), lambda: early.check_in_launcher(config)]
 
 
 def _extend_validation(module: Any) -> None:

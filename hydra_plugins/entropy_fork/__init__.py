@@ -32,17 +32,14 @@ class EntropyForkSearchPath(SearchPathPlugin):
         """Hydra's hook: append the recipes, in a process that has imported verl.
 
         Raises:
-            SystemExit: a recipe or a node of ours is asked for and the plugin is not active; or a key was renamed.
+            SystemExit: a recipe or a node of ours is asked for and the plugin is not active; or words of the line that
+                name our nodes are wrong.
         """
         if "verl" not in sys.modules:
             _refuse_a_node_in_a_file()  # not verl's application, or one that imports verl later
             return
         if _is_active():
-            from entropy_fork.verl.config import MOVED, moved
-
-            for argument in sys.argv[1:]:
-                if (key := argument.lstrip("+").split("=")[0]) in MOVED:
-                    raise SystemExit(moved(key))
+            _refuse_wrong_words(search_path)
             if folder := _users_folder():  # Hydra appends it later, but its files must come before ours
                 search_path.append(provider="command-line", path=f"file://{folder}")
             search_path.append(provider="entropy-fork", path=f"file://{recipes_dir()}")
@@ -54,6 +51,52 @@ class EntropyForkSearchPath(SearchPathPlugin):
             _refuse()
         else:
             _refuse_a_node_in_a_file()
+
+
+def _refuse_wrong_words(search_path: ConfigSearchPath) -> None:
+    """Refuse a line whose words about our nodes are wrong, with all that is wrong with the line.
+
+    Hydra has not composed anything yet. It would stop at the first such word, and not say why.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from entropy_fork.verl.config.words import check_words
+
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            arguments = get_args_parser().parse_known_args(sys.argv[1:])[0]
+    except SystemExit:  # the arguments are not Hydra's
+        return
+    if not on_command_line(arguments.overrides, None):
+        return
+    folders = [Path(entry.path.removeprefix("file://")) for entry in search_path.get_path() if "file://" in entry.path]
+    if users := _users_folder():
+        folders.append(users)
+    searches = any(word.startswith("hydra.searchpath") for word in arguments.overrides)
+
+    def has_option(group: str, option: str) -> bool:
+        return searches or any((folder / group / f"{option}.yaml").is_file() for folder in folders)
+
+    plain = _is_main_ppo() and not (arguments.config_path or arguments.config_name or users)
+    if problems := check_words(arguments.overrides, has_option, plain).problems:
+        if _is_main_ppo() and not arguments.multirun:
+            problems = _with_all_others(arguments, problems)
+        if len(problems) == 1:
+            raise SystemExit(problems[0])
+        lines = [f"  {number}. {problem}" for number, problem in enumerate(problems, 1)]
+        raise SystemExit("\n".join([f"{len(problems)} problems, found before Ray starts:", *lines]))
+
+
+def _with_all_others(arguments: Any, problems: list[str]) -> list[str]:
+    """The problems of the line's words, and those of the other words and of the run: one does not hide another."""
+    from entropy_fork.preflight.launcher import problems_of_line
+
+    try:
+        others = problems_of_line(arguments.overrides, arguments.config_name or "ppo_trainer", arguments.config_dir)
+    except Exception:  # the words are wrong; that more could be wrong is no reason to hide it
+        return problems
+    return list(dict.fromkeys([*problems, *others]))
 
 
 #: attribute of a function that was wrapped by :func:`_refuse_a_node_in_a_file`

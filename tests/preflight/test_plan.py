@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.preflight.compose import compose
 from entropy_fork.preflight.memory import GIB
 from entropy_fork.preflight.plan import Plan, make_plan
 from entropy_fork.verl import plugin
@@ -42,7 +43,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
             "actor_rollout_ref.actor.fsdp_config.optimizer_offload=true",
             "actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.rollout.n=16",
             "actor_rollout_ref.rollout.tensor_model_parallel_size=4",
-            "actor_rollout_ref.rollout.gpu_memory_utilization=0.8",
+            "actor_rollout_ref.rollout.gpu_memory_utilization=0.8", "trainer.logger=[console]",
+            "reward.custom_reward_function.path=pkg://entropy_fork.reward",
         ]  # fmt: skip
         return make_plan([*base, *overrides], **options)
 
@@ -325,13 +327,13 @@ def test_megatron_through_verls_config_name() -> None:
 
 def test_a_config_that_cannot_be_composed() -> None:
     with pytest.raises(EntropyForkError, match=r"'entropy_fork.patience_s' is now 'entropy_fork_guards.patience_s'"):
-        make_plan(["+entropy_fork=global", "entropy_fork.patience_s=9"])
-    with pytest.raises(EntropyForkError, match=r"Could not override 'entropy_fork.topratio'. Keys of .*top_ratio"):
-        make_plan(["+entropy_fork=global", "entropy_fork.topratio=0.1"])
+        compose(["+entropy_fork=global", "entropy_fork.patience_s=9"])
+    with pytest.raises(EntropyForkError, match=r"no key 'topratio'\. Did you mean top_ratio\?"):
+        compose(["+entropy_fork=global", "entropy_fork.topratio=0.1"])
     with pytest.raises(EntropyForkError, match="one job of a sweep"):
         make_plan(["-m", "entropy_fork.top_ratio=0.1,0.2"])
     with pytest.raises(EntropyForkError, match=r"Available options.*demo_cpu"):
-        make_plan(["+recipe=none_such"])
+        compose(["+recipe=none_such"])
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from entropy_fork.verl.config.names import (
     TrainedOn,
     averages_by_sequence,
     guarded_name,
+    is_ours,
     plain_name,
     selection_name,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "guard_loss",
     "guarded_name",
     "is_guarded",
+    "is_ours",
     "keys",
     "make_typed",
     "moved",

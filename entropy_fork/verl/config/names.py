@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -43,6 +44,21 @@ TrainedOn = dict[str, Any] | str
 def averages_by_sequence(loss_mode: str, version: str) -> bool:
     """Whether this verl averages the loss as seq-mean-token-mean with any ``actor.loss_agg_mode`` (core_algos.py)."""
     return loss_mode == "sapo" or (loss_mode == "gspo" and Version(version) < Version("0.9.1"))
+
+
+def is_ours(registry: str, name: str, ours: tuple[str, ...]) -> bool:
+    """Whether a name of ours means ours: a module of the user's may have registered its own under it.
+
+    Args:
+        registry: of ``verl.trainer.ppo.core_algos``.
+        name: in the config.
+        ours: the names that we register.
+    """
+    if name not in ours:
+        return False
+    core_algos = sys.modules.get("verl.trainer.ppo.core_algos")
+    registered = getattr(core_algos, registry, {}).get(name)
+    return registered is None or registered.__module__.startswith("entropy_fork.")
 
 
 def guarded_name(loss_mode: str) -> str:
