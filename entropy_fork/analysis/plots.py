@@ -219,9 +219,10 @@ def _style(axes: Axes) -> None:
 def _legend(axes: Axes, lines: Sequence[Artist] | None = None) -> None:
     """A legend above the plot, where it hides nothing."""
     handles = axes.get_legend_handles_labels()[0] if lines is None else lines
-    if handles:
+    labels = [str(handle.get_label()) for handle in handles]
+    if labels:
         axes.legend(
-            handles, [str(handle.get_label()) for handle in handles], frameon=False, labelcolor=INK, ncols=2,
+            handles, labels, frameon=False, labelcolor=INK, fontsize=9, ncols=1 if max(map(len, labels)) > 24 else 2,
             loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1.5, columnspacing=1.2,
         )  # fmt: skip
 
