@@ -91,6 +91,7 @@ lint: $(VENV)/.installed-dev
 # The documentation as a site, with a reference from the docstrings: build/docs/index.html. Fails at the first warning.
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs --quiet build
+	@echo "written: build/docs/index.html, and the pages below it"
 
 # The entries of changes/ go into CHANGELOG.md; for a release: make changelog VERSION=0.2.0
 changelog:

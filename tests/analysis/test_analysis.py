@@ -214,6 +214,7 @@ def test_checkpoints_on_the_same_tokens(
         f"{name}.{kind}" for name in ("overlap", "entropy_change", "percentile_evolution") for kind in ("png", "svg")
     }
     assert "100.00%" in result.output
+    assert f"written: {tmp_path / 'both' / 'comparison.json'}, *.csv, figures/" in result.output.replace("\n", "")
 
 
 def test_a_comparison_is_what_its_definitions_say(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def _wrong_with(path: str, prompt: str, has_truth: bool) -> str | None:
     for batch in file.iter_batches(columns=needed):
         batch.validate(full=True)  # text that is no UTF-8
         for row, reason in _bad_rows(batch, prompt, has_truth):
+            if row == EVERY_ROW:
+                return reason
             wrong, number = wrong or f"row {first_row + row} (from 0) {reason}", number + 1
         first_row += batch.num_rows
     more = f", and {number - 1} more such rows" if number > 1 else ""
@@ -79,14 +81,22 @@ def _wrong_with(path: str, prompt: str, has_truth: bool) -> str | None:
     )
 
 
+#: the number of the row if all rows of a file are wrong, because its columns have the wrong types
+EVERY_ROW = -1
+
+
 def _bad_rows(batch: pa.RecordBatch, prompt: str, has_truth: bool) -> Iterator[tuple[int, str]]:
-    """A row's number in the batch and what is wrong with it."""
+    """A row's number in the batch and what is wrong with it. ``EVERY_ROW`` comes with a whole sentence, and alone."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     messages = batch.column(prompt)
     if not pa.types.is_list(messages.type) and not pa.types.is_large_list(messages.type):
-        yield 0, f"has a prompt that is no list of chat messages but {messages.type}, as have all"
+        yield (
+            EVERY_ROW,
+            f"has values of type {messages.type} in its column {prompt}, where verl reads a list of chat messages. "
+            f"Write each prompt as [{{'role': 'user', 'content': TEXT}}]; 'entropy-fork data prepare' does so.",
+        )
         return
     for row in _where(pc.fill_null(pc.equal(pc.list_value_length(messages), 0), True)):
         yield row, f"has no {prompt}"
@@ -95,14 +105,22 @@ def _bad_rows(batch: pa.RecordBatch, prompt: str, has_truth: bool) -> Iterator[t
         parents = pc.list_parent_indices(messages)
         for name in ("role", "content"):
             if each.type.get_field_index(name) < 0:
-                yield 0, f"has messages without '{name}', as have all"
+                yield (
+                    EVERY_ROW,
+                    f"has chat messages without '{name}' in its column {prompt}. Write each message as "
+                    f"{{'role': 'user', 'content': TEXT}}.",
+                )
                 return
             for message in _where(pc.is_null(pc.struct_field(each, name))):
                 yield parents[message].as_py(), f"has a message without '{name}'"
     reward = batch.column("reward_model")
     if has_truth and pa.types.is_struct(reward.type):
         if reward.type.get_field_index("ground_truth") < 0:
-            yield 0, "has a reward_model without ground_truth, as have all"
+            yield (
+                EVERY_ROW,
+                "has no ground_truth in its column reward_model. Write the right answer of each row there: "
+                "{'style': 'rule', 'ground_truth': ANSWER}.",
+            )
             return
         truth = pc.struct_field(reward, "ground_truth")
         empty = pc.is_null(truth)

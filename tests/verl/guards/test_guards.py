@@ -502,21 +502,36 @@ def test_a_row_that_cannot_be_used_is_named_before_ray_starts(
         check_before_training(config)
 
 
-@pytest.mark.parametrize("rows", [[{**_row(), "prompt": "1+1"}], [{**_row(), "prompt": [{"text": "1+1"}]}]])
-def test_prompts_that_are_no_messages(compose: Callable[..., Any], tmp_path: Path, rows: list[Any]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            "1+1",
+            "train.parquet has values of type string in its column prompt, where verl reads a list of chat messages. "
+            "Write each prompt as [{'role': 'user', 'content': TEXT}]; 'entropy-fork data prepare' does so.",
+        ),
+        (
+            [{"text": "1+1"}],
+            "train.parquet has chat messages without 'role' in its column prompt. Write each message as "
+            "{'role': 'user', 'content': TEXT}.",
+        ),
+    ],
+)
+def test_prompts_that_are_no_messages(compose: Callable[..., Any], tmp_path: Path, prompt: Any, message: str) -> None:
+    """All rows are wrong, so no row is named, and none can be left out."""
+    pq.write_table(pa.Table.from_pylist([_row(prompt=prompt)] * 2), tmp_path / "train.parquet")
     config = compose("+recipe=demo_cpu", *(f"data.{s}_files={tmp_path}/train.parquet" for s in ("train", "val")))
-    with pytest.raises(
-        EntropyForkError, match=r"row 0 .*(no list of chat messages but string|messages without 'role')"
-    ):
+    with pytest.raises(EntropyForkError) as raised:
         check_before_training(config)
+    assert message in str(raised.value)
+    assert "Leave it out" not in str(raised.value)
 
 
 def test_another_reward_may_do_without_a_ground_truth(compose: Callable[..., Any], tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([_row(reward_model={"style": "model"})]), tmp_path / "train.parquet")
     files = [f"data.{split}_files={tmp_path}/train.parquet" for split in ("train", "val")]
     check_before_training(compose("+recipe=demo_cpu", *files, "reward.custom_reward_function.path=mine.py"))
-    with pytest.raises(EntropyForkError, match=r"row 0 .from 0. has a reward_model without ground_truth, as have all"):
+    with pytest.raises(EntropyForkError, match=r"train.parquet has no ground_truth in its column reward_model. Write"):
         check_before_training(compose("+recipe=demo_cpu", *files))
 
 
