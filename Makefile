@@ -91,6 +91,7 @@ lint: $(VENV)/.installed-dev
 # Build the documentation as a site, with a reference from the docstrings: build/docs/index.html. Fails at a warning.
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs --quiet build
+	@echo "written: build/docs/index.html, and the pages below it"
 
 # Move the entries of changes/ into CHANGELOG.md. For a release: make changelog VERSION=0.2.0
 changelog:

@@ -6,6 +6,7 @@ every figure of a process in memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from entropy_fork.common.foreign_text import figure_label, visible
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -52,8 +54,8 @@ def entropy_by_position(summary: Mapping[str, Any]) -> Figure:
         right.set_ylabel("forks (%)", color=INK)
         right.set_ylim(bottom=0)
         _style(right)
-        lines = [*axes.lines, *right.lines]
-        axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, labelcolor=INK)
+        right.spines["right"].set_visible(True)
+        _legend(axes, [*axes.lines, *right.lines])
     return figure
 
 
@@ -61,29 +63,37 @@ def entropy_by_kind(summary: Mapping[str, Any]) -> Figure:
     """Mean entropy of thinking and of the answer, and of formulas, code, final answer and other text."""
     figure, axes = _figure("mean entropy (nats)", "")
     rows = [(row["section"], row) for row in summary["sections"]] + [(row["kind"], row) for row in summary["kinds"]]
-    names = [name for name, _ in rows]
-    bars = axes.barh(range(len(rows)), [row["mean_entropy"] for _, row in rows], color=BLUE)
-    shares = [f"{row['tokens']:,} tokens" for _, row in rows]
-    if rows and rows[0][1]["fork_share"] is not None:
-        shares = [f"{text}, {row['fork_share']:.1%} forks" for text, (_, row) in zip(shares, rows, strict=True)]
-    axes.bar_label(bars, shares, color=INK, padding=4)
-    axes.set_yticks(range(len(rows)), names)
+    means = [row["mean_entropy"] for _, row in rows]
+    bars = axes.barh(range(len(rows)), means, height=0.6, color=BLUE)
+    axes.bar_label(bars, [f"{mean:.3f}" for mean in means], color=INK, padding=4)
+    axes.set_xlim(0, 1.2 * max(means, default=0) or 1)  # room for the numbers
+    names = [
+        f"{name}\n{row['tokens']:,} tokens" + ("" if row["fork_share"] is None else f", {row['fork_share']:.1%} forks")
+        for name, row in rows
+    ]
+    axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.invert_yaxis()
-    axes.margins(x=0.7)
-    axes.set_xlim(left=0)
     return figure
 
 
-def word_cloud(tokens: Sequence[Mapping[str, Any]]) -> Figure:
-    """The tokens of ``summary["highest"]`` or ``["lowest"]``; the first of the table are the largest."""
+def word_cloud(tokens: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] = ()) -> Figure:
+    """The tokens of ``summary["highest"]`` or ``["lowest"]``; the first of the table are the largest.
+
+    Args:
+        tokens: rows of the summary, in its order.
+        others: the tokens of the other cloud. A word that is in both, or twice in one, keeps its outer spaces (␣).
+    """
     import matplotlib.colors
     from matplotlib import font_manager
     from matplotlib.figure import Figure
     from wordcloud import WordCloud
 
     sizes: dict[str, float] = {}
+    bare = Counter(piece.strip("␣") for piece in {shown(token["piece"]) for token in (*tokens, *others)})
     for place, token in enumerate(tokens):
-        word = shown(token["piece"]).strip("␣") or "␣"
+        word = shown(token["piece"])
+        if bare[word.strip("␣")] == 1:
+            word = word.strip("␣") or word
         sizes.setdefault(word if len(word) <= LONGEST else word[:LONGEST] + "…", len(tokens) - place)
     figure = Figure(figsize=(7, 4), layout="constrained")
     figure.patch.set_alpha(0)
@@ -146,7 +156,8 @@ def of_summary(summary: Mapping[str, Any]) -> dict[str, Figure]:
         "entropy_by_position": entropy_by_position(summary),
         "entropy_by_kind": entropy_by_kind(summary),
     }
-    clouds = {f"words_{end}": word_cloud(summary[end]) for end in ("highest", "lowest") if summary[end]}
+    ends = (("highest", "lowest"), ("lowest", "highest"))
+    clouds = {f"words_{end}": word_cloud(summary[end], summary[other]) for end, other in ends if summary[end]}
     return figures | clouds
 
 
@@ -202,12 +213,18 @@ def _style(axes: Axes) -> None:
     axes.tick_params(colors=INK, which="both")
     for side, spine in axes.spines.items():
         spine.set_color(INK)
-        spine.set_visible(side != "top")
+        spine.set_visible(side in ("left", "bottom"))
 
 
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=INK)
+def _legend(axes: Axes, lines: Sequence[Artist] | None = None) -> None:
+    """A legend above the plot, where it hides nothing."""
+    handles = axes.get_legend_handles_labels()[0] if lines is None else lines
+    labels = [str(handle.get_label()) for handle in handles]
+    if labels:
+        axes.legend(
+            handles, labels, frameon=False, labelcolor=INK, fontsize=9, ncols=1 if max(map(len, labels)) > 24 else 2,
+            loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1.5, columnspacing=1.2,
+        )  # fmt: skip
 
 
 def _checkpoints(axes: Axes, comparison: Mapping[str, Any]) -> None:

@@ -107,7 +107,7 @@ def summary_tables(summary: Mapping[str, Any], printed: int = PRINTED) -> list[t
     if summary["manifest"].get("threshold") is not None and summary["manifest"].get("top_ratio") is not None:
         name = f"threshold of the top {summary['manifest']['top_ratio']:.4g}"
         rows.append([name, f"{summary['manifest']['threshold']:.4f}", ""])
-    tables = [("entropy (nats)", TextTable(["", "here", "paper, Qwen3-8B"], rows))]
+    tables = [("entropy (nats)", TextTable(["measure", "here", "paper, Qwen3-8B"], rows))]
 
     parts = [(row["section"], row) for row in summary["sections"]] + [(row["kind"], row) for row in summary["kinds"]]
     tables.append(("by part of the answer", _sums_table("part", parts)))

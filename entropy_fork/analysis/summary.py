@@ -80,7 +80,8 @@ def summarise(
     Args:
         folder: of tokens, complete.
         min_count: how often a token must have been seen to be in the tables of highest and lowest mean entropy.
-        num_tokens: rows of each of these tables.
+        num_tokens: rows of each of these tables. With fewer than twice as many tokens, each table has half of them, so
+            that no token is in both.
         position_bins: number of bins into which an answer is divided.
         advance: called after each part.
 
@@ -120,6 +121,8 @@ def summarise(
             _remember(pieces, answer)
         advance()
     tokens = int(histogram.tokens.sum())
+    seen_often = int(np.count_nonzero(by_token.tokens >= max(1, min_count)))
+    num_highest, num_lowest = min(num_tokens, seen_often - seen_often // 2), min(num_tokens, seen_often // 2)
     cells, steps = _by_cell(by_cell), np.flatnonzero(by_step.tokens)
     return {
         "manifest": manifest,
@@ -136,9 +139,9 @@ def summarise(
             "tokens": histogram.tokens.astype(int).tolist(),
         },
         "min_count": min_count,
-        "seen_often": int(np.count_nonzero(by_token.tokens >= min_count)),
-        "highest": _by_mean(by_token, pieces, min_count, num_tokens, sign=-1),
-        "lowest": _by_mean(by_token, pieces, min_count, num_tokens, sign=1),
+        "seen_often": seen_often,
+        "highest": _by_mean(by_token, pieces, min_count, num_highest, sign=-1),
+        "lowest": _by_mean(by_token, pieces, min_count, num_lowest, sign=1),
         "positions": [
             {"from": place / position_bins, "to": (place + 1) / position_bins, **row}
             for place, row in enumerate(by_position.rows(range(position_bins)))
@@ -193,10 +196,14 @@ def _remember(pieces: dict[int, str], answer: AnswerTokens) -> None:
 
 
 def _by_mean(sums: Sums, pieces: dict[int, str], min_count: int, num_tokens: int, sign: int) -> list[dict[str, Any]]:
-    """The tokens of highest (sign −1) or lowest (+1) mean entropy; among equals the lower id comes first."""
+    """The tokens of highest (sign −1) or lowest (+1) mean entropy, of those that were seen often.
+
+    Of tokens with equal means the lower id comes first among the highest, and the higher id among the lowest. So one
+    order is the reverse of the other.
+    """
     often = np.flatnonzero(sums.tokens >= max(1, min_count))
     means = sums.entropy[often] / sums.tokens[often]
-    order = often[np.lexsort((often, sign * means))][:num_tokens]
+    order = often[np.lexsort((-sign * often, sign * means))][:num_tokens]
     return [
         {"token_id": int(token_id), "piece": pieces[int(token_id)], **row}
         for token_id, row in zip(order, sums.rows(order), strict=True)

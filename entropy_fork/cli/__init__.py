@@ -18,11 +18,11 @@ from entropy_fork.cli.evaluate import compare_evaluations, evaluate
 from entropy_fork.cli.preflight import OVERRIDES, doctor, plan
 from entropy_fork.cli.report import report
 from entropy_fork.cli.temperatures import temperatures
+from entropy_fork.cli.version import version
 from entropy_fork.cli.watch import watch
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     help="Train on forking tokens in an unmodified verl: prepare data, check a run before it starts, evaluate it "
     "afterwards.",
@@ -36,7 +36,12 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def main(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False) -> None:
+def main(
+    context: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """Refuse a verl that we do not support before any command imports it, and set up OpenMP."""
     import contextlib
     import importlib.metadata
@@ -45,6 +50,8 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_print_vers
     from entropy_fork.common.cores import waiting_passively
     from entropy_fork.common.supported import why_unsupported
 
+    if context.invoked_subcommand == "version":
+        return  # it says which verl is there, supported or not
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # verl on PYTHONPATH is checked when imported
         if problem := why_unsupported(importlib.metadata.version("verl")):
             fail(problem)
@@ -60,4 +67,5 @@ app.command()(temperatures)
 app.command(context_settings=OVERRIDES)(plan)
 app.command(context_settings=OVERRIDES)(doctor)
 app.command()(watch)
+app.command()(version)
 app.add_typer(data_app, name="data")

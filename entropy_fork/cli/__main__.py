@@ -2,4 +2,4 @@
 
 from entropy_fork.cli import app
 
-app()
+app(prog_name="entropy-fork")

@@ -109,3 +109,5 @@ def compare(
         if output is not None:
             results.write_comparison(comparison, output)
     print_tables(console, results.comparison_tables(comparison))
+    if output is not None:
+        print_written(console, f"{output / results.COMPARISON}, *.csv, {results.FIGURES}/")

@@ -13,9 +13,10 @@ import numpy as np
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import figure_label, visible
-from entropy_fork.report.figures import PageFigure, axes, file_name
+from entropy_fork.report.figures import PageFigure, axes, file_name, step_axis
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: what is drawn, in this order: the tag that verl or the plugin logs, and its title
@@ -106,8 +107,6 @@ def page_figures(runs: Mapping[str, Run]) -> list[PageFigure]:
 
 
 def _draw(runs: Mapping[str, Run], tag: str) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
     figure, plot = axes(figure_label(title(tag) or tag))
     for name, run in runs.items():
         # A run without this metric gets an empty line, so that each run has the same colour in all figures.
@@ -116,12 +115,35 @@ def _draw(runs: Mapping[str, Run], tag: str) -> Figure:
         plot.plot(
             curve.steps, curve.values, marker=marker, markersize=3.5, label=figure_label(name) if tag in run else None
         )
-    plot.set_xlabel("step")
-    plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    step_axis(plot)
+    _leave_noise_small(plot, _is_share(tag))
     plot.ticklabel_format(axis="y", useOffset=False)
     if len(runs) > 1:
         plot.legend(fontsize=9)
     return figure
+
+
+def _is_share(tag: str) -> bool:
+    return tag == "entropy_fork/kept_ratio" or bool(_ACCURACY.fullmatch(tag))
+
+
+def _leave_noise_small(plot: Axes, is_share: bool) -> None:
+    """Show at least 10% of the value's size, and 0.1 of a share: else the last digits would fill the plot."""
+    values = np.concatenate([line.get_ydata() for line in plot.lines] or [np.zeros(0)]).astype(np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return
+    low, high = float(values.min()), float(values.max())
+    least = 0.1 if is_share else 0.1 * max(abs(low), abs(high))
+    if high - low >= least:
+        return
+    low, high = (low + high - least) / 2, (low + high + least) / 2
+    if is_share and high > 1 >= float(values.max()):
+        low, high = 1 - least, 1.0
+    if low < 0 <= float(values.min()):
+        low, high = 0.0, least
+    margin = 0.05 * (high - low)  # as matplotlib leaves
+    plot.set_ylim(low - margin, high + margin)
 
 
 def last_values(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]]:

@@ -118,6 +118,14 @@ def file_name(*words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
+def step_axis(plot: Any) -> None:
+    """Mark whole steps only on the axis of the training steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    plot.set_xlabel("step")
+    plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+
+
 def axes(title: str, width: float = 5.2, height: float = 3.2) -> tuple[Figure, Any]:
     """A figure with one plot, small enough to be read on a phone."""
     from matplotlib.figure import Figure

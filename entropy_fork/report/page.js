@@ -87,17 +87,28 @@
     const value = (index) => data.answers[index][key] ?? (sign > 0 ? Infinity : -Infinity);
     found.sort((a, b) => sign * (value(a) - value(b)) || a - b);
     listed = found;
-    at("found").textContent = `${number(found.length)} answer${found.length === 1 ? "" : "s"}`;
+    at("found").textContent = found.length
+      ? `${number(found.length)} answer${found.length === 1 ? "" : "s"}`
+      : `no hits: no prompt and no answer here has “${visible(at("search").value)}”`;
+    at("list").hidden = !found.length;
     at("list").replaceChildren(...found.map(entry));
-    if (found.length && !found.includes(current?.index)) await show(found[0]);
+    if (!found.length) clear();
+    else if (!found.includes(current?.index)) await show(found[0]);
     else mark();
   }
 
   const joined = (parts) => parts.filter((part) => part !== null).join(" · ");
 
-  function name(answer) {
-    const step = poolOf(answer).step;
-    return joined([`#${answer.number}`, step === null ? null : `step ${step}`, answer.score === null ? null : `score ${answer.score}`]);
+  const name = (answer) => joined([`#${answer.number}`, poolOf(answer).step === null ? null : `step ${poolOf(answer).step}`]);
+
+  // A sign as well as a colour: not everyone sees the colours, and paper may have none.
+  function verdict(answer) {
+    if (answer.score === null) return [];
+    const mark = document.createElement("span");
+    const above = answer.score > 0;
+    mark.className = above ? "above" : "below";
+    mark.textContent = `${above ? "✓" : "✗"} score ${answer.score}`;
+    return [" · ", mark];
   }
 
   const size = (answer) => `${number(answer.tokens)} tokens · mean ${answer.entropy.toFixed(3)} nats`;
@@ -109,7 +120,7 @@
     button.type = "button";
     button.dataset.index = index;
     prompt.textContent = visible(data.prompts[answer.prompt].slice(0, 400)).replace(/\s+/g, " ");
-    button.append(name(answer), length, prompt);
+    button.append(name(answer), ...verdict(answer), length, prompt);
     item.append(button);
     return item;
   }
@@ -149,16 +160,26 @@
     at("view").replaceChildren(view);
     at("view").scrollTop = 0;
     fill(at("prompt"), data.prompts[answer.prompt]);
-    at("answer-title").textContent = joined([
-      name(answer),
+    at("answer-title").replaceChildren(name(answer), ...verdict(answer), " · ", joined([
       size(answer),
       answer.truncated ? "cut off" : null,
       answer.source === null ? null : visible(answer.source),
       answer.truth === null ? null : `expected: ${visible(answer.truth).slice(0, 200)}`,
-    ]);
+    ]));
     at("pool-name").textContent = poolOf(answer).step === null ? "of all tokens of the folder in this page" : "of all tokens of its step in this page";
+    at("reader").hidden = false;
     mark();
     recolour();
+  }
+
+  // Nothing was found, so no answer is shown.
+  function clear() {
+    asked++; // an answer that is being unpacked is not wanted any more
+    hide();
+    current = null;
+    at("reader").hidden = true;
+    at("view").replaceChildren();
+    at("answer-title").replaceChildren();
   }
 
   function recolour() {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entropy_fork.report.figures import PageFigure, axes, file_name
+from entropy_fork.report.figures import PageFigure, axes, file_name, step_axis
 from entropy_fork.tokens.store import parts, read_part
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _percentiles(found: Steps) -> Figure:
     figure, plot = axes("percentiles of the entropy (nats)")
     for name, values in zip(PERCENTILES, found.percentiles.T, strict=True):
         plot.plot(found.steps, values, marker="o", markersize=3, label=f"{name}%")
-    plot.set_xlabel("step")
+    step_axis(plot)
     plot.set_ylim(0, 1.25 * float(found.percentiles.max()) or 1)  # room for the legend
     plot.legend(fontsize=9, ncols=5, loc="upper center", columnspacing=1, handlelength=1.2)
     return figure
@@ -151,6 +151,7 @@ def _sides(found: Steps) -> Figure:
     figure, plot = axes("mean entropy (nats)")
     for name, values in (("trained on", found.kept), ("dropped", found.dropped)):
         plot.plot(found.steps, values, marker="o", markersize=3, label=name)
-    plot.set_xlabel("step")
-    plot.legend(fontsize=9)
+    step_axis(plot)
+    plot.set_ylim(0, 1.25 * float(np.nanmax([found.kept, found.dropped])) or 1)  # room for the legend
+    plot.legend(fontsize=9, ncols=2, loc="upper center")
     return figure

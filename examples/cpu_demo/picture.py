@@ -69,7 +69,9 @@ def answer_of(answer: AnswerTokens, weights: np.ndarray, threshold: float, top: 
 def main(
     tokens: Annotated[Path, typer.Option(help="Written by 'entropy-fork analyze --prompts'.")],
     answers: Annotated[tuple[int, int], typer.Option(help="Two answers to one question.")] = (259, 515),
-    output: Annotated[Path, typer.Option(help="The SVG.")] = Path("docs/pictures/forking_tokens.svg"),
+    output: Annotated[Path, typer.Option(help="The SVG. The README's is docs/pictures/forking_tokens.svg.")] = Path(
+        "forking_tokens.svg"
+    ),
 ) -> None:
     """Draw two answers of a folder."""
     manifest = read_manifest(tokens)
@@ -102,7 +104,7 @@ def main(
         parts.append(f'<text class="faint" x="{LEFT}" y="{height - 38 + 20 * number}">{escape(note)}</text>')
     parts.append("</svg>")
     output.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    typer.echo(f"{output}: answers {answers[0]} and {answers[1]} of {tokens}")
+    typer.echo(f"written: {output}, with the answers {answers[0]} and {answers[1]} of {tokens}")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_the_forks_of_a_model_by_construction_are_found(
     assert manifest["threshold"] == pytest.approx(math.log(2), abs=1e-5)
 
     summary = json.loads((folder / "summary.json").read_text())
-    means = {row["piece"]: row["mean_entropy"] for row in summary["highest"]}
+    means = {row["piece"]: row["mean_entropy"] for row in summary["highest"] + summary["lowest"]}
     digits = [mean for piece, mean in means.items() if piece.isdecimal()]
     assert digits == pytest.approx([math.log(8)] * len(digits), abs=1e-5)
     assert digits
@@ -214,6 +214,7 @@ def test_checkpoints_on_the_same_tokens(
         f"{name}.{kind}" for name in ("overlap", "entropy_change", "percentile_evolution") for kind in ("png", "svg")
     }
     assert "100.00%" in result.output
+    assert f"written: {tmp_path / 'both' / 'comparison.json'}, *.csv, figures/" in result.output.replace("\n", "")
 
 
 def test_a_comparison_is_what_its_definitions_say(tmp_path: Path) -> None:

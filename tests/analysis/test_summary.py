@@ -164,8 +164,9 @@ def test_a_summary_is_what_its_definitions_say(
     often = {key: group for (kind, key), group in groups.items() if kind == "token" and len(group) >= min_count}
     means = {token: sum(value for value, _ in group) / len(group) for token, group in often.items()}
     assert summary["seen_often"] == len(often)
-    for end, sign in (("highest", -1), ("lowest", 1)):
-        expected_means = sorted(means.values(), key=lambda mean: sign * mean)[:3]
+    assert {row["token_id"] for row in summary["highest"]}.isdisjoint(row["token_id"] for row in summary["lowest"])
+    for end, sign, half in (("highest", -1, math.ceil(len(often) / 2)), ("lowest", 1, len(often) // 2)):
+        expected_means = sorted(means.values(), key=lambda mean: sign * mean)[: min(3, half)]
         assert [row["mean_entropy"] for row in summary[end]] == pytest.approx(expected_means)
         for row in summary[end]:
             assert row["piece"] == PIECES[row["token_id"]]
@@ -262,7 +263,9 @@ def test_what_a_model_wrote_is_shown_as_text(tmp_path: Path) -> None:
     results.write_summary(summary, folder)
     with (folder / "tokens_lowest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["piece"] for row in rows] == list(next(iter(read_answers(folder))).pieces)
+    assert [row["piece"] for row in rows] == list(next(iter(read_answers(folder))).pieces)[:6]
+    with (folder / "tokens_highest.csv").open(newline="") as file:
+        assert [row["piece"] for row in csv.DictReader(file)] == list(next(iter(read_answers(folder))).pieces)[:5:-1]
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     console = Console(width=400, record=True, quiet=False, file=(tmp_path / "printed").open("w"))
     for _, table in results.summary_tables(summary):
@@ -274,6 +277,46 @@ def test_what_a_model_wrote_is_shown_as_text(tmp_path: Path) -> None:
     assert "\u202e" not in printed
     assert plots.shown("  a b\n") == "␣␣a b⏎"
     assert plots.shown("   ") == "␣␣␣"
+
+
+def test_a_word_with_and_without_a_space_is_told_apart_in_the_clouds(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wordcloud
+
+    drawn: list[dict[str, float]] = []
+
+    def note(self: Any, sizes: dict[str, float]) -> Any:
+        drawn.append(sizes)
+        return self
+
+    monkeypatch.setattr(wordcloud.WordCloud, "generate_from_frequencies", note)
+    monkeypatch.setattr(wordcloud.WordCloud, "to_array", lambda _: np.zeros((4, 7, 4), np.uint8))
+    highest, lowest = ([{"piece": piece} for piece in pieces] for pieces in ((" First", " So", " "), ("First", "+1")))
+    plots.word_cloud(highest, lowest)
+    plots.word_cloud(lowest, highest)
+    assert [list(sizes) for sizes in drawn] == [["␣First", "So", "␣"], ["First", "+1"]]
+
+
+def test_the_texts_of_the_bars_are_inside_the_figure_and_apart() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    row = {"tokens": 123_456_789, "fork_share": 0.213}
+    summary = {
+        "sections": [{"section": name, **row, "mean_entropy": 0.2} for name in ("thinking", "answer")],
+        "kinds": [{"kind": kind, **row, "mean_entropy": mean} for mean, kind in enumerate(KINDS)],
+    }
+    figure = plots.entropy_by_kind(summary)
+    figure.set_size_inches(5.2, 3.2)  # as in the report
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    inside, whole = axes.get_window_extent(), figure.bbox
+    assert len(axes.texts) == 2 + len(KINDS)
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert inside.x0 < box.x0 < box.x1 < inside.x1, text
+    names = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(whole.x0 <= box.x0 and box.x1 <= inside.x0 for box in names)
+    assert all(low.y1 <= high.y0 for low, high in pairwise(sorted(names, key=lambda box: box.y0)))
+    assert axes.get_yticklabels()[1].get_text() == "answer\n123,456,789 tokens, 21.3% forks"
 
 
 def test_figures_are_the_same_files_every_time_and_have_no_background(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ pytest.importorskip("typer")
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import typer
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from entropy_fork.tokens.store import AnswerTokens, write_manifest, write_part
 from examples.cpu_demo import build, forks, picture, rollouts, world
@@ -260,7 +262,9 @@ def test_choices_land_on_the_tokens_that_make_them(built):
     assert [token.text for token in labelled if token.kind is not None] == ["First", " +5", " Then", " *3", " Last"]
 
 
-def test_the_picture_shows_the_weights_that_training_would_give(tmp_path: Path) -> None:
+def test_the_picture_shows_the_weights_that_training_would_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pieces = ["First", " <b>", "<|endoftext|>"]
     entropies = [[0.1, 0.9, 0.0], [0.2, 0.8, 0.3]]  # the top third of six tokens: one of each answer
     answers = [
@@ -279,7 +283,15 @@ def test_the_picture_shows_the_weights_that_training_would_give(tmp_path: Path) 
     ]
     write_part(tmp_path / "tokens", 0, answers)
     write_manifest(tmp_path / "tokens", {"top_ratio": 1 / 3, "threshold": 0.8})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs" / "pictures").mkdir(parents=True)
+    command = typer.Typer()
+    command.command()(picture.main)
+    result = CliRunner().invoke(command, ["--tokens", "tokens", "--answers", "0", "1"])
+    assert result.output.startswith("written: forking_tokens.svg, with the answers 0 and 1")
+    assert not list((tmp_path / "docs" / "pictures").iterdir()), "the README's own picture, unless it is named"
     picture.main(tmp_path / "tokens", (0, 1), tmp_path / "two.svg")
+    assert (tmp_path / "two.svg").read_bytes() == (tmp_path / "forking_tokens.svg").read_bytes()
     svg = "{http://www.w3.org/2000/svg}"
     texts = [text.text for text in ElementTree.parse(tmp_path / "two.svg").iter(f"{svg}text")]
     assert texts[:2] == ["question", "1 < 2?"]

@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -46,6 +47,13 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 #: placeholders that a reader replaces
 PLACEHOLDER = re.compile(r"…|<[a-z ]+>")
+
+OWN = [
+    file.relative_to(REPOSITORY).as_posix()
+    for folder in ("entropy_fork", "hydra_plugins", "recipes", "docs", "tests", "examples", "benchmarks", "changes")
+    for file in (REPOSITORY / folder).rglob("*")
+    if file.is_file() and "__pycache__" not in file.parts
+]
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 
@@ -326,3 +334,23 @@ def test_docstrings_say_what_shape_tensors_have_and_what_is_raised(module: Path)
             if isinstance(statement, ast.Raise) and isinstance(statement.exc, ast.Call):
                 error = ast.unparse(statement.exc.func)
                 assert error in docstring or error.startswith("_"), f"{function.name}: raises {error}, and does not say"
+
+
+@pytest.mark.process
+def test_what_documented_commands_write_into_a_clone_is_ignored_by_git(tmp_path: Path) -> None:
+    """A reader who follows the pages has nothing of it in ``git status``."""
+    written = {"forking_tokens.svg", "outputs/x", "checkpoints/x", "tensorboard_log/x", ".demo/x"}
+    for page in PAGES:
+        for line in command_lines(page):
+            found = re.findall(r"(?:--output|--figures|entropy-fork report|dump_dir=)[ =](\S+)", line)
+            written |= {f"{place}/x" if "." not in place else place for place in found}
+    written = {place for place in written if not PLACEHOLDER.search(place) and place[:1] not in "$-/"}
+    assert {"report.html", "data/x", "forks/x"} <= written
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_bytes((REPOSITORY / ".gitignore").read_bytes())
+    command = ["git", "-C", str(tmp_path), "check-ignore", "--stdin"]
+    said = subprocess.run(command, input="\n".join(sorted(written)), capture_output=True, text=True, check=False)
+    assert written - set(said.stdout.split()) == set(), "add these to .gitignore"
+    # and of the repository's own files none is ignored
+    own = subprocess.run(command, input="\n".join(sorted(OWN)), capture_output=True, text=True, check=False)
+    assert own.stdout == ""

@@ -482,3 +482,105 @@ def test_names_that_are_the_same_are_told_apart() -> None:
     assert page._distinct(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
     assert curves.parse_run("mine=/tmp/x") == ("mine", Path("/tmp/x"))
     assert curves.parse_run("/tmp/a=b") == ("a=b", Path("/tmp/a=b"))
+
+
+def test_right_and_wrong_answers_have_a_sign_and_a_colour(report: Path, chromium: Any) -> None:
+    opened, _ = open_page(chromium, report)
+    buttons = opened.locator("#list button")
+    for place, score in enumerate([0, 1, 2]):
+        mark = buttons.nth(place).locator("span")
+        assert mark.inner_text() == f"{'✓' if score else '✗'} score {score}"
+        choose(opened, place)
+        assert opened.locator("#answer-title span").inner_text() == mark.inner_text()
+    colours = buttons.locator("span").evaluate_all("all => all.map(one => getComputedStyle(one).color)")
+    assert colours[0] == colours[3] != colours[1] == colours[2]
+    assert "✓ score above 0" in opened.locator("#signs").inner_text()
+    opened.context.close()
+
+
+def test_a_search_without_hits_says_so_and_shows_no_answer(report: Path, chromium: Any) -> None:
+    opened, heard = open_page(chromium, report)
+    choose(opened, 2)
+    opened.locator("#search").fill("\u202enowhere <b>")
+    expect(opened.locator("#found")).to_have_text("no hits: no prompt and no answer here has “‹U+202E›nowhere <b>”")
+    assert opened.locator("#list").is_hidden()
+    assert opened.locator("#reader").is_hidden()
+    assert shown_tokens(opened) == []
+    assert opened.locator("#answer-title").text_content() == ""
+    opened.locator("#ratio").evaluate("one => one.dispatchEvent(new Event('input'))")
+    opened.locator("#search").fill("question 2")
+    expect(opened.locator("#list li")).to_have_count(1)
+    expect(opened.locator("#answer-title")).to_contain_text("#3")
+    assert shown_tokens(opened)
+    assert heard.console == []
+    opened.context.close()
+
+
+def test_paper_gets_whole_tables_and_answers_and_no_controls(report: Path, chromium: Any) -> None:
+    opened, _ = open_page(chromium, report, viewport={"width": 700, "height": 900}, color_scheme="dark")
+    choose(opened, 0)
+    hidden = "one => [...document.querySelectorAll(one)].filter(box => box.scrollHeight > box.clientHeight + 1 || box.scrollWidth > box.clientWidth + 1).length"  # noqa: E501
+    assert opened.evaluate(hidden, ".table") > 0
+    assert opened.evaluate(hidden, "#view") == 1
+    opened.emulate_media(media="print")
+    for box in (".table", "#view"):
+        assert opened.evaluate(hidden, box) == 0, box
+    for control in ("nav", "#picker", "#list", "#ratio", "#colour", "#next"):
+        assert opened.locator(control).is_hidden(), control
+    assert opened.locator("#counts").is_visible()
+    assert brightness(opened, "body", "color") < 0.3 < 0.9 < brightness(opened, "body", "backgroundColor")
+    assert opened.locator("thead th").first.evaluate("one => getComputedStyle(one).position") == "static"
+    opened.context.close()
+
+
+def test_tables_of_few_tokens_do_not_overlap(report: Path, chromium: Any) -> None:
+    opened, _ = open_page(chromium, report)
+    first = opened.locator("section:has(h2:text('Entropy: model')) table")
+    highest, lowest = (
+        first.filter(has_text=f"{end} mean entropy, of the").locator("tbody td:first-child").all_inner_texts()
+        for end in ("highest", "lowest")
+    )
+    assert len(highest) >= len(lowest) > 10
+    assert not set(highest) & set(lowest)
+    opened.context.close()
+
+
+def drawn(tag: str, values: list[float], first_step: int = 1) -> Any:
+    """The plot of one metric of one run."""
+    run = {tag: curves.Curve(np.arange(first_step, first_step + len(values)), np.array(values))}
+    return curves._draw({"run": run}, tag).axes[0]
+
+
+@pytest.mark.parametrize(
+    ("tag", "values", "least", "most"),
+    [
+        ("entropy_fork/kept_ratio", [0.2, 0.2004, 0.2001], 0.1, 0.12),
+        ("entropy_fork/kept_ratio", [0.1, 0.9], 0.8, 1),
+        ("entropy_fork/kept_ratio", [1.0, 1.0], 0.1, 0.12),
+        ("entropy_fork/kept_ratio", [0.001, 0.001], 0.1, 0.12),
+        ("val-core/math/acc/mean@8", [0.5, 0.51], 0.1, 0.12),
+        ("response_length/mean", [2000, 2001], 200, 240),
+        ("actor/entropy", [0.0301, 0.0302], 0.003, 0.004),
+        ("critic/score/mean", [-1, 1], 2, 2.4),
+    ],
+)
+def test_an_axis_does_not_zoom_into_noise(tag: str, values: list[float], least: float, most: float) -> None:
+    low, high = drawn(tag, values).get_ylim()
+    assert low < min(values)
+    assert max(values) < high
+    assert least <= high - low <= most
+    if tag.endswith("ratio"):
+        assert low > -0.06
+        assert high < 1.06
+
+
+def test_a_step_axis_has_whole_steps_only() -> None:
+    for first, count in ((1, 1), (1, 2), (1, 5), (10, 3), (1, 30), (0, 1000)):
+        plot = drawn("actor/entropy", [float(place) for place in range(count)], first)
+        found = steps.Steps(np.arange(first, first + count), np.ones((count, 5)), np.ones(count), np.zeros(count), [])
+        others = [steps._percentiles(found).axes[0], steps._sides(found).axes[0]]
+        for axes in (plot, *others):
+            low, high = axes.get_xlim()
+            ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+            assert ticks
+            assert all(tick == round(tick) for tick in ticks), ticks

@@ -1,0 +1,5 @@
+"""``python -m entropy_fork``: the command where its script is not on the PATH."""
+
+from entropy_fork.cli import app
+
+app(prog_name="entropy-fork")  # also the name that --install-completion completes
