@@ -23,7 +23,7 @@ from entropy_fork.common.installing import install_command
 from entropy_fork.evaluation import evaluate as evaluation
 from entropy_fork.evaluation import temperature_sweep
 from entropy_fork.evaluation.answer_store import ANSWERS, AnswerStore, ScoredAnswer
-from entropy_fork.evaluation.checkpoint import Checkpoint
+from entropy_fork.evaluation.checkpoint import Checkpoint, ModelRecord
 from entropy_fork.evaluation.engines import SamplingSettings
 from entropy_fork.evaluation.statistics import summarise_benchmark
 from entropy_fork.evaluation.temperature_sweep import CSV, JSON, PLOTS, TemperatureSweep, run_sweep
@@ -112,7 +112,9 @@ def test_the_plot_shows_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for (varied, pair), num_right in zip(SWEEP.points(), (2, 5, 5, 9), strict=True):
         right = np.arange(10)[:, None] < num_right
         summary = summarise_benchmark(right, 3 * np.ones((10, 1), int), ~right, right, np.ones((10, 1), int))
-        points.append(temperature_sweep.Point(varied, pair, evaluation.Evaluation({}, {"x": summary})))
+        points.append(
+            temperature_sweep.Point(varied, pair, evaluation.Evaluation({}, {"x": summary}, ModelRecord("m")))
+        )
     temperature_sweep._plot(points, SWEEP, tmp_path)
     (high, low) = drawn
     assert (high[0], low[0]) == (([0, 1], [20.0, 50.0]), ([1, 2], [50.0, 90.0]))
@@ -187,6 +189,8 @@ def test_shards_are_merged_once_and_removed(
     targets: list[Path] = []
 
     class Sharded(Checkpoint):
+        tokenizer_folder = model
+
         def fingerprint(self) -> str:
             return "shards"
 

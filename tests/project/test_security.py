@@ -59,6 +59,7 @@ QUIET = Console(quiet=True)
 ALLOWED = {
     ("entropy_fork/preflight/model_shape.py", "trust_remote_code"): "plan: the value of the run's own config",
     ("entropy_fork/evaluation/evaluate.py", "trust_remote_code"): "the value that the user gives vLLM, or False",
+    ("entropy_fork/evaluation/tokenizer.py", "trust_remote_code"): "the value that the user gives vLLM, or False",
     (
         "entropy_fork/analysis/draw_answers.py",
         "pickle.load",
