@@ -380,6 +380,14 @@ def test_no_table_of_the_reference_is_a_header_alone(hook: Any) -> None:
 
 
 @pytest.mark.process
+def test_make_docs_says_where_it_wrote() -> None:
+    command = ["make", "--dry-run", "docs"]
+    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    folder = yaml.safe_load(re.sub(r"!!python\S*", "", (REPOSITORY / "mkdocs.yml").read_text()))["site_dir"]
+    assert said[-1].startswith(f'echo "written: {folder}/index.html')
+
+
+@pytest.mark.process
 def test_the_site_is_searched_where_it_is_opened_from_a_disk(tmp_path: Path) -> None:
     """Without a server and without a request to one: a small site with the settings of mkdocs.yml."""
     from helpers.browser import Heard, browser
