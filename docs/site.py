@@ -26,6 +26,11 @@ MODULES = "reference/modules/"
 LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])|(?<= src=\")([^\":]+)(?=\")")
 CODE = re.compile(r"`[^`]+`")
 FENCE = re.compile(r"^ *(```|~~~)")
+BLOCK = re.compile(r"^( *)```([\w-]*)\n(.*?^\1```)$", re.MULTILINE | re.DOTALL)
+#: what the frames of a table and other drawings are made of
+DRAWN = re.compile(r"[\u2500-\u259f]")
+#: a table of a docstring: a line of ===, a line of names, a line of ===, rows, a line of ===
+SIMPLE_TABLE = re.compile(r"^(=+(?: +=+)+)\n(.+)\n\1\n((?:.+\n)+?)\1$", re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -68,7 +73,31 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = site_place(target)
         return match[0] if files.get_file_from_path(place) is None else relpath(place, here)
 
-    return outside_code(without_escapes(tables.fill(markdown)), in_site)
+    text = BLOCK.sub(wrapped, tables.fill(markdown))
+    return outside_code(without_escapes(text), in_site)
+
+
+def wrapped(block: re.Match[str]) -> str:
+    """Let the long lines of plain text wrap (site.css), so that no end is out of sight; but not those of a drawing."""
+    indent, language, rest = block.groups()
+    return f"{indent}```output\n{rest}" if language in ("", "text") and not DRAWN.search(rest) else block[0]
+
+
+def markdown_table(simple: re.Match[str]) -> str:
+    """Turn a table of a docstring into one of Markdown. A line without a first cell goes on with the row above it."""
+    starts = [column.start() for column in re.finditer(r"=+", simple[1])]
+
+    def cells(line: str) -> list[str]:
+        ends = [*starts[1:], len(line)]
+        return [line[start:end].strip().replace("``", "`") for start, end in zip(starts, ends, strict=True)]
+
+    rows: list[list[str]] = []
+    for row in map(cells, simple[3].splitlines()):
+        if row[0] or not rows:
+            rows.append(row)
+        else:
+            rows[-1] = [f"{above} {more}".strip() for above, more in zip(rows[-1], row, strict=True)]
+    return tables.table(cells(simple[2]), rows)
 
 
 def without_escapes(markdown: str) -> str:
@@ -154,7 +183,8 @@ class Reference(griffe.Extension):
             if isinstance(member, griffe.Object):
                 self._rewrite(member)
         if scope.docstring is not None:
-            text = self.ROLE.sub(lambda role: self._link(scope, role), scope.docstring.value)
+            text = SIMPLE_TABLE.sub(markdown_table, scope.docstring.value)
+            text = self.ROLE.sub(lambda role: self._link(scope, role), text)
             # Markdown needs no sign that what is indented is literal.
             scope.docstring.value = re.sub(r"(?m)(\S?) *::$", lambda end: end[1] and f"{end[1]}:", text)
 

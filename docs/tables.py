@@ -120,7 +120,8 @@ def _sections(command: Any, name: str) -> Iterable[str]:
         yield f"### `{name}`\n\n{_escaped([about])}\n\n```output\n" + "\n".join(lines) + "\n```"
         records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
         rows = [(f"`{record[0]}`", _help(record[1])) for record in records if record and "--help" not in record[0]]
-        yield table(("argument, option", "meaning"), rows)
+        if rows:  # a header alone says nothing
+            yield table(("argument, option", "meaning"), rows)
 
 
 def _help(text: str) -> str:

@@ -228,6 +228,8 @@ def test_every_command_line_of_ours_is_one_that_the_command_takes(page: Path) ->
         options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
         named = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
         assert named <= options | {"--help"}, f"entropy-fork {called}"
+        if command is group:
+            continue  # its options act as soon as they are read: --install-completion would write into the home
         if called in spans_after(page) or PLACEHOLDER.search(called):
             continue
         with pytest.MonkeyPatch.context() as patch:  # options with a path: in a text it is only a name
@@ -336,6 +338,92 @@ def test_docstrings_say_what_shape_tensors_have_and_what_is_raised(module: Path)
                 assert error in docstring or error.startswith("_"), f"{function.name}: raises {error}, and does not say"
 
 
+@pytest.fixture(scope="module")
+def hook() -> Any:
+    """docs/site.py, which 'make docs' runs."""
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("docs_site", REPOSITORY / "docs" / "site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.path.insert(0, str(REPOSITORY / "docs"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_long_lines_of_text_wrap_on_the_site_and_drawings_do_not(hook: Any) -> None:
+    plain, bare, drawn, python = "```text\na  b\n```", "  ```\n  a\n  ```", "```text\n┏━┓\n```", "```python\n1\n```"
+    page = "\n\n".join([plain, "prose", bare, drawn, python, plain])
+    expected = [
+        plain.replace("text", "output"), "prose", bare.replace("```", "```output", 1), drawn, python,
+        plain.replace("text", "output"),
+    ]  # fmt: skip
+    assert hook.BLOCK.sub(hook.wrapped, page) == "\n\n".join(expected)
+
+
+def test_a_table_of_a_docstring_becomes_one_of_the_site(hook: Any) -> None:
+    text = (
+        "Above.\n\n=====  =====\nfile   does\n=====  =====\n``a``  1 | 2\nb      x,\n       y\n=====  =====\n\nBelow."
+    )
+    assert hook.SIMPLE_TABLE.sub(hook.markdown_table, text) == (
+        "Above.\n\n| file | does |\n| --- | --- |\n| `a` | 1 \\| 2 |\n| b | x, y |\n\nBelow."
+    )
+
+
+def test_no_table_of_the_reference_is_a_header_alone(hook: Any) -> None:
+    for name, make in hook.tables.TABLES.items():
+        lines = [*make().splitlines(), ""]
+        heads = [place for place, line in enumerate(lines) if re.fullmatch(r"\|( --- \|)+", line)]
+        for place in heads:
+            assert lines[place + 1].startswith("| "), f"{name}: {lines[place - 1]}"
+            assert re.search(r"\w", lines[place - 1]), f"{name}: a blank header"
+
+
+@pytest.mark.process
+def test_make_docs_says_where_it_wrote() -> None:
+    command = ["make", "--dry-run", "docs"]
+    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    folder = yaml.safe_load(re.sub(r"!!python\S*", "", (REPOSITORY / "mkdocs.yml").read_text()))["site_dir"]
+    assert said[-1].startswith(f'echo "written: {folder}/index.html')
+
+
+@pytest.mark.process
+def test_the_site_is_searched_where_it_is_opened_from_a_disk(tmp_path: Path) -> None:
+    """Without a server and without a request to one: a small site with the settings of mkdocs.yml."""
+    from helpers.browser import Heard, browser
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    config = load_config(str(REPOSITORY / "mkdocs.yml"))
+    (tmp_path / "docs" / "below").mkdir(parents=True)
+    for name, text in (("index", "# First\n\nNothing."), ("below/other", "# Forks\n\nAn unusual sentence.")):
+        (tmp_path / "docs" / f"{name}.md").write_text(text)
+    for name in ("iframe-worker.js", "site.css"):
+        (tmp_path / "docs" / name).write_bytes((REPOSITORY / "docs" / name).read_bytes())
+    mine = {
+        "site_name": "small",
+        "theme": {"name": "material", "font": False},
+        "use_directory_urls": config["use_directory_urls"],
+        "extra": {"polyfills": config["extra"]["polyfills"]},
+        "plugins": [plugin for plugin in config.user_configs[0]["plugins"] if isinstance(plugin, str)],
+    }
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(mine))
+    build(load_config(str(tmp_path / "mkdocs.yml")))
+    with browser() as opened:
+        for name in ("index", "below/other"):
+            page = opened.new_page()
+            heard = Heard()
+            heard.listen(page)
+            page.goto((tmp_path / "site" / f"{name}.html").as_uri())
+            page.locator("input.md-search__input").click()
+            page.keyboard.type("unusual")
+            page.wait_for_selector("a.md-search-result__link", timeout=20_000)
+            link = page.locator("a.md-search-result__link").first.get_attribute("href")
+            assert link.split("?")[0] == (tmp_path / "site" / "below" / "other.html").as_uri()
+            assert [url for url in heard.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+            assert heard.console == []
+
+
 @pytest.mark.process
 def test_what_documented_commands_write_into_a_clone_is_ignored_by_git(tmp_path: Path) -> None:
     """A reader who follows the pages has nothing of it in ``git status``."""
@@ -344,7 +432,11 @@ def test_what_documented_commands_write_into_a_clone_is_ignored_by_git(tmp_path:
         for line in command_lines(page):
             found = re.findall(r"(?:--output|--figures|entropy-fork report|dump_dir=)[ =](\S+)", line)
             written |= {f"{place}/x" if "." not in place else place for place in found}
-    written = {place for place in written if not PLACEHOLDER.search(place) and place[:1] not in "$-/"}
+    written = {
+        place
+        for place in written
+        if not PLACEHOLDER.search(place) and place[:1] not in "$-/" and not re.match("[A-Z]+\\b", place)
+    }
     assert {"report.html", "data/x", "forks/x"} <= written
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     (tmp_path / ".gitignore").write_bytes((REPOSITORY / ".gitignore").read_bytes())
