@@ -203,7 +203,7 @@ def commands() -> list[str]:
     for app, prefix in ((cli.app, ""), (cli.data_app, "data ")):
         for command in app.registered_commands:
             assert command.callback is not None
-            found.append(prefix + (command.name or command.callback.__name__))
+            found.append(prefix + (command.name or command.callback.__name__.replace("_", "-")))
     return found
 
 
@@ -212,6 +212,7 @@ ARGUMENTS = {
     "evaluate": ["m", "--data", "d", "--output", "o"],
     "analyze": ["m", "--output", "o", "--rollouts", "r"],
     "compare": ["a", "b"],
+    "compare-evaluations": ["a", "b"],
     "report": ["o.html"],
     "temperatures": ["m", "--data", "d", "--output", "o"],
     "plan": [],
@@ -229,7 +230,7 @@ HEAVY = (
 
 
 def test_the_commands_are_these() -> None:
-    quick = {"data list", "watch"}  # the run that 'watch' shows says how far it is
+    quick = {"data list", "version", "watch"}  # the run that 'watch' shows says how far it is
     assert set(commands()) == {*ARGUMENTS, *quick}, "a new command says what it does: cli.at_work"
 
 
