@@ -13,7 +13,7 @@ class EntropyForkError(ValueError):
     """Something that was asked of Entropy Fork cannot be done; the message says what to write instead.
 
     Attributes:
-        problems: what is wrong, a message each; one, unless the error is :func:`all_at_once`.
+        problems: what is wrong, a message each; one, unless the error is made of :func:`all_at_once`.
     """
 
     def __init__(self, message: str, problems: Sequence[str] = ()):
@@ -21,17 +21,17 @@ class EntropyForkError(ValueError):
         self.problems = tuple(problems) or (message,)
 
 
-def all_at_once(problems: Iterable[str]) -> EntropyForkError:
-    """One error for all problems, each of them once.
+def all_at_once(problems: Iterable[str]) -> tuple[str, list[str]]:
+    """The arguments of one :class:`EntropyForkError` for all problems, each of them once.
 
     Args:
         problems: at least one.
     """
     each = list(dict.fromkeys(problems))
     if len(each) == 1:
-        return EntropyForkError(each[0])
+        return each[0], each
     lines = [f"  {number}. {problem}" for number, problem in enumerate(each, 1)]
-    return EntropyForkError("\n".join([f"{len(each)} problems:", *lines]), each)
+    return "\n".join([f"{len(each)} problems:", *lines]), each
 
 
 def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:

@@ -45,7 +45,7 @@ def compose(overrides: list[str], config_name: str = "ppo_trainer", config_dir: 
     """
     composed = compose_most(overrides, config_name, config_dir)
     if composed.problems:
-        raise all_at_once(composed.problems)
+        raise EntropyForkError(*all_at_once(composed.problems))
     return composed.config
 
 
@@ -85,7 +85,7 @@ def compose_most(overrides: list[str], config_name: str = "ppo_trainer", config_
             wrong = _culprit(words, error)
             problem = f"the config cannot be composed: {_reason(error)}"
             if wrong is None:
-                raise all_at_once([*problems, problem]) from None
+                raise EntropyForkError(*all_at_once([*problems, problem])) from None
             problems.append(problem if wrong in problem else f"{problem} ({wrong})")
             words = [word for word in words if word != wrong]
 

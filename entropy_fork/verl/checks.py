@@ -52,7 +52,7 @@ def check_before_training(config: DictConfig) -> None:
         EntropyForkError: with all that is wrong, and what to write instead.
     """
     if problems := find_problems(config):
-        raise all_at_once(problems)
+        raise EntropyForkError(*all_at_once(problems))
     global _checked
     _checked = weakref.ref(config)
 
@@ -102,7 +102,7 @@ def refuse_all(ours: Sequence[str], verls: Exception | None) -> None:
             raise verls
         return
     more = [] if verls is None or isinstance(verls, (MissingMandatoryValue, TypeError)) else [in_words(verls)]
-    raise all_at_once([*ours, *(message for message in more if message not in ours)])
+    raise EntropyForkError(*all_at_once([*ours, *(message for message in more if message not in ours)]))
 
 
 def in_words(error: BaseException) -> str:
@@ -192,7 +192,7 @@ def check_estimator(config: DictConfig) -> None:
     if not is_ours("ADV_ESTIMATOR_REGISTRY", name, ESTIMATORS):
         return
     if problems := list(_lacking(config, name)):
-        raise all_at_once(problems)
+        raise EntropyForkError(*all_at_once(problems))
 
 
 def _lacking(config: DictConfig, name: str) -> Iterator[str]:
@@ -255,7 +255,7 @@ def check_maskable(config: DictConfig, fork_config: EntropyForkConfig) -> None:
         EntropyForkError: all that cannot be masked, with the ways out.
     """
     if problems := list(_unmaskable(config, fork_config)):
-        raise all_at_once(problems)
+        raise EntropyForkError(*all_at_once(problems))
 
 
 def _unmaskable(config: DictConfig, fork_config: EntropyForkConfig) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.places import TESTS
 from typer.testing import CliRunner
 
 from entropy_fork.cli import app
@@ -406,3 +407,15 @@ def test_the_real_launcher(python: Python, line: Line) -> None:
     for part in ("2 problems", "Did you mean grpo?", "nobody is logged in"):
         assert part in child.stderr, child.stderr[-3000:]
     assert "ray init kwargs" not in child.stdout
+
+
+@pytest.mark.process
+def test_the_real_launcher_takes_a_good_line(python: Python, line: Line) -> None:
+    """main_ppo up to the start of Ray, with the checks on: it is the program, and the line asks for a mask."""
+    lines = [line(), line("algorithm.adv_estimator=grpoo"), line("algorithm.adv_estimator=grpoo")[1:]]
+    child = python(str(TESTS / "helpers" / "stock_lines.py"), json.dumps(lines), VERL_PLATFORM="")
+    (reply,) = [said for said in child.stderr.splitlines() if said.startswith("VERDICTS ")] or [child.stderr[-3000:]]
+    good, wrong, not_asked = json.loads(reply.removeprefix("VERDICTS "))["verdicts"]
+    assert "top_ratio: 0.2" in good["config"]
+    assert "Did you mean grpo?" in wrong["message"]
+    assert "config" in not_asked

@@ -49,7 +49,7 @@ def check_in_launcher(config: DictConfig) -> None:
         EntropyForkError: with all that would stop it.
     """
     if is_asked_for(config) and (found := [each.message for each in find_problems(config) if each.fatal]):
-        raise all_at_once(found)
+        raise EntropyForkError(*all_at_once(found))
 
 
 def is_asked_for(config: DictConfig) -> bool:
