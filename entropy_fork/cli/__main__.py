@@ -2,4 +2,5 @@
 
 from entropy_fork.cli import app
 
-app(prog_name="entropy-fork")
+if __name__ == "__main__":
+    app(prog_name="entropy-fork")
