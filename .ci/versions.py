@@ -390,10 +390,19 @@ def repository(folder: Path) -> Path:
 
 
 def pytest(python: Path, checkout: Path, *arguments: str) -> str:
-    """Run pytest; the result in a line. The program ``pytest`` finds the wheel, ``python -m pytest`` our sources."""
+    """Run pytest; the result in a line.
+
+    The tests must find the wheel. So this runs the program ``pytest``, and puts the examples alone on the path instead of
+    the checkout: ``python -m pytest`` and pyproject.toml's ``pythonpath`` would find our sources.
+    """
+    scripts = checkout.with_name("scripts")
+    scripts.mkdir(exist_ok=True)
+    if not (scripts / "examples").is_symlink():
+        (scripts / "examples").symlink_to(checkout / "examples")
     environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(checkout / ".ci")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # the judge's processes start in less memory
-    command = (python.with_name("pytest"), "-p", "no:cacheprovider", "--quiet", *arguments)
+    options = ("-p", "no:cacheprovider", "--quiet", "-o", f"pythonpath=tests {scripts}")
+    command = (python.with_name("pytest"), *options, *arguments)
     run = call(*command, check=False, cwd=checkout, environment=environment)
     outcome = run.stdout.strip().split("\n")[-1]
     if run.returncode != 0:
