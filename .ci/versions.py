@@ -392,8 +392,8 @@ def repository(folder: Path) -> Path:
 def pytest(python: Path, checkout: Path, *arguments: str) -> str:
     """Run pytest; the result in a line.
 
-    The tests must find the wheel. So this runs the program ``pytest``, and puts the examples alone on the path instead of
-    the checkout: ``python -m pytest`` and pyproject.toml's ``pythonpath`` would find our sources.
+    The tests must find the wheel. ``python -m pytest`` and pyproject.toml's ``pythonpath`` would find our sources, so
+    this runs the program ``pytest``, with only the tests and the examples on the path.
     """
     scripts = checkout.with_name("scripts")
     scripts.mkdir(exist_ok=True)

@@ -60,7 +60,7 @@ def test_version_names_what_is_installed_and_imports_none_of_it(python: Python) 
 def test_version_as_json() -> None:
     result = CliRunner().invoke(app, ["version", "--json"])
     found = json.loads(result.stdout)
-    assert found["packages"]["torch"] == importlib.metadata.version("torch")
+    assert found["packages"]["verl"] == importlib.metadata.version("verl")
     assert found["packages"]["sglang"] is None
     assert found["python"] == platform.python_version()
 
