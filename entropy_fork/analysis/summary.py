@@ -198,8 +198,8 @@ def _remember(pieces: dict[int, str], answer: AnswerTokens) -> None:
 def _by_mean(sums: Sums, pieces: dict[int, str], min_count: int, num_tokens: int, sign: int) -> list[dict[str, Any]]:
     """The tokens of highest (sign −1) or lowest (+1) mean entropy, of those that were seen often.
 
-    Of tokens with equal means the lower id comes first among the highest, and the higher id among the lowest. So one
-    order is the reverse of the other.
+    If two tokens have equal means, the lower id comes first among the highest, and the higher id among the lowest. So
+    one order is the reverse of the other.
     """
     often = np.flatnonzero(sums.tokens >= max(1, min_count))
     means = sums.entropy[often] / sums.tokens[often]

@@ -41,6 +41,6 @@ def _version_of(name: str) -> str | None:
 
 
 def _missing(name: str) -> str:
-    """What is said of a package that pip did not install. A checkout on PYTHONPATH can be imported all the same."""
+    """The words for a package that pip did not install. Python may still import it, from a checkout on PYTHONPATH."""
     there = find_spec(name) if name.isidentifier() else None
     return "not installed" if there is None or not there.origin else f"no version: not installed, but at {there.origin}"

@@ -43,7 +43,7 @@ def accepted_answers(truth: str) -> list[str]:
 
 
 def fault_of(truth: Any) -> Fault | None:
-    """What is wrong with a ground truth; None if an answer can be compared with it.
+    """Say what is wrong with a ground truth. Return None if an answer can be compared with it.
 
     A ground truth is an expression, a finite number, or a list of these of which any is right.
 

@@ -168,7 +168,7 @@ def column_names(batch: Batch, fields: bool = False) -> list[str]:
 
 
 def why_unreadable(place: Path | str, error: Exception) -> str:
-    """What is said of a file that cannot be read, in one line."""
+    """The error message for a file that cannot be read, in one line."""
     return f"{place} cannot be read ({first_line(error.__cause__ or error)})"
 
 

@@ -308,7 +308,7 @@ def _optional(batch: Batch, names: tuple[str, ...]) -> pa.Array | None:
 
 
 def _missing(source: Source, place: str, batch: Batch) -> str:
-    """What is said of rows that lack a column of the source."""
+    """The error message for rows that lack a column of the source."""
     if not source.own:
         return f"{place} does not look like {source.name}: {_expected(source, batch)}"
     option, name = next(

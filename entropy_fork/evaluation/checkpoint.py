@@ -165,7 +165,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A checksum of all files that decide what the model says, without reading all of the weights.
 
-        Of a large file only its size and some blocks are read, evenly spaced from its beginning to its end. That is
+        Reads only the size of a large file and some of its blocks, evenly spaced from its beginning to its end. That is
         enough: a step of training changes every tensor, so every block of another checkpoint differs.
         """
         digest = hashlib.sha256()

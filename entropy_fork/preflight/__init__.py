@@ -1,4 +1,4 @@
-"""What is known of a run before it starts: the commands ``plan`` and ``doctor``.
+"""The commands ``plan`` and ``doctor``: they examine a run before it starts.
 
 =================================  =====================================================================================
 file                               what it does

@@ -39,7 +39,8 @@ def short_output(config: DictConfig) -> Iterator[None]:
     Args:
         config: the root of a run that asks for it.
     """
-    if MARK in os.environ:  # a job of a sweep: the sweep shows it, and has a file of its own for its output
+    # In a job of a sweep, the sweep shows the lines, and has a file of its own for the output.
+    if MARK in os.environ or not _has_terminal():
         yield
         return
     if "console" not in _loggers(config):
@@ -63,7 +64,8 @@ def short_output(config: DictConfig) -> Iterator[None]:
     with _closing(file), _Terminal(file, _total(config)) as terminal:
         terminal.view.place = os.fspath(place)
         terminal.view.reader.lines = lines_before + 1  # and the line that says that a run begins
-        terminal.view.say(f"{ELSEWHERE}{place}")
+        with suppress(Exception):  # a terminal that has been closed does not stop a run
+            terminal.view.say(f"{ELSEWHERE}{place}")
         steps = f"total_training_steps={_total(config)}"
         _write(file, f"{BEGIN}, {datetime.now().isoformat(timespec='seconds')}, {steps}: {shlex.join(sys.argv)}\n")
         try:
@@ -78,7 +80,18 @@ def short_output(config: DictConfig) -> Iterator[None]:
         time.sleep(DRAIN_SECONDS)
         terminal.close()
         _write(file, f"{END}\n")
-        terminal.view.finish(next_commands(config))
+        with suppress(Exception):  # the run is over and good, whatever its last words meet
+            terminal.view.finish(next_commands(config))
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a stdout and a stderr. A service may start it without."""
+    try:
+        for number in (1, 2):
+            os.fstat(number)
+    except OSError:
+        return False
+    return sys.stdout is not None and sys.stderr is not None
 
 
 def _loggers(config: DictConfig) -> list[str]:
@@ -104,7 +117,8 @@ def next_commands(config: DictConfig) -> list[str]:
         commands.append([_program("entropy-fork"), "report", *page])
     if has_curves:
         commands.append([_program("tensorboard"), "--logdir", curves])
-    if checkpoints := sorted(Path(trainer.default_local_dir).glob("global_step_*"), key=lambda p: int(p.name[12:])):
+    found = [path for path in Path(trainer.default_local_dir).glob("global_step_*") if path.name[12:].isdecimal()]
+    if checkpoints := sorted(found, key=lambda path: int(path.name[12:])):
         files = config.data.val_files
         data = [word for f in ([files] if isinstance(files, str) else files or []) for word in ("--data", str(f))]
         into = Path(trainer.default_local_dir) / f"evaluation_of_step_{checkpoints[-1].name[12:]}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PROCESS = re.compile(r"^\((?P<name>[^()]+?) pid=(?P<pid>\d+)(?:, ip=(?P<ip>[^)]+))?\) ?")
 _REPEATED = re.compile(r" \[repeated \d+x across cluster\].*$")
-_STEP = re.compile(r"\bstep:(\d+) - (.*)")
+_STEP = re.compile(r"step:(\d+) - (.*)")
 _METRIC = re.compile(r"(\S+?):(?:np\.\w+\()?(-?(?:[\d.]+(?:e[-+]?\d+)?|inf)|nan)\)?(?: - |\s*$)")
 _OURS = re.compile(r"(?:entropy_fork: |(?=EntropyForkError: ))(.*)")
 _DATE = r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?"
@@ -92,8 +92,8 @@ class Reader:
         """
         self.lines += 1
         text, who = text_and_process(line)
-        if found := _STEP.search(text):
-            return self._step(int(found[1]), found[2])
+        if (found := _STEP.match(text)) and (metrics := _METRIC.findall(found[2])):
+            return self._step(int(found[1]), metrics)
         if found := _OURS.match(text):
             return found[1]
         self._look_for_failure(text, who)
@@ -102,8 +102,8 @@ class Reader:
                 return self._warning(warning["text"])
         return None
 
-    def _step(self, number: int, metrics: str) -> Step:
-        values = {name: float(value) for name, value in _METRIC.findall(metrics)}
+    def _step(self, number: int, metrics: list[tuple[str, str]]) -> Step:
+        values = {name: float(value) for name, value in metrics}
         before = self.steps.get(number)
         step = Step(number, {**(before.metrics if before else {}), **values})
         self.steps[number] = step

@@ -114,6 +114,26 @@ def test_the_commands_at_the_end_can_be_typed(tmp_path: Path, monkeypatch: pytes
     assert str(tmp_path / "global_step_10" / "actor") in commands[2]
 
 
+@pytest.mark.parametrize("work", ["os.close(1), os.close(2)", "sys.stdout = None"])
+def test_a_run_without_a_terminal_runs(python: Python, tmp_path: Path, work: str) -> None:
+    """Services start programs without stdout and stderr. Stock verl runs there too."""
+    program = PROGRAM.replace("with short_output", f"import os; {work}\nwith short_output").replace("WORK", "")
+    program = program.replace("print(", "max(").replace("file=sys.stderr", "key=str")
+    program += "\nopen(sys.argv[1] + '/over', 'w').close()"
+    done = python("-c", f"import json\n{program}", str(tmp_path), json.dumps(["console"]))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "over").exists()
+    assert not (tmp_path / "verl.log").exists(), "a file would have taken the number of stdout"
+
+
+def test_a_folder_that_is_no_checkpoint_does_not_fail_a_finished_run(python: Python, tmp_path: Path) -> None:
+    for name in ("global_step_2", "global_step_9.kept", "global_step_"):
+        (tmp_path / name / "actor").mkdir(parents=True)
+    done = run(python, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"evaluate {tmp_path}/global_step_2/actor" in done.stdout
+
+
 def test_a_full_disk_does_not_stop_a_run(python: Python, tmp_path: Path) -> None:
     """The pipe must be read whatever happens to the file: otherwise the run would wait for ever to print."""
     work = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); print('x' * 500_000)"

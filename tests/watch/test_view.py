@@ -46,6 +46,12 @@ def test_accuracy_is_the_mean_over_data_sets() -> None:
     assert shown(VALIDATED) == ["step    0  accuracy 0.500"]
 
 
+@pytest.mark.parametrize("text", ["First, step:3 - reward:9", "step:3 - we add the numbers"])
+def test_an_answer_that_verl_prints_is_no_step(text: str) -> None:
+    """verl's line begins with the step, and has metrics."""
+    assert shown(f"{RUNNER}{text}\n") == []
+
+
 def test_a_step_that_was_not_masked_has_no_share() -> None:
     assert "kept" not in line_of(Step(1, {"critic/score/mean": 1.0}))
 

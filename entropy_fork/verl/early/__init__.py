@@ -1,4 +1,4 @@
-"""What verl would notice only after Ray is up, or never: looked for before Ray starts.
+"""Find, before Ray starts, mistakes that verl would notice only after that, or never.
 
 A run that names a reward, an estimator, a logger or a file which is not there dies minutes later, and often with an
 error that names something else. ``entropy-fork plan`` and ``doctor`` look for all of it in any command line. The

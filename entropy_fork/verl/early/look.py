@@ -1,4 +1,4 @@
-"""Looks for everything that verl would notice late: the checks of this folder, one after the other."""
+"""Run all checks of this folder, one after the other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def find_problems(config: DictConfig) -> list[Problem]:
     problems = []
     for check in CHECKS:
         try:
-            problems += list(check(config))
+            for problem in check(config):
+                problems.append(problem)  # one by one: what was found before an error stays
         except Exception as error:  # a value of another type than verl's; verl's own checks complain about it
             if not isinstance(error, (TypeError, ValueError, AttributeError)):
                 raise
