@@ -6,7 +6,8 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class EntropyForkError(ValueError):
@@ -64,3 +65,18 @@ def is_said(message: str, known: Iterable[str]) -> bool:
 def process_name() -> str:
     """Host, process id and program of this process, to find it in a cluster's logs."""
     return f"{socket.gethostname()} pid {os.getpid()} ({os.path.basename(sys.argv[0]) or 'python'})"
+
+
+@contextmanager
+def named_process() -> Iterator[None]:
+    """Add the name of this process to the message of a score or a selection that fails in a step.
+
+    Raises:
+        EntropyForkError: for a ValueError.
+    """
+    try:
+        yield
+    except EntropyForkError:
+        raise
+    except ValueError as error:
+        raise EntropyForkError(f"{error} (in {process_name()}). The step was not trained on.") from error

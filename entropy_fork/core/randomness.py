@@ -11,6 +11,9 @@ import json
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+
+from entropy_fork.core.flat import row_slices
 
 
 def seed_of(*identity: Any) -> int:
@@ -39,3 +42,19 @@ def uniform_numbers(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
         golden = np.uint64(0x9E3779B97F4A7C15)
         hashed = mix(mix(seeds + golden) + (counters + np.uint64(1)) * golden)
     return (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def drawn(lengths: np.ndarray, seeds: Tensor, stream: int = 0) -> np.ndarray:
+    """A number in [0, 1) for each token, from the seed of its response and its position: float64, (num_tokens,).
+
+    Args:
+        lengths: int, shape (num_responses,): tokens per response.
+        seeds: int64, shape (num_responses,).
+        stream: other streams give other numbers, independent of these.
+    """
+    numbers = np.empty(int(lengths.sum()))
+    positions = np.arange(lengths.max(initial=0), dtype=np.uint64) + np.uint64(stream << 40)
+    columns = seeds.cpu().numpy().astype(np.uint64)[:, None]
+    for row, seed in zip(row_slices(lengths), columns, strict=True):
+        numbers[row] = uniform_numbers(seed, positions[: row.stop - row.start])
+    return numbers

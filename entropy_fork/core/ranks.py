@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_fork.core.responses import Responses, select_in_pools
-from entropy_fork.core.rule import Selector
-from entropy_fork.core.tally import Pool, Tally
+from entropy_fork.core.responses import Choice, Responses, choose
+from entropy_fork.core.rule import Rule
+from entropy_fork.core.scoring import Tokens
+from entropy_fork.core.tally import Tally
 from entropy_fork.core.weighting import Counts
 
 
@@ -64,8 +65,8 @@ class Ranks:
     def sum_counts(self, counts: Counts) -> Counts:
         """The sum of the counts of all ranks. All ranks must call this."""
         parts = self.gather(torch.tensor([astuple(counts)], dtype=torch.float64))
-        num_tokens, num_kept, entropy_kept = torch.cat(parts).sum(0).tolist()
-        return Counts(int(num_tokens), int(num_kept), entropy_kept)
+        num_tokens, num_kept, score_kept = torch.cat(parts).sum(0).tolist()
+        return Counts(int(num_tokens), int(num_kept), score_kept)
 
     def merge_tallies(self, tally: Tally) -> Tally:
         """The tallies of all ranks as one. All ranks must call this."""
@@ -73,23 +74,59 @@ class Ranks:
         return Tally.merged(Tally(*part[0].tolist()) for part in parts)
 
 
-def select_over_ranks(responses: Responses, selector: Selector, ranks: Ranks) -> tuple[Tensor, Pool]:
-    """Keep a share of one pool, which is the tokens of all ranks together.
+def choose_over_ranks(responses: Responses, rule: Rule, ranks: Ranks) -> Choice:
+    """Apply a rule to one pool, which is the tokens of all ranks together.
 
     Args:
         responses: the responses of this rank.
-        selector: what to keep; the same on all ranks.
+        rule: of one step; the same on all ranks.
         ranks: the ranks that take part. All must call this.
 
     Returns:
-        bool, shape (num_tokens,): which of this rank's tokens are kept; and the counts and τ of the whole pool.
+        The choice of this rank's tokens, with the counts and τ of the whole pool.
 
     Raises:
-        ValueError: on every rank, if the entropy of an eligible token of any rank is not finite.
+        ValueError: on every rank, if the score of an eligible token of any rank is not finite.
     """
-    tokens = [ranks.gather(values) for values in (responses.entropy, responses.eligible.to(torch.uint8))]
-    per_response = [ranks.gather(values) for values in (responses.lengths, responses.order, responses.seeds)]
-    everything = Responses(*(torch.cat(parts) for parts in tokens + per_response))
-    one_pool = torch.zeros(everything.lengths.numel(), dtype=torch.int64)
-    kept, pools = select_in_pools(everything, one_pool, selector)
-    return kept.split([part.numel() for part in tokens[0]])[ranks.rank], pools[0]
+    per_token = (responses.entropy, responses.eligible.to(torch.uint8), responses.score, responses.candidates)
+    entropy, eligible, score, candidates = (
+        None if values is None else [*ranks.gather(values.to(torch.uint8) if values.dtype == torch.bool else values)]
+        for values in per_token
+    )
+    assert entropy is not None
+    assert eligible is not None
+    lengths, order, seeds = (
+        torch.cat(ranks.gather(values)) for values in (responses.lengths, responses.order, responses.seeds)
+    )
+    everything = Responses(
+        torch.cat(entropy),
+        torch.cat(eligible),
+        lengths,
+        order,
+        seeds,
+        None if score is None else torch.cat(score),
+        None if candidates is None else torch.cat(candidates).bool(),
+    )
+    choice = choose(everything, torch.zeros(lengths.numel(), dtype=torch.int64), rule)
+    sizes = [part.numel() for part in entropy]
+
+    def mine(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.split(sizes)[ranks.rank]
+
+    return Choice(choice.kept.split(sizes)[ranks.rank], choice.pools, mine(choice.factors), mine(choice.score))
+
+
+def gather_tokens(tokens: Tokens, ranks: Ranks) -> tuple[Tokens, slice]:
+    """The tokens of all ranks as one mini-batch, and where this rank's are. All ranks must call this."""
+    parts = {name: ranks.gather(values) for name, values in tokens.fields.items()}
+    eligible = ranks.gather(tokens.eligible.to(torch.uint8))
+    lengths, seeds = (torch.cat(ranks.gather(values)) for values in (tokens.lengths, tokens.seeds))
+    everything = Tokens(
+        {name: torch.cat(part) for name, part in parts.items()},
+        torch.cat(eligible).bool(),
+        lengths,
+        seeds,
+        torch.zeros_like(lengths),
+    )
+    start = sum(part.numel() for part in eligible[: ranks.rank])
+    return everything, slice(start, start + eligible[ranks.rank].numel())

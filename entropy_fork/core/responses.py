@@ -1,4 +1,4 @@
-"""A whole batch at once: select in each pool, weigh in each mini-batch.
+"""A whole batch at once: choose in each pool, weigh in each mini-batch.
 
 A pool and a mini-batch need not be the same. A pool is a response, a micro-batch, a mini-batch or the whole batch.
 Weights always belong to a mini-batch: verl takes a gradient step, and divides the loss, over a mini-batch.
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entropy_fork.core.factors import factors_of
 from entropy_fork.core.rule import POOLS, Rule, Selector
-from entropy_fork.core.selection import select_tokens
+from entropy_fork.core.selection import select_tokens, shuffled
 from entropy_fork.core.tally import Pool
 from entropy_fork.core.weighting import token_weights
 
@@ -28,7 +29,9 @@ class Responses:
         lengths: int64, shape (num_responses,): tokens per response.
         order: int64, shape (num_responses,): decides between tokens of equal score; see
             :func:`entropy_fork.core.selection.select_tokens`.
-        seeds: int64, shape (num_responses,): the seed of each response's draws, for ``select=random``.
+        seeds: int64, shape (num_responses,): the seed of each response's draws.
+        score: float, shape (num_tokens,): what the tokens are ranked by; None for the entropy.
+        candidates: bool, shape (num_tokens,): the eligible tokens that are in a pool; None for all.
     """
 
     entropy: Tensor
@@ -36,6 +39,36 @@ class Responses:
     lengths: Tensor
     order: Tensor
     seeds: Tensor
+    score: Tensor | None = None
+    candidates: Tensor | None = None
+
+    @property
+    def ranked_by(self) -> Tensor:
+        """What the tokens are ranked by: float, shape (num_tokens,)."""
+        return self.entropy if self.score is None else self.score
+
+    @property
+    def in_pools(self) -> Tensor:
+        """The tokens of the pools: bool or int, shape (num_tokens,)."""
+        return self.eligible if self.candidates is None else self.candidates
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule makes of the tokens of a batch.
+
+    Attributes:
+        kept: bool, shape (num_tokens,): with ``use=mask`` the tokens that are trained on, else those that are treated.
+        pools: each pool's counts and threshold.
+        factors: float32, shape (num_tokens,): the factor of each kept token, NaN for the others; None for
+            ``use=mask``. See :func:`entropy_fork.core.factors.factors_of`.
+        score: float, shape (num_tokens,): the score that belongs to each token's factor; None for ``use=mask``.
+    """
+
+    kept: Tensor
+    pools: list[Pool]
+    factors: Tensor | None = None
+    score: Tensor | None = None
 
 
 def pool_of_responses(pool: str, mini_batch: Tensor, micro_batch: Tensor | None = None) -> Tensor:
@@ -60,6 +93,33 @@ def pool_of_responses(pool: str, mini_batch: Tensor, micro_batch: Tensor | None 
     raise ValueError(f"pool must be one of {', '.join(POOLS)} (micro_batch needs micro-batches), got {pool!r}")
 
 
+def choose(responses: Responses, pool_of_response: Tensor, rule: Rule) -> Choice:
+    """Apply a rule to each pool: select, shuffle if it is a control, and compute the factors.
+
+    Args:
+        responses: of the batch, with the score and the candidates of the rule.
+        pool_of_response: int64, shape (num_responses,), see :func:`pool_of_responses`.
+        rule: of one step.
+
+    Raises:
+        ValueError: see :func:`entropy_fork.core.selection.select_tokens` and
+            :func:`entropy_fork.core.factors.factors_of`.
+    """
+    kept, pools = select_in_pools(responses, pool_of_response, rule.selector)
+    score = None if rule.use == "mask" else responses.ranked_by
+    if rule.control == "matched_random":
+        kept, score = shuffled(kept, score, responses.in_pools, responses.lengths, responses.seeds)
+    if rule.use == "mask":
+        if rule.outside == "keep" and responses.candidates is not None:
+            kept |= responses.eligible.bool() & ~responses.candidates
+        return Choice(kept, pools)
+    assert score is not None
+    factors = torch.empty(kept.shape, dtype=torch.float32)
+    for _, tokens in _groups(pool_of_response, responses.lengths):
+        _scatter(factors, tokens, factors_of(_gather(score, tokens), _gather(kept, tokens), rule))
+    return Choice(kept, pools, factors, score)
+
+
 def select_in_pools(responses: Responses, pool_of_response: Tensor, selector: Selector) -> tuple[Tensor, list[Pool]]:
     """Keep a share of each pool.
 
@@ -78,8 +138,8 @@ def select_in_pools(responses: Responses, pool_of_response: Tensor, selector: Se
     pools = []
     for members, tokens in _groups(pool_of_response, responses.lengths):
         selection = select_tokens(
-            _gather(responses.entropy, tokens),
-            _gather(responses.eligible, tokens),
+            _gather(responses.ranked_by, tokens),
+            _gather(responses.in_pools, tokens),
             responses.lengths[members],
             selector,
             responses.order[members],
@@ -90,21 +150,24 @@ def select_in_pools(responses: Responses, pool_of_response: Tensor, selector: Se
     return kept, pools
 
 
-def weigh_mini_batches(responses: Responses, kept: Tensor, mini_batch: Tensor, rule: Rule) -> Tensor:
-    """The token weights of a selection: see :func:`~entropy_fork.core.weighting.token_weights`.
+def weigh_mini_batches(responses: Responses, choice: Choice, mini_batch: Tensor, rule: Rule) -> Tensor:
+    """The token weights of a choice: see :func:`~entropy_fork.core.weighting.token_weights`.
 
     Args:
         responses: of the batch.
-        kept: bool, shape (num_tokens,), see :func:`select_in_pools`.
+        choice: see :func:`choose`.
         mini_batch: int, shape (num_responses,): the mini-batch of each response.
-        rule: its ``loss_agg_mode``, ``denominator`` and ``weight`` are used.
+        rule: its ``use``, ``loss_agg_mode``, ``denominator`` and ``weight`` are used.
 
     Returns:
-        float32, shape (num_tokens,).
+        float32, shape (num_tokens,). With another ``use`` than ``mask``: 1 for every eligible token, or its factor with
+        ``use=weight``.
 
     Raises:
         ValueError: an unknown ``loss_agg_mode`` or ``denominator``.
     """
+    if rule.use != "mask":
+        return soft_weights(choice, responses.eligible, rule)
     weights = torch.zeros(responses.entropy.numel(), dtype=torch.float32)
     for members, tokens in _groups(mini_batch, responses.lengths):
         # No variable for the weights: it would hold those of one mini-batch while the next ones are computed.
@@ -112,14 +175,29 @@ def weigh_mini_batches(responses: Responses, kept: Tensor, mini_batch: Tensor, r
             weights,
             tokens,
             token_weights(
-                _gather(kept, tokens),
+                _gather(choice.kept, tokens),
                 _gather(responses.eligible, tokens),
                 responses.lengths[members],
                 rule.loss_agg_mode,
                 rule.denominator,
-                _gather(responses.entropy, tokens) if rule.weight == "soft" else None,
+                _gather(responses.ranked_by, tokens) if rule.weight == "soft" else None,
             ),
         )
+    return weights
+
+
+def soft_weights(choice: Choice, eligible: Tensor, rule: Rule) -> Tensor:
+    """The token weights for another ``use`` than ``mask``: float32, shape (num_tokens,).
+
+    Args:
+        choice: see :func:`choose`.
+        eligible: bool or int, shape (num_tokens,): the response mask.
+        rule: its ``use`` is used.
+    """
+    weights = eligible.to(torch.float32)
+    if rule.use == "weight":
+        assert choice.factors is not None
+        weights *= torch.where(choice.factors.isnan(), 1.0, choice.factors)
     return weights
 
 

@@ -6,8 +6,8 @@ This is the one place for the words. :data:`KEYS` has a sentence for each key an
 value of ``select`` also needs its score in ``selection.py``.
 
 Each sentence of a value starts with a verb whose subject is the run ("Keeps the tokens with the highest entropy.").
-:meth:`Rule.describe` uses the part before the first colon. Where a sentence names a number's key in backticks,
-``describe`` writes the number.
+:meth:`Rule.describe` uses the part before the first colon. Where a sentence names a key in backticks that is a number
+or a score, ``describe`` writes its value.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from entropy_fork.core.scores import OF_POLICY, SCORES, check_score_name
+from entropy_fork.core.user_function import is_import_path
+from entropy_fork.core.where import check_where, where_of
 
 
 @dataclass(frozen=True)
@@ -47,24 +51,103 @@ KEYS: tuple[Key, ...] = (
         0.2,
     ),
     Key(
+        "score",
+        f"What the tokens are ranked by: {', '.join(SCORES)}, or a function of yours, `package.module:function` "
+        "([scores](scores.md)).",
+        "entropy",
+    ),
+    Key(
         "select",
         "Which tokens of a pool to keep.",
         "top",
         {
-            "top": "Keeps the tokens with the highest entropy.",
-            "bottom": "Keeps the tokens with the lowest entropy.",
-            "random": "Keeps tokens drawn at random from the seed `seed`: whatever their entropy, anew at each step.",
-            "band": "Keeps the tokens between the top `band_from` and the top `top_ratio` by entropy: at least one.",
+            "top": "Keeps the tokens with the highest `score`.",
+            "bottom": "Keeps the tokens with the lowest `score`.",
+            "random": "Keeps tokens drawn at random from the seed `seed`: whatever their score, anew at each step.",
+            "band": "Keeps the tokens between the top `band_from` and the top `top_ratio` by `score`: at least one.",
         },
     ),
     Key("band_from", "The upper end of the band of `select=band`, in (0, `top_ratio`).", 0.0),
     Key(
+        "where",
+        "Which tokens are in a pool at all: a condition on the fields of the scores, such as `advantage > 0`, or a "
+        "function of yours ([scores](scores.md)). Empty: all response tokens.",
+        "",
+    ),
+    Key(
+        "outside",
+        "With `use=mask` and `where`: what happens to the tokens that are in no pool.",
+        "drop",
+        {
+            "drop": "Drops the tokens that are in no pool.",
+            "keep": "Trains on the tokens that are in no pool: so the rule only says what to leave out of the pools.",
+        },
+    ),
+    Key(
+        "control",
+        "Whether to shuffle the selection, to tell which tokens apart from how many in which response.",
+        "none",
+        {
+            "none": "Keeps these tokens themselves.",
+            "matched_random": "Shuffles the choice within each response: as many tokens as the score would keep there, "
+            "drawn from the seed `seed`.",
+        },
+    ),
+    Key(
+        "use",
+        "What is done with the kept tokens.",
+        "mask",
+        {
+            "mask": "Trains on no other token: the others weigh 0.",
+            "weight": "Weighs each kept token by the `map` of its score: the others weigh 1.",
+            "advantage": "Changes the advantage of each kept token by the `map` of its score: the others keep verl's.",
+            "clip": "Multiplies the clip range of each kept token by the `map` of its score: the others keep verl's.",
+        },
+    ),
+    Key(
+        "map",
+        "How the score s of a token becomes a factor, for every `use` but `mask`.",
+        "linear",
+        {
+            "linear": "Maps a score s to `map_offset` + `map_slope`·s.",
+            "exponential": "Maps a score s to `map_offset` + `map_slope`·exp(`map_rate`·s).",
+            "clipped": "Maps a score s to `map_offset` + `map_slope`·s within `map_low` and `map_high`.",
+            "range": "Maps the lowest score of a pool to `map_low`, the highest to `map_high`, and others in between.",
+            "rank": "Maps the lowest score of a pool to `map_low`, the highest to `map_high`, and others by rank.",
+            "dcpo": "Maps the surprisal to the clip range of DCPO: wider for unlikely tokens, only with use=clip.",
+        },
+    ),
+    Key("map_offset", "The factor of a score of 0, in `linear` and `clipped`; what `exponential` adds to.", 0.0),
+    Key("map_slope", "How much a score of 1 adds, in `linear` and `clipped`; the factor of the exponential.", 1.0),
+    Key("map_rate", "The rate in the exponent of `exponential`: below 0, high scores get small factors.", -1.0),
+    Key("map_low", "The lowest factor of `clipped`; in `range` and `rank` the factor of the lowest score.", 0.0),
+    Key("map_high", "The highest factor of `clipped`; in `range` and `rank` the factor of the highest score.", 2.0),
+    Key(
+        "normalize",
+        "With `use=weight`: whether the weights of the kept tokens average 1.",
+        "pool",
+        {
+            "pool": "Divides the weights by their mean over the kept tokens of a pool.",
+            "none": "Leaves the weights as the map gives them.",
+        },
+    ),
+    Key(
+        "combine",
+        "With `use=advantage`: what the factor does.",
+        "multiply",
+        {
+            "multiply": "Multiplies the advantage by the factor.",
+            "add": "Adds the factor to the advantage: at most |A| / `add_limit`.",
+        },
+    ),
+    Key("add_limit", "The κ of `combine=add`: the factor is at most |A|/κ. 0 sets no limit.", 2.0),
+    Key(
         "entropy",
-        "Whose entropy to look at.",
+        "Whose entropies and log-probabilities to look at.",
         "old",
         {
-            "old": "Measures entropy under the old policy: verl's log-prob pass computes it, so it costs nothing.",
-            "current": "Measures entropy under the current policy: at each gradient step, as in the paper's Eq. 1.",
+            "old": "Measures it under the old policy: verl's log-prob pass computes it anyway, so it costs nothing.",
+            "current": "Measures it under the current policy: at each gradient step, as in the paper's Eq. 1.",
         },
     ),
     Key(
@@ -80,12 +163,12 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         "ties",
-        "What to do with equal entropies at the threshold τ, the last entropy that is kept.",
+        "What to do with equal scores at the threshold τ, the last score that is kept.",
         "exact",
         {
             "exact": "Keeps exactly that share, rounded up to whole tokens: ⌈ρN⌉ of N, and of equal ones the first in "
             "their responses.",
-            "threshold": "Keeps every token at the threshold τ or beyond: with equal entropies more than ⌈ρN⌉ of N.",
+            "threshold": "Keeps every token at the threshold τ or beyond: with equal scores more than ⌈ρN⌉ of N.",
         },
     ),
     Key(
@@ -103,7 +186,7 @@ KEYS: tuple[Key, ...] = (
         "hard",
         {
             "hard": "Weighs every kept token the same.",
-            "soft": "Weighs a kept token in proportion to its entropy: the mean weight is 1.",
+            "soft": "Weighs a kept token in proportion to its score, if that is above 0: the mean weight is 1.",
         },
     ),
     Key(
@@ -119,7 +202,7 @@ KEYS: tuple[Key, ...] = (
     ),
     Key("final_ratio", "The share ρ at step `schedule_steps` and after, in (0, 1].", 1.0),
     Key("schedule_steps", "The step at which ρ reaches `final_ratio`, at least 2. A constant ρ needs none.", 0),
-    Key("seed", "The seed of the draws of `select=random`.", 0),
+    Key("seed", "The seed of the draws of `select=random`, `score=random` and `control=matched_random`.", 0),
     Key(
         "loss_agg_mode",
         "How verl makes one loss of the losses of all tokens. The key is verl's: `actor.loss_agg_mode`.",
@@ -146,19 +229,47 @@ TIES = tuple(KEY_OF["ties"].values)
 DENOMINATORS = tuple(KEY_OF["denominator"].values)
 WEIGHTS = tuple(KEY_OF["weight"].values)
 SCHEDULES = tuple(KEY_OF["schedule"].values)
+OUTSIDES = tuple(KEY_OF["outside"].values)
+USES = tuple(KEY_OF["use"].values)
+MAPS = tuple(KEY_OF["map"].values)
+CONTROLS = tuple(KEY_OF["control"].values)
+NORMALIZATIONS = tuple(KEY_OF["normalize"].values)
+COMBINATIONS = tuple(KEY_OF["combine"].values)
 LOSS_AGG_MODES = tuple(KEY_OF["loss_agg_mode"].values)
 
-#: values of ``select`` that do not use entropy: there is no τ, and the key ``entropy`` makes no difference
+#: values of ``select`` that do not use the score: there is no τ
 BLIND = ("random",)
 
-#: keys that have an effect only with some values of another key: {key: (the other key, those values)}
-ONLY_WITH = {
-    "band_from": ("select", ("band",)),
-    "seed": ("select", ("random",)),
-    "denominator": ("loss_agg_mode", (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN)),
-    "final_ratio": ("schedule", ("linear", "cosine")),
-    "schedule_steps": ("schedule", ("linear", "cosine")),
+#: values of ``use`` with which every token is trained on
+SOFT_USES = ("weight", "advantage", "clip")
+
+#: the numbers that are shares
+SHARES = ("top_ratio", "band_from", "final_ratio")
+
+#: keys that have an effect only with some values of other keys: {key: ways}. A way is {other key: its values}, all of
+#: which must hold; one way is enough.
+ONLY_WITH: Mapping[str, tuple[Mapping[str, tuple[str, ...]], ...]] = {
+    "score": ({"select": ("top", "bottom", "band")}, {"weight": ("soft",)}, {"use": SOFT_USES}),
+    "band_from": ({"select": ("band",)},),
+    "outside": ({"use": ("mask",)},),
+    "map": ({"use": SOFT_USES},),
+    "map_offset": ({"use": SOFT_USES, "map": ("linear", "exponential", "clipped")},),
+    "map_slope": ({"use": SOFT_USES, "map": ("linear", "exponential", "clipped")},),
+    "map_rate": ({"use": SOFT_USES, "map": ("exponential",)},),
+    "map_low": ({"use": SOFT_USES, "map": ("clipped", "range", "rank")},),
+    "map_high": ({"use": SOFT_USES, "map": ("clipped", "range", "rank")},),
+    "normalize": ({"use": ("weight",)},),
+    "combine": ({"use": ("advantage",)},),
+    "add_limit": ({"use": ("advantage",), "combine": ("add",)},),
+    "denominator": ({"loss_agg_mode": (TOKEN_MEAN, SEQ_MEAN_TOKEN_MEAN), "use": ("mask",)},),
+    "weight": ({"use": ("mask",)},),
+    "seed": ({"select": ("random",)}, {"score": ("random",)}, {"control": ("matched_random",)}),
+    "final_ratio": ({"schedule": ("linear", "cosine")},),
+    "schedule_steps": ({"schedule": ("linear", "cosine")},),
 }
+
+#: keys that are not worth a word where they have their default value
+USUAL = ("schedule", "loss_agg_mode", "control", "use")
 
 
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:
@@ -168,8 +279,12 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
         name: the name of the key.
         values: the values of other keys, as far as known. If the key that decides is missing, the answer is True.
     """
-    other, with_values = ONLY_WITH.get(name, ("", ()))
-    return other not in values or values[other] in with_values
+    ways = ONLY_WITH.get(name, ({},))
+    if name == "outside" and values.get("where") == "":
+        return False
+    if name == "seed" and (is_import_path(str(values.get("score", ""))) or values.get("where")):
+        return True  # it may read the field ``draw``
+    return any(all(other not in values or values[other] in known for other, known in way.items()) for way in ways)
 
 
 def check_ratio(top_ratio: float) -> None:
@@ -228,7 +343,7 @@ class Selector:
         if self.select != "band" and self.band_from != 0.0:
             raise ValueError(f"band_from={self.band_from!r} needs select=band; write select=band, or band_from=0")
         if self.select in BLIND and self.ties == "threshold":
-            raise ValueError(f"select={self.select} has no threshold on the entropy; write ties=exact")
+            raise ValueError(f"select={self.select} has no threshold; write ties=exact")
 
     @property
     def kept_share(self) -> float:
@@ -244,7 +359,7 @@ class Rule:
 
     Attributes:
         selector: what to keep of a pool.
-        entropy: whose entropy, one of :data:`ENTROPIES`.
+        entropy: whose entropies and log-probabilities, one of :data:`ENTROPIES`.
         pool: the tokens of which the share is kept, one of :data:`POOLS`.
         loss_agg_mode: verl's ``actor.loss_agg_mode``, one of :data:`LOSS_AGG_MODES`.
         denominator: the number of which tokens divides the loss, one of :data:`DENOMINATORS`.
@@ -252,7 +367,17 @@ class Rule:
         schedule: how ρ changes over the training steps, one of :data:`SCHEDULES`.
         final_ratio: ρ at ``schedule_steps`` and after, in (0, 1]; a constant schedule ignores it.
         schedule_steps: at least 2, except with a constant schedule.
-        seed: the seed of the draws of ``select=random``.
+        seed: the seed of the draws.
+        score: what the tokens are ranked by, see :func:`entropy_fork.core.scores.score_of`.
+        where: which tokens are in a pool at all, see :func:`entropy_fork.core.where.where_of`; empty for all.
+        outside: what happens to the tokens that are in no pool, one of :data:`OUTSIDES`.
+        control: whether the choice is shuffled within each response, one of :data:`CONTROLS`.
+        use: what is done with the kept tokens, one of :data:`USES`.
+        map, map_offset, map_slope, map_rate, map_low, map_high: how a score becomes a factor, see
+            :func:`entropy_fork.core.factors.factors_of`.
+        normalize: whether weights average 1 over a pool, one of :data:`NORMALIZATIONS`.
+        combine: how the factor changes an advantage, one of :data:`COMBINATIONS`.
+        add_limit: κ, at least 0: an added factor is at most |A|/κ; 0 sets no limit.
 
     Raises:
         ValueError: a value is unknown, or two values do not go together. The message says what to write instead.
@@ -268,6 +393,20 @@ class Rule:
     final_ratio: float = 1.0
     schedule_steps: int = 0
     seed: int = 0
+    score: str = "entropy"
+    where: str = ""
+    outside: str = "drop"
+    control: str = "none"
+    use: str = "mask"
+    map: str = "linear"
+    map_offset: float = 0.0
+    map_slope: float = 1.0
+    map_rate: float = -1.0
+    map_low: float = 0.0
+    map_high: float = 2.0
+    normalize: str = "pool"
+    combine: str = "multiply"
+    add_limit: float = 2.0
 
     @classmethod
     def of(cls, **values: Any) -> Rule:
@@ -286,36 +425,103 @@ class Rule:
         return cls(selector, **known)
 
     def __post_init__(self) -> None:
-        for name in ("entropy", "pool", "loss_agg_mode", "denominator", "weight"):
-            check_value(name, getattr(self, name))
-        if self.entropy == "current" and self.pool == "batch":
+        for key in KEYS:
+            if key.values and key.name not in ("select", "ties", "schedule"):
+                check_value(key.name, getattr(self, key.name))
+        check_score_name(self.score)
+        check_where(self.where)
+        if self.entropy == "current":
+            self._check_current()
+        if self.control != "none" and self.selector.select in BLIND:
+            raise ValueError(
+                f"control={self.control} draws as many tokens as a score keeps, and select={self.selector.select} has "
+                f"no score; write control=none, or another select"
+            )
+        if self.use != "mask":
+            self._check_use()
+        check_schedule(self.schedule, self.schedule_steps)
+        if self.schedule != "constant":  # if both ends are possible, every ρ between them is
+            Selector(self.final_ratio, self.selector.select, self.selector.ties, self.selector.band_from)
+
+    def _check_current(self) -> None:
+        if self.pool == "batch":
             raise ValueError(
                 "entropy=current has no pool=batch: the policy changes with each mini-batch of the batch. Write "
                 "pool=mini_batch, or entropy=old"
             )
-        if self.entropy == "current" and self.selector.select in BLIND:
+        if self.selector.select in BLIND:
             raise ValueError(
                 f"select={self.selector.select} does not use entropy; write entropy=old, which costs nothing"
             )
-        check_schedule(self.schedule, self.schedule_steps)
-        if self.schedule != "constant":  # if both ends are possible, every ρ between them is
-            Selector(self.final_ratio, self.selector.select, self.selector.ties, self.selector.band_from)
+        if not self.looks_at_policy:
+            raise ValueError(f"score={self.score} does not look at the policy; write entropy=old, which costs nothing")
+        if self.score == "gradient_norm":
+            raise ValueError("score=gradient_norm needs sum_pi_squared of the log-prob pass; write entropy=old")
+        if self.use in ("advantage", "clip"):
+            raise ValueError(
+                f"use={self.use} is written into the batch before the update, where the current policy is not known; "
+                f"write entropy=old"
+            )
+
+    def _check_use(self) -> None:
+        if self.weight != "hard":
+            raise ValueError(
+                f"weight={self.weight} belongs to use=mask; with use={self.use} write weight=hard, and map=…"
+            )
+        if self.use != "weight" and self.pool == "micro_batch":
+            raise ValueError(
+                f"use={self.use} is written into the batch before verl cuts it into micro-batches; write "
+                f"pool=mini_batch, batch or response"
+            )
+        if self.map == "dcpo" and (self.use, self.score) != ("clip", "surprisal"):
+            raise ValueError("map=dcpo is a clip range made of the surprisal; write use=clip score=surprisal")
+        if self.map == "clipped" and self.map_low > self.map_high:
+            raise ValueError(
+                f"map_low must be at most map_high, got map_low={self.map_low!r}, map_high={self.map_high!r}"
+            )
+        lowest = min(self.map_low, self.map_high)
+        adds = (self.use, self.combine) == ("advantage", "add")
+        if lowest < 0 and has_effect("map_low", self.values) and not adds:
+            raise ValueError(f"map_low and map_high must be at least 0, got {lowest!r}: it would turn the loss round")
+        if not self.add_limit >= 0:
+            raise ValueError(f"add_limit must be at least 0 (0 sets no limit), got {self.add_limit!r}")
+
+    @property
+    def looks_at_policy(self) -> bool:
+        """Whether the score or the condition reads a field of the policy; a user's own function may."""
+        known = SCORES.get(self.score)
+        read = set(known.fields) if known else set(OF_POLICY)
+        if self.where:
+            read |= set(OF_POLICY) if is_import_path(self.where) else set(where_of(self.where).fields)
+        return bool(read & set(OF_POLICY))
 
     @property
     def selected_in_loss(self) -> bool:
         """Whether the loss of a micro-batch selects its tokens, from the entropies of the update's own forward pass.
 
-        That needs ``ties=exact`` and hard weights. A weight depends on how many tokens the whole mini-batch keeps, and
-        only then the sizes of the other micro-batches say how many they keep.
+        That needs a mask with ``ties=exact``, hard weights, no condition, and a score that looks at one token at a
+        time. A weight depends on how many tokens the whole mini-batch keeps, and only then the sizes of the other
+        micro-batches say how many they keep.
         """
-        exact = self.selector.ties == "exact" and self.weight == "hard"
-        return self.entropy == "current" and self.pool == "micro_batch" and exact
+        exact = self.selector.ties == "exact" and self.weight == "hard" and self.use == "mask" and not self.where
+        alone = self.score in SCORES and SCORES[self.score].elementwise
+        return self.entropy == "current" and self.pool == "micro_batch" and exact and alone
 
     @property
     def keeps_all(self) -> bool:
         """Whether every response token has the weight 1, as in stock verl."""
-        always_all = self.selector.top_ratio == 1.0 and self.schedule == "constant"
-        return always_all and self.weight == "hard" and self.selector.select != "band"
+        always_all = self.selector.top_ratio == 1.0 and self.schedule == "constant" and not self.where
+        return always_all and self.use == "mask" and self.weight == "hard" and self.selector.select != "band"
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether a score must be computed."""
+        return not self.keeps_all and has_effect("score", self.values)
+
+    @property
+    def may_drop(self) -> bool:
+        """Whether this rule of one step can give a token the weight 0 because it is not kept."""
+        return self.use == "mask" and (self.selector.kept_share < 1.0 or bool(self.where and self.outside == "drop"))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -328,12 +534,12 @@ class Rule:
         said = [(f"top_ratio={self.selector.top_ratio:g}", self._share())]
         if self.keeps_all:
             return said
+        unseen = [] if self.looks_at_policy and has_effect("score", values) else ["entropy"]
         for key in KEYS:
             value = values[key.name]
-            is_usual = key.name in ("schedule", "loss_agg_mode") and value == key.default
-            is_unseen = key.name == "entropy" and self.selector.select in BLIND and self.weight == "hard"
-            if key.values and has_effect(key.name, values) and not is_usual and not is_unseen:
-                said.append((f"{key.name}={value}", _with_numbers(key.values[value], values)))
+            is_usual = key.name in USUAL and value == key.default
+            if key.values and has_effect(key.name, values) and not is_usual and key.name not in unseen:
+                said.append((f"{key.name}={value}", _with_values(key.values[value], values)))
         return said
 
     def describe(self) -> str:
@@ -342,33 +548,37 @@ class Rule:
         if not others:
             return share
         *clauses, last = [_clause(sentence) for _, sentence in others]
-        return f"{share.partition(':')[0].rstrip('.')}: {', '.join(clauses)} and {last}."
+        return f"{share.partition(': ')[0].rstrip('.')}: {', '.join(clauses)} and {last}."
 
     def _share(self) -> str:
         if self.keeps_all:
             return "Trains on all response tokens: the update is verl's own, bit for bit."
         when = "" if self.schedule == "constant" else " at step 1"
-        if (share := self.selector.kept_share) == 1.0:
-            return f"Trains on all response tokens{when}."
-        return f"Trains on {_percent(share)} of the response tokens{when}: the other {_percent(1 - share)} weigh 0."
+        tokens = f"the response tokens with {self.where}" if self.where else "the response tokens"
+        share = self.selector.kept_share
+        part = f"all {tokens.removeprefix('the ')}" if share == 1.0 else f"{_percent(share)} of {tokens}"
+        if self.use == "mask":
+            rest = f": the other {_percent(1 - share)} weigh 0" if share < 1.0 else ""
+            return f"Trains on {part}{when}{rest}."
+        what = {"weight": "weight", "advantage": "advantage", "clip": "clip range"}[self.use]
+        return f"Trains on all response tokens and gives {part}{when} another {what}."
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.4g}%"
 
 
-def _with_numbers(sentence: str, values: Mapping[str, Any]) -> str:
-    """The sentence with each number's key in backticks replaced by the number."""
+def _with_values(sentence: str, values: Mapping[str, Any]) -> str:
+    """The sentence with each key in backticks replaced by its value: a share in percent, a number, a score."""
     for key in KEYS:
         if not key.values:
-            number = values[key.name]
-            sentence = sentence.replace(
-                f"`{key.name}`", _percent(number) if isinstance(key.default, float) else str(number)
-            )
-    return sentence
+            value = values[key.name]
+            word = _percent(value) if key.name in SHARES else f"{value:g}" if isinstance(value, float) else str(value)
+            sentence = sentence.replace(f"`{key.name}`", word)
+    return sentence.replace("`", "")
 
 
 def _clause(sentence: str) -> str:
     """The part of a sentence before its first colon, as a clause that can follow others."""
-    clause = sentence.partition(":")[0].rstrip(".")
+    clause = sentence.partition(": ")[0].rstrip(".")
     return clause[0].lower() + clause[1:]

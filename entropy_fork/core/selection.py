@@ -1,18 +1,17 @@
-"""Choose the tokens to train on: a share ρ of a pool, by entropy (arXiv 2506.01939, Eq. 6) or by a control.
+"""Choose the tokens to train on: a share ρ of a pool, by entropy (arXiv 2506.01939, Eq. 6) or by another score.
 
 The paper keeps every token with ``H_t >= τ_ρ``. That does not fix the number of tokens: if 90% of the entropies are
 equal it can keep everything, and an interpolated quantile keeps more or fewer than ρN. ``ties="exact"`` keeps exactly
-``ceil(ρN)`` tokens. Of tokens with an entropy of exactly τ, it takes those that come first in their response.
+``ceil(ρN)`` tokens. Of tokens with a score of exactly τ, it takes those that come first in their response.
 ``ties="threshold"`` does what the paper says.
 
-Every selection keeps the tokens of the highest *score*. The score is the entropy (top, band), its negative (bottom) or
-a random number that depends on the token's row and position (random).
+Every selection keeps the highest *ranks*. A token's rank is its score (top, band), the score's negative (bottom) or a
+random number that depends on the token's row and position (random). Scores: ``scores.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from entropy_fork.core.flat import row_slices
-from entropy_fork.core.randomness import uniform_numbers
-from entropy_fork.core.rule import Selector, check_ratio
+from entropy_fork.core.randomness import drawn
+from entropy_fork.core.rule import BLIND, Selector, check_ratio
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Selection:
 
     Attributes:
         kept: bool, shape (num_tokens,): True where the token is trained on.
-        threshold: τ in nats: the lowest entropy that is kept (top and band), or the highest one (bottom). NaN for
-            random, and for a pool without tokens.
+        threshold: τ, in the unit of the score (nats for the entropy): the lowest score that is kept (top and band), or
+            the highest one (bottom). NaN for random, and for a pool without tokens.
         num_tokens: N, the number of eligible tokens in the pool.
         num_kept: how many of them are kept. With ``ties="exact"`` it is :func:`exact_count`: ceil(ρN), but for a band.
     """
@@ -79,7 +78,7 @@ def exact_count(num_tokens: int, selector: Selector) -> int:
 
 
 def select_tokens(
-    entropy: Tensor,
+    score: Tensor,
     eligible: Tensor,
     lengths: Tensor,
     selector: Selector,
@@ -92,7 +91,8 @@ def select_tokens(
     2^24).
 
     Args:
-        entropy: float, shape (num_tokens,), nats: H_t of each position, one row after another.
+        score: float, shape (num_tokens,): what tokens are ranked by, one row after another. In the paper it is H_t in
+            nats, the entropy of the position.
         eligible: bool or int, shape (num_tokens,): the response mask. Tokens outside it (tool output in a multi-turn
             answer, padding rows) are neither counted in N nor kept.
         lengths: int, shape (num_rows,): tokens per row; sums to num_tokens.
@@ -106,20 +106,20 @@ def select_tokens(
         The :class:`Selection`, on the CPU.
 
     Raises:
-        ValueError: the shapes do not fit, the entropy of an eligible token is not finite, or ``random`` has no
+        ValueError: the shapes do not fit, the score of an eligible token is not finite, or ``random`` has no
             ``row_seeds``.
     """
     mask = eligible.detach().cpu().numpy().astype(bool, copy=False)
     rows = lengths.detach().cpu().numpy()
-    if entropy.shape != eligible.shape or entropy.ndim != 1 or int(rows.sum()) != entropy.numel():
+    if score.shape != eligible.shape or score.ndim != 1 or int(rows.sum()) != score.numel():
         raise ValueError(
-            f"entropy {tuple(entropy.shape)} and eligible {tuple(eligible.shape)} must both be flat, with "
+            f"score {tuple(score.shape)} and eligible {tuple(eligible.shape)} must both be flat, with "
             f"sum(lengths) = {int(rows.sum())} tokens"
         )
     num_tokens = int(np.count_nonzero(mask))
     if num_tokens == 0:
         return Selection(torch.zeros(mask.shape, dtype=torch.bool), math.nan, 0, 0)
-    values = entropy.detach().to("cpu", torch.float32).numpy()
+    values = _as_numpy(score)
     everything = num_tokens == values.size
     finite = np.isfinite(values)
     if not everything:
@@ -127,8 +127,12 @@ def select_tokens(
     if not finite.all():
         raise ValueError("the entropy of a response token is not finite: the policy's logits are broken at this step")
 
-    score = SCORES[selector.select]
-    scores = score.of(PoolTokens(values, mask, rows, row_seeds))
+    if selector.select in BLIND:
+        if row_seeds is None:
+            raise ValueError("select=random needs row_seeds, so that the same tokens are drawn again on other ranks")
+        scores = drawn(rows, row_seeds)
+    else:
+        scores = -values if selector.select == "bottom" else values
     # Tokens that must not be kept get the lowest score. At most N tokens are kept, so these never are.
     ranked = scores if everything else np.where(mask, scores, -np.inf)
     order = None if row_order is None else row_order.cpu().numpy()
@@ -136,63 +140,53 @@ def select_tokens(
     kept, last = _highest(ranked, end, selector.ties, rows, order)
     if first > 0:
         above, upper = _highest(ranked, first, selector.ties, rows, order)
-        if selector.ties == "threshold" and upper == last:  # no entropy lies between the edges, so positions decide
+        if selector.ties == "threshold" and upper == last:  # no score lies between the edges, so positions decide
             kept, above = (_highest(ranked, count, "exact", rows, order)[0] for count in (end, first))
         kept &= ~above
     if not everything:
         kept &= mask  # with ties="threshold" and everything kept, -inf itself would pass
-    return Selection(torch.from_numpy(kept), score.sign * last, num_tokens, int(np.count_nonzero(kept)))
+    return Selection(torch.from_numpy(kept), SIGNS[selector.select] * last, num_tokens, int(np.count_nonzero(kept)))
 
 
-@dataclass(frozen=True)
-class PoolTokens:
-    """The tokens of one pool, one row after another: the input of a score.
+#: τ is this times the lowest rank that is kept
+SIGNS = {"top": 1.0, "bottom": -1.0, "random": math.nan, "band": 1.0}
 
-    Attributes:
-        entropy: float32, shape (num_tokens,), nats; finite where ``eligible``.
-        eligible: bool, same shape: the response mask.
+
+def shuffled(
+    kept: Tensor, score: Tensor | None, eligible: Tensor, lengths: Tensor, row_seeds: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Shuffle a selection within each row: as many tokens of a row are kept as before, drawn at random.
+
+    The scores of a row are dealt to its tokens in the same order, so that a kept token still has the score of a kept
+    one.
+
+    Args:
+        kept: bool, shape (num_tokens,).
+        score: float, same shape, if it is needed.
+        eligible: bool, same shape: the tokens of the pools. No other token is kept or moved.
         lengths: int, shape (num_rows,): tokens per row.
-        row_seeds: int64, shape (num_rows,): the seed of each row's draws; None if there are no draws.
+        row_seeds: int64, shape (num_rows,): the seed of each row's draws.
+
+    Returns:
+        Both, shuffled.
     """
-
-    entropy: np.ndarray
-    eligible: np.ndarray
-    lengths: np.ndarray
-    row_seeds: Tensor | None
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a value of ``select`` ranks tokens.
-
-    Attributes:
-        of: the scores, float, shape (num_tokens,). The tokens with the highest ones are kept.
-        sign: 1 or -1: τ in nats is this times the lowest score that is kept. NaN if the score is not an entropy.
-    """
-
-    of: Callable[[PoolTokens], np.ndarray]
-    sign: float = math.nan
+    rows, mask = lengths.cpu().numpy(), eligible.cpu().numpy().astype(bool, copy=False)
+    new_kept = kept.clone()
+    new_score = None if score is None else score.clone()
+    numbers = drawn(rows, row_seeds, stream=1)
+    for row in row_slices(rows):
+        places = torch.from_numpy(np.flatnonzero(mask[row]) + row.start)
+        dealt = places[torch.from_numpy(np.argsort(numbers[places.numpy()], kind="stable"))]
+        new_kept[places] = kept[dealt]
+        if score is not None and new_score is not None:
+            new_score[places] = score[dealt]
+    return new_kept, new_score
 
 
-def _drawn(tokens: PoolTokens) -> np.ndarray:
-    """A number in [0, 1) for each token, from the seed of its row and its position."""
-    if tokens.row_seeds is None:
-        raise ValueError("select=random needs row_seeds, so that the same tokens are drawn again on other ranks")
-    scores = np.empty(tokens.entropy.size)
-    positions = np.arange(tokens.lengths.max(), dtype=np.uint64)
-    seeds = tokens.row_seeds.cpu().numpy().astype(np.uint64)[:, None]
-    for row, seed in zip(row_slices(tokens.lengths), seeds, strict=True):
-        scores[row] = uniform_numbers(seed, positions[: row.stop - row.start])
-    return scores
-
-
-#: the score of each value of ``select``
-SCORES = {
-    "top": Score(lambda tokens: tokens.entropy, sign=1.0),
-    "bottom": Score(lambda tokens: -tokens.entropy, sign=-1.0),
-    "random": Score(_drawn),
-    "band": Score(lambda tokens: tokens.entropy, sign=1.0),
-}
+def _as_numpy(score: Tensor) -> np.ndarray:
+    """float64 as it is, any other type as float32."""
+    values = score.detach().cpu()
+    return values.numpy() if values.dtype == torch.float64 else values.to(torch.float32).numpy()
 
 
 def _highest(

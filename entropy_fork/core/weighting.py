@@ -24,27 +24,27 @@ class Counts:
 
     Attributes:
         num_tokens, num_kept: eligible tokens, and those of them that were kept.
-        entropy_kept: the summed entropy of the kept tokens in nats; used by soft weights only.
+        score_kept: the summed score of the kept tokens; used by soft weights only.
     """
 
     num_tokens: int
     num_kept: int
-    entropy_kept: float = 0.0
+    score_kept: float = 0.0
 
     @classmethod
-    def of(cls, kept: Tensor, eligible: Tensor, entropy: Tensor | None = None) -> Counts:
+    def of(cls, kept: Tensor, eligible: Tensor, score: Tensor | None = None) -> Counts:
         """Count the tokens given.
 
         Args:
             kept: bool, shape (num_tokens,).
             eligible: bool or int, same shape: the response mask.
-            entropy: float, same shape, nats; needed for soft weights only.
+            score: float, same shape; needed for soft weights only.
         """
-        entropy_kept = 0.0
-        if entropy is not None:
+        score_kept = 0.0
+        if score is not None:
             for piece in pieces(kept.numel()):
-                entropy_kept += float(_not_negative(entropy[piece][kept[piece]]).sum())
-        return cls(int(torch.count_nonzero(eligible)), int(torch.count_nonzero(kept)), entropy_kept)
+                score_kept += float(_not_negative(score[piece][kept[piece]]).sum())
+        return cls(int(torch.count_nonzero(eligible)), int(torch.count_nonzero(kept)), score_kept)
 
 
 def token_weights(
@@ -53,7 +53,7 @@ def token_weights(
     lengths: Tensor,
     loss_agg_mode: str,
     denominator: str = "kept",
-    soft_entropy: Tensor | None = None,
+    soft_score: Tensor | None = None,
     counts: Counts | None = None,
 ) -> Tensor:
     """The weight of each token of one mini-batch, or of a part of one.
@@ -72,8 +72,8 @@ def token_weights(
         lengths: int, shape (num_rows,): tokens per row.
         loss_agg_mode: verl's ``actor.loss_agg_mode``.
         denominator: ``kept`` turns verl's mean over all tokens into the mean over the kept ones; ``all`` does not.
-        soft_entropy: float, shape (num_tokens,), nats: if given, a kept token weighs in proportion to its entropy
-            instead of 1. The mean over the kept tokens is 1.
+        soft_score: float, shape (num_tokens,): if given, a kept token weighs in proportion to its score (below 0 it
+            counts as 0) instead of 1. The mean over the kept tokens is 1.
         counts: the counts of the whole mini-batch, if the tokens given are only a part of it (a micro-batch, a rank's
             share).
 
@@ -84,14 +84,14 @@ def token_weights(
         ValueError: a ``loss_agg_mode`` that verl 0.9 does not have, or an unknown ``denominator``.
     """
     check_value("denominator", denominator)
-    counts = Counts.of(kept, eligible, soft_entropy) if counts is None else counts
+    counts = Counts.of(kept, eligible, soft_score) if counts is None else counts
     weights = kept.to(torch.float32)
     if counts.num_kept == 0:
         return weights
-    if soft_entropy is not None and counts.entropy_kept > 0.0:
-        mean = counts.entropy_kept / counts.num_kept
+    if soft_score is not None and counts.score_kept > 0.0:
+        mean = counts.score_kept / counts.num_kept
         for piece in pieces(weights.numel()):
-            weights[piece].mul_((_not_negative(soft_entropy[piece]) / mean).to(torch.float32))
+            weights[piece].mul_((_not_negative(soft_score[piece]) / mean).to(torch.float32))
     if denominator == "all" or loss_agg_mode in TOKEN_SUMS:
         return weights
     if loss_agg_mode == TOKEN_MEAN:
@@ -106,5 +106,5 @@ def token_weights(
     raise ValueError(f"unknown loss_agg_mode {loss_agg_mode!r}: expected one of {LOSS_AGG_MODES}")
 
 
-def _not_negative(entropy: Tensor) -> Tensor:
-    return entropy.to(torch.float64).clamp(min=0.0)
+def _not_negative(score: Tensor) -> Tensor:
+    return score.to(torch.float64).clamp(min=0.0)

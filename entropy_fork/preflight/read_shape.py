@@ -76,7 +76,7 @@ def read_run_shape(config: DictConfig) -> RunShape:
 
 def kept_ratio(fork_config: EntropyForkConfig | None) -> float:
     """The largest share of the tokens that an update of the run looks at."""
-    if fork_config is None:
+    if fork_config is None or fork_config.use != "mask" or (fork_config.where and fork_config.outside == "keep"):
         return 1.0
     ratio = fork_config.top_ratio
     if fork_config.schedule != "constant":
@@ -268,10 +268,11 @@ def _mask(config: DictConfig, fork_config: EntropyForkConfig | None, layout: Lay
     kept = kept_ratio(fork_config)
     if fork_config is None:
         return Mask(kept_ratio=kept, dense_because="nothing is masked", sparse_log_probs=False)
+    may_drop = kept < 1 or (fork_config.use == "mask" and bool(fork_config.where))
     return Mask(
         kept_ratio=kept,
-        dense_because=fork_config.dense_because(config, kept),
-        sparse_log_probs=fork_config.sparse_head and kept < 1 and layout.strategy in MASKED_STRATEGIES,
+        dense_because=fork_config.dense_because(config, may_drop),
+        sparse_log_probs=fork_config.sparse_head and may_drop and layout.strategy in MASKED_STRATEGIES,
     )
 
 

@@ -40,6 +40,7 @@ from entropy_fork.verl.config import (
 )
 from entropy_fork.verl.guards.data_files import check_data_files, reads_with_verl
 from entropy_fork.verl.guards.resume import check_resumable
+from entropy_fork.verl.scores_of_run import unscorable
 
 
 def check_before_training(config: DictConfig) -> None:
@@ -303,6 +304,7 @@ def _unmaskable(config: DictConfig, fork_config: EntropyForkConfig) -> Iterator[
             f"{NODE}.entropy=old {NODE}.pool=mini_batch actor_rollout_ref.actor.shuffle=False, which works in every "
             f"engine (the preset {NODE}=global has these values)."
         )
+    yield from unscorable(config, fork_config)
     if OmegaConf.select(config, "distillation.enabled", default=False):
         yield (
             "distillation.enabled=True replaces the policy loss by one that is not masked. Write "

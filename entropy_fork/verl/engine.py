@@ -8,7 +8,7 @@ has a rule, and only if the worker makes the mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tensordict import TensorDict
@@ -18,6 +18,7 @@ from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine.base import EngineRegistry
 
 from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.core.user_function import load_function
 
 # Import modules, not names: if one of them has caused this import, it is only half imported and lacks some names.
 from entropy_fork.verl import gradient_step, policy_loss, sparse_head
@@ -54,7 +55,7 @@ def install() -> None:
             register(masked)
 
 
-def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
+def admit_worker(worker: Any, loss_mode: str, in_worker: bool, own: Sequence[tuple[str, str]] = ()) -> None:
     """Run in each training worker before the first rollout: let its loss run on batches that the driver has weighed.
 
     A worker without this plugin cannot even unpickle this function, so its run stops.
@@ -63,9 +64,11 @@ def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
         worker: verl's, as Ray holds it.
         loss_mode: the guarded loss that the worker will use.
         in_worker: whether its engine must write the token weights.
+        own: the functions of the user's that it will call, as (key, import path).
 
     Raises:
-        EntropyForkError: the worker has no actor that takes a loss function, or its engine cannot select.
+        EntropyForkError: the worker has no actor that takes a loss function, its engine cannot select, or a function
+            of the user's cannot be imported here.
         ValueError: from verl, if the loss is not registered.
     """
     get_policy_loss_fn(loss_mode)
@@ -78,6 +81,11 @@ def admit_worker(worker: Any, loss_mode: str, in_worker: bool) -> None:
             f"build the engine by verl's EngineRegistry, or write {NODE}.entropy=old {NODE}.pool=mini_batch "
             f"actor_rollout_ref.actor.shuffle=False, which works in every engine."
         )
+    for key, path in own:
+        try:
+            load_function(path, key)
+        except ValueError as error:
+            raise EntropyForkError(f"{error} (in {process_name()}).") from error
     actor.set_loss_fn(policy_loss.weighed_by_driver(actor.loss_fn))
 
 

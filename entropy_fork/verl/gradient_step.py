@@ -12,7 +12,7 @@ with the batch, and the engine (see ``engine.py``) makes the mask before each gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,14 +25,17 @@ from verl.utils.device import get_device_name
 from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.padding import response_from_nested
 
-from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.common.errors import EntropyForkError, named_process, process_name
 from entropy_fork.core.flat import count_per_row
-from entropy_fork.core.ranks import Ranks, select_over_ranks
-from entropy_fork.core.responses import Responses, pool_of_responses, select_in_pools
+from entropy_fork.core.ranks import Ranks, choose_over_ranks, gather_tokens
+from entropy_fork.core.responses import Choice, Responses, choose, pool_of_responses, soft_weights
 from entropy_fork.core.rule import Rule
+from entropy_fork.core.scores import score_of
+from entropy_fork.core.scoring import Tokens
 from entropy_fork.core.selection import exact_count
-from entropy_fork.core.tally import Pool, Tally
+from entropy_fork.core.tally import Tally
 from entropy_fork.core.weighting import Counts, token_weights
+from entropy_fork.core.where import where_of
 from entropy_fork.verl.config import NODE
 from entropy_fork.verl.policy_loss import weights_written
 from entropy_fork.verl.sparse_head import AT_RESPONSES, ENTROPY_OF_MASK, EVERYWHERE, HEAD, SparseHead
@@ -44,6 +47,18 @@ RULE = "entropy_fork_rule"
 ROW_IDENTITY = "entropy_fork_row_identity"
 #: the field that the driver writes if it has selected: 1 for a kept token, else 0; uint8, shape (num_tokens,), flat
 KEPT_TOKENS = "entropy_fork_kept"
+#: the field that the driver writes if it has selected with ``use=weight``: the factor of each kept token, else NaN
+FACTORS = "entropy_fork_factors"
+
+#: verl's field for each field of the scores (``core/scores.py: FIELDS``)
+VERLS_FIELDS: Mapping[str, str] = {
+    "entropy": "entropy",
+    "log_prob": "old_log_probs",
+    "advantage": "advantages",
+    "ref_log_prob": "ref_log_prob",
+    "rollout_log_prob": "rollout_log_probs",
+    "sum_pi_squared": "sum_pi_squared",
+}
 
 #: the field that the worker writes: the number of a row in its mini-batch, by which a micro-batch is recognised
 ROW = "entropy_fork_row"
@@ -86,8 +101,12 @@ class GradientStep:
         if self.rule.pool == "micro_batch":
             self._check_micro_batch(data)
         if self.in_loss:
-            entropy = response_from_nested(model_output.pop(ENTROPY_OF_MASK), data["response_mask"]).values()
-            _multiply_into(data, self._weights_in_loss(data, entropy))
+            mask = data["response_mask"]
+            current = {
+                "entropy": response_from_nested(model_output.pop(ENTROPY_OF_MASK), mask).values().cpu(),
+                "log_prob": response_from_nested(model_output["log_probs"].detach(), mask).values().cpu(),
+            }
+            _multiply_into(data, self._weights_in_loss(data, current))
         with weights_written():
             return self.loss_function(model_output=model_output, data=data, dp_group=dp_group)
 
@@ -108,66 +127,113 @@ class GradientStep:
     def _weights_before(self, data: TensorDict) -> Tensor:
         old = data["entropy"].values().cpu() if "entropy" in data else None
         if self.rule.entropy == "current":
-            responses = _responses_of(data, self._entropy_of_a_pass(data))
+            responses = self._scored(data, self._fields_of_a_pass(data))
         elif old is not None:
-            responses = _responses_of(data, old)
+            responses = self._scored(data, {}, score=KEPT_TOKENS not in data)
         else:
             raise EntropyForkError(f"a mask was asked for, but the batch has no entropies in {process_name()}.")
         if KEPT_TOKENS in data:
-            kept, pools = data[KEPT_TOKENS].values().cpu().bool(), list[Pool]()
+            factors = data[FACTORS].values().cpu() if FACTORS in data else None
+            choice = Choice(data[KEPT_TOKENS].values().cpu().bool(), [], factors)
         else:
-            kept, pools = self._select(responses)
+            choice = self._choose(responses)
         by_old = None
         if self.rule.entropy == "current" and old is not None:
-            by_old, _ = self._select(replace(responses, entropy=old))
-        self._count(data, responses, kept, pools, by_old)
-        soft_entropy = responses.entropy if self.rule.weight == "soft" else None
-        counts = self.ranks.sum_counts(Counts.of(kept, responses.eligible, soft_entropy))
-        return self._weigh(responses, kept, counts)
+            by_old = self._choose(self._scored(data, {})).kept
+        self._count(data, responses, choice, by_old)
+        soft_score = responses.ranked_by if self.rule.weight == "soft" else None
+        counts = self.ranks.sum_counts(Counts.of(choice.kept, responses.eligible, soft_score))
+        return self._weigh(responses, choice, counts)
 
-    def _weights_in_loss(self, data: TensorDict, entropy: Tensor) -> Tensor:
-        responses = _responses_of(data, entropy.cpu())
+    def _weights_in_loss(self, data: TensorDict, current: dict[str, Tensor]) -> Tensor:
+        responses = self._scored(data, current)
         one_pool = torch.zeros_like(responses.lengths)
-        kept, pools = select_in_pools(responses, one_pool, self.rule.selector)
-        by_old = None
-        if "entropy" in data:
-            old = replace(responses, entropy=data["entropy"].values().cpu())
-            by_old, _ = select_in_pools(old, one_pool, self.rule.selector)
-        self._count(data, responses, kept, pools, by_old)
-        return self._weigh(responses, kept, self._counts)
+        choice = choose(responses, one_pool, self.rule)
+        by_old = choose(self._scored(data, {}), one_pool, self.rule).kept if "entropy" in data else None
+        self._count(data, responses, choice, by_old)
+        return self._weigh(responses, choice, self._counts)
 
-    def _select(self, responses: Responses) -> tuple[Tensor, list[Pool]]:
-        if self.rule.pool == "mini_batch":
-            kept, pool = select_over_ranks(responses, self.rule.selector, self.ranks)
-            return kept, [pool]
-        micro_batch = torch.zeros_like(responses.lengths)
-        for number, members in enumerate(self._micro_batches):
-            micro_batch[members] = number
-        one_mini_batch = torch.zeros_like(responses.lengths)
-        return select_in_pools(
-            responses, pool_of_responses(self.rule.pool, one_mini_batch, micro_batch), self.rule.selector
-        )
+    def _scored(self, data: TensorDict, current: dict[str, Tensor], score: bool = True) -> Responses:
+        """The responses of some rows, with score and candidates.
 
-    def _weigh(self, responses: Responses, kept: Tensor, counts: Counts) -> Tensor:
-        soft_entropy = responses.entropy if self.rule.weight == "soft" else None
+        A function that looks at several tokens sees those of all ranks, so then all ranks must call this.
+
+        Args:
+            data: the rows.
+            current: the fields of the current policy; those of the old one are in ``data``.
+            score: whether the rule still has to be applied.
+        """
+        mask = data["response_mask"]
+        needed = score_of(self.rule.score) if self.rule.needs_score and self.rule.score != "entropy" else None
+        where = where_of(self.rule.where) if self.rule.where else None
+        read = {"entropy", *(needed.fields if needed else ()), *(where.fields if where else ())}
+        given = {
+            name: (response_from_nested(data[key], mask) if name == "sum_pi_squared" else data[key]).values().cpu()
+            for name, key in VERLS_FIELDS.items()
+            if name in read and key in data
+        }
+        given |= {name: values for name, values in current.items() if name in read}
+        sizes = {name: values.numel() for name, values in given.items()}
+        if any(size != mask.values().numel() for size in sizes.values()):
+            raise EntropyForkError(f"{sizes} values for {mask.values().numel()} response tokens")
+        order, seeds = data[ROW_IDENTITY].values().cpu().view(-1, 2).unbind(1)
+        eligible, lengths = mask.values().cpu(), mask.offsets().diff().cpu()
+        responses = Responses(given["entropy"], eligible, lengths, order, seeds)
+        if not score:
+            return responses
+        tokens, mine = Tokens(given, eligible, lengths, seeds, torch.zeros_like(lengths)), slice(None)
+        if any(part is not None and not part.elementwise for part in (needed, where)):
+            tokens, mine = gather_tokens(tokens, self.ranks)
+        with named_process():
+            if where is not None:
+                responses = replace(responses, candidates=tokens.where(where)[mine])
+            if needed is not None:
+                responses = replace(responses, score=tokens.score(needed)[mine])
+        return responses
+
+    def _choose(self, responses: Responses) -> Choice:
+        with named_process():
+            if self.rule.pool == "mini_batch":
+                return choose_over_ranks(responses, self.rule, self.ranks)
+            micro_batch = torch.zeros_like(responses.lengths)
+            for number, members in enumerate(self._micro_batches):
+                micro_batch[members] = number
+            one_mini_batch = torch.zeros_like(responses.lengths)
+            return choose(responses, pool_of_responses(self.rule.pool, one_mini_batch, micro_batch), self.rule)
+
+    def _weigh(self, responses: Responses, choice: Choice, counts: Counts) -> Tensor:
+        if self.rule.use != "mask":
+            return soft_weights(choice, responses.eligible, self.rule)
+        soft_score = responses.ranked_by if self.rule.weight == "soft" else None
         mode, denominator = self.rule.loss_agg_mode, self.rule.denominator
-        return token_weights(kept, responses.eligible, responses.lengths, mode, denominator, soft_entropy, counts)
+        return token_weights(choice.kept, responses.eligible, responses.lengths, mode, denominator, soft_score, counts)
 
-    def _count(
-        self, data: TensorDict, responses: Responses, kept: Tensor, pools: list[Pool], by_old: Tensor | None
-    ) -> None:
+    def _count(self, data: TensorDict, responses: Responses, choice: Choice, by_old: Tensor | None) -> None:
         advantages = data["advantages"].values().cpu()
-        self._tallies.append(
-            Tally.of(kept, responses.entropy, responses.eligible, responses.lengths, pools, advantages, by_old)
+        tally = Tally.of(
+            choice.kept,
+            responses.entropy,
+            responses.eligible,
+            responses.lengths,
+            choice.pools,
+            advantages,
+            by_old,
+            responses.candidates,
+            choice.factors,
         )
+        self._tallies.append(tally)
 
-    def _entropy_of_a_pass(self, data: TensorDict) -> Tensor:
+    def _fields_of_a_pass(self, data: TensorDict) -> dict[str, Tensor]:
+        """Entropies and log-probabilities of the current policy, from a pass without gradients."""
         head = tu.get_non_tensor_data(data, key=HEAD, default=EVERYWHERE)
         asked = data.copy()
         tu.assign_non_tensor(asked, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else AT_RESPONSES})
         with _without_training(self._engine):
             output = self._engine.infer_batch(asked)["model_output"]
-        return response_from_nested(output["entropy"], data["response_mask"]).values().cpu()
+        return {
+            name: response_from_nested(output[key], data["response_mask"]).values().cpu()
+            for name, key in (("entropy", "entropy"), ("log_prob", "log_probs"))
+        }
 
     def _counts_of(self, response_mask: Tensor) -> Counts:
         """Kept and eligible tokens of the mini-batch on all ranks, before any of its entropies is known."""
@@ -213,14 +279,6 @@ def _without_training(engine: SparseHead) -> Iterator[None]:
         engine.mode = mode
         for module, was_training in training:
             module.training = was_training
-
-
-def _responses_of(data: TensorDict, entropy: Tensor) -> Responses:
-    mask = data["response_mask"]
-    if entropy.numel() != mask.values().numel():
-        raise EntropyForkError(f"{entropy.numel()} entropies for {mask.values().numel()} response tokens")
-    order, seeds = data[ROW_IDENTITY].values().cpu().view(-1, 2).unbind(1)
-    return Responses(entropy, mask.values().cpu(), mask.offsets().diff().cpu(), order, seeds)
 
 
 def _multiply_into(data: TensorDict, weights: Tensor) -> None:

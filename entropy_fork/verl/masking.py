@@ -18,25 +18,64 @@ the denominator.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.common.errors import EntropyForkError, named_process, process_name
+from entropy_fork.core.factors import changed_advantages, clip_bounds
 from entropy_fork.core.identity import row_order, row_seeds
-from entropy_fork.core.responses import Responses, pool_of_responses, select_in_pools, weigh_mini_batches
+from entropy_fork.core.observed import overlap, rank_correlation, sample_of
+from entropy_fork.core.responses import Choice, Responses, choose, pool_of_responses, weigh_mini_batches
 from entropy_fork.core.rule import Rule
+from entropy_fork.core.scores import score_of
+from entropy_fork.core.scoring import Tokens
 from entropy_fork.core.tally import Tally, draws
+from entropy_fork.core.where import where_of
 from entropy_fork.verl.config import NODE, EntropyForkConfig
-from entropy_fork.verl.gradient_step import KEPT_TOKENS, ROW_IDENTITY, RULE, tally_of
-from entropy_fork.verl.policy_loss import WEIGHED
+from entropy_fork.verl.gradient_step import FACTORS, KEPT_TOKENS, ROW_IDENTITY, RULE, VERLS_FIELDS, tally_of
+from entropy_fork.verl.policy_loss import CLIP_HIGHEST, CLIP_LOWEST, CLIPPED, WEIGHED
 from entropy_fork.verl.queued_batch import FlatField, QueuedBatch
 
 #: the field of verl's batch that verl's policy losses multiply into the loss of each token
 WEIGHTS = "rollout_is_weights"
+
+
+class BatchFields(Mapping[str, Tensor]):
+    """The fields of the scores, fetched from the TransferQueue when they are asked for.
+
+    Args:
+        batch: the batch.
+        offsets: int64, shape (num_rows + 1,): where each response begins and ends.
+        known: fields that were fetched before.
+    """
+
+    def __init__(self, batch: QueuedBatch, offsets: Tensor, known: Mapping[str, Tensor]):
+        self._batch, self._offsets = batch, offsets
+        self._known = dict(known)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            field = self._batch.fetch(VERLS_FIELDS[name])
+            if field is None:
+                raise KeyError(name)
+            if name == "sum_pi_squared":  # verl writes it for whole rows
+                field = field.at_responses(self._offsets)
+            if not torch.equal(field.offsets, self._offsets):
+                raise EntropyForkError(f"the field {VERLS_FIELDS[name]} and the response mask have different lengths")
+            self._known[name] = field.values
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, of_verl in VERLS_FIELDS.items() if name in self._known or of_verl in self._batch)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 @dataclass(frozen=True)
@@ -130,14 +169,53 @@ class Masking(ABC):
             raise EntropyForkError("entropies and response masks of the batch have different lengths")
         seeds = row_seeds(identities, self.fork_config.seed, update.step, update.number)
         responses = Responses(entropy.values, eligible, offsets.diff(), row_order(identities), seeds)
-        if rule.selector.select == "random":
+        if self.fork_config.draws:
             _add(metrics, draws(seeds, eligible, responses.lengths))
         metrics[f"{NODE}/top_ratio"] = rule.selector.top_ratio
         return responses, offsets
 
+    def _choose(
+        self,
+        batch: QueuedBatch,
+        responses: Responses,
+        offsets: Tensor,
+        mini_batch: Tensor,
+        rule: Rule,
+        metrics: dict[str, float],
+    ) -> tuple[Responses, Choice, Tally]:
+        """Score the tokens, choose in each pool, and add the counts to the metrics."""
+        pool = pool_of_responses(rule.pool, mini_batch)
+        window = torch.zeros_like(mini_batch) if rule.pool == "batch" else mini_batch
+        fields = BatchFields(batch, offsets, {"entropy": responses.entropy})
+        tokens = Tokens(fields, responses.eligible, responses.lengths, responses.seeds, window)
+        with named_process():
+            if rule.where:
+                responses = replace(responses, candidates=tokens.where(where_of(rule.where)))
+            if rule.needs_score and rule.score != "entropy":
+                responses = replace(responses, score=tokens.score(score_of(rule.score)))
+            choice = choose(responses, pool, rule)
+            for name in self.fork_config.observe:
+                _observe(name, tokens, responses, choice, pool, rule, metrics)
+        tally = Tally.of(
+            choice.kept,
+            responses.entropy,
+            responses.eligible,
+            responses.lengths,
+            choice.pools,
+            fields["advantage"],
+            in_pools=responses.candidates,
+            factors=choice.factors,
+        )
+        _add(metrics, tally.metrics())
+        return responses, choice, tally
+
 
 class SelectOnDriver(Masking):
-    """The driver selects and writes the token weights. The workers only multiply, which every engine of verl can do."""
+    """The driver selects and writes the token weights. The workers only multiply, which every engine of verl can do.
+
+    With ``use=advantage`` the driver also writes the advantages. With ``use=clip`` it also writes the clip range of
+    each token, and the guarded loss of the worker uses it (``clip_by_token.py``).
+    """
 
     in_worker = False
     selected_field = WEIGHTS
@@ -145,40 +223,62 @@ class SelectOnDriver(Masking):
     def __init__(self, config: Any, fork_config: EntropyForkConfig):
         super().__init__(config, fork_config)
         self._num_dropped = 0  # tokens of the last batch that were given the weight 0
+        self._num_weighed = 0  # tokens of the last batch that were given another weight than 1
 
     def fields_to_write(self, batch: QueuedBatch, update: Update, metrics: dict[str, float]) -> dict[str, FlatField]:
-        """The token weights, times the importance weights that are there already."""
+        """The token weights, times the importance weights that are there already; and what else ``use`` changes."""
         rule, config = self._rule_at(update.step), self._config.actor_rollout_ref
         responses, offsets = self._read(batch, update, rule, metrics)
         mini_batch = mini_batch_of_row(
             len(batch), config.actor.ppo_mini_batch_size, config.rollout.n, _num_ranks(update.workers)
         )
-        kept, tally = _select(batch, responses, pool_of_responses(rule.pool, mini_batch), rule, metrics)
-        weights = weigh_mini_batches(responses, kept, mini_batch, rule)
-        del responses, kept
+        responses, choice, tally = self._choose(batch, responses, offsets, mini_batch, rule, metrics)
+        written: dict[str, FlatField] = {}
+        if rule.use == "advantage":
+            written["advantages"] = FlatField(self._advantages(batch, choice, rule), offsets)
+        elif rule.use == "clip":
+            low, high = _clip_range(config.actor)
+            assert choice.factors is not None
+            assert choice.score is not None
+            lowest, highest = clip_bounds(choice.factors, choice.score, rule, low, high)
+            written |= {CLIP_LOWEST: FlatField(lowest, offsets), CLIP_HIGHEST: FlatField(highest, offsets)}
+        weights = weigh_mini_batches(responses, choice, mini_batch, rule)
+        num_tokens = int(tally.num_tokens)
+        del responses, choice
+        self._num_dropped = num_tokens - int(torch.count_nonzero(weights))
+        self._num_weighed = num_tokens - int(torch.count_nonzero(weights == 1)) if rule.use == "weight" else 0
         importance = batch.fetch(WEIGHTS)
         if importance is not None:
             weights *= importance.values
-        self._num_dropped = int(tally.num_tokens - tally.num_kept)
-        return {WEIGHTS: FlatField(weights, offsets)}
+        return {WEIGHTS: FlatField(weights, offsets), **written}
 
     def flags_to_send(self, step: int) -> dict[str, Any]:
-        """That the weights are written."""
-        return {WEIGHED: True}
+        """That the weights are written, and whether clip ranges are."""
+        return {WEIGHED: True, CLIPPED: True} if self.fork_config.use == "clip" else {WEIGHED: True}
 
     def metrics_of_update(self, returned: dict[str, float], num_rows: int, step: int) -> dict[str, float]:
         """None: all were reported when the driver selected. Checks that the weights reached the loss.
 
         Raises:
-            EntropyForkError: the update trained on tokens that had the weight 0.
+            EntropyForkError: the update trained on tokens that had the weight 0, or did not weigh the others.
         """
-        if self._num_dropped and not returned[f"{NODE}/loss_dropped"]:
-            raise EntropyForkError(
-                f"{self._num_dropped} tokens of this batch were given the weight 0, but the actor's update of step "
-                f"{step} trained on all of them: something wrote the field {WEIGHTS} again after verl's "
-                f"_compute_advantage. Write importance weights of your own before it, or multiply them in."
-            )
+        for count, metric, what in (
+            (self._num_dropped, "loss_dropped", "the weight 0"),
+            (self._num_weighed, "loss_weighed", "another weight than 1"),
+        ):
+            if count and not returned[f"{NODE}/{metric}"]:
+                raise EntropyForkError(
+                    f"{count} tokens of this batch were given {what}, but the actor's update of step {step} trained on "
+                    f"all of them alike: something wrote the field {WEIGHTS} again after verl's _compute_advantage. "
+                    f"Write importance weights of your own before it, or multiply them in."
+                )
         return {}
+
+    def _advantages(self, batch: QueuedBatch, choice: Choice, rule: Rule) -> Tensor:
+        advantages = batch.fetch("advantages")
+        assert advantages is not None
+        assert choice.factors is not None
+        return changed_advantages(advantages.values, choice.factors, rule)
 
 
 class SelectInWorker(Masking):
@@ -218,8 +318,14 @@ class SelectOnDriverWeighInWorker(SelectInWorker):
         rule = self._rule_at(update.step)
         responses, offsets = self._read(batch, update, rule, metrics)
         whole_batch = torch.zeros_like(responses.lengths)
-        kept, _ = _select(batch, responses, whole_batch, rule, metrics)
-        return {ROW_IDENTITY: _order_and_seeds(responses), KEPT_TOKENS: FlatField(kept.to(torch.uint8), offsets)}
+        responses, choice, _ = self._choose(batch, responses, offsets, whole_batch, rule, metrics)
+        written = {
+            ROW_IDENTITY: _order_and_seeds(responses),
+            KEPT_TOKENS: FlatField(choice.kept.to(torch.uint8), offsets),
+        }
+        if choice.factors is not None:
+            written[FACTORS] = FlatField(choice.factors, offsets)
+        return written
 
     def metrics_of_update(self, returned: dict[str, float], num_rows: int, step: int) -> dict[str, float]:
         """None: all were reported when the driver selected."""
@@ -279,16 +385,29 @@ def _response_mask(batch: QueuedBatch) -> tuple[Tensor, Tensor]:
     return mask.values.bool(), mask.offsets
 
 
-def _select(
-    batch: QueuedBatch, responses: Responses, pool_of_response: Tensor, rule: Rule, metrics: dict[str, float]
-) -> tuple[Tensor, Tally]:
-    """Select in each pool, and add the counts to the metrics. Returns the kept tokens, bool, shape (num_tokens,)."""
-    kept, pools = select_in_pools(responses, pool_of_response, rule.selector)
-    advantages = batch.fetch("advantages")
-    assert advantages is not None  # verl has just written them
-    tally = Tally.of(kept, responses.entropy, responses.eligible, responses.lengths, pools, advantages.values)
-    _add(metrics, tally.metrics())
-    return kept, tally
+def _observe(
+    name: str,
+    tokens: Tokens,
+    responses: Responses,
+    choice: Choice,
+    pool: Tensor,
+    rule: Rule,
+    metrics: dict[str, float],
+) -> None:
+    """Add how a score that is not trained on compares with the one that is."""
+    other = tokens.score(score_of(name))
+    sample = sample_of(responses.in_pools, responses.lengths, responses.seeds)
+    compared = {
+        f"overlap_with_{name}": overlap(replace(responses, score=other), choice.kept, pool, rule.selector),
+        f"rank_correlation_with_{name}": rank_correlation(responses.ranked_by[sample], other[sample]),
+    }
+    _add(metrics, {key: value for key, value in compared.items() if not math.isnan(value)})
+
+
+def _clip_range(actor: Any) -> tuple[float, float]:
+    """verl's ε below and above 1."""
+    low, high = (actor.get(name) for name in ("clip_ratio_low", "clip_ratio_high"))
+    return (actor.clip_ratio if low is None else low), (actor.clip_ratio if high is None else high)
 
 
 def _order_and_seeds(responses: Responses) -> FlatField:

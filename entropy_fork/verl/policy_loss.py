@@ -26,13 +26,20 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.utils import tensordict_utils as tu
 
 from entropy_fork.common.errors import EntropyForkError, process_name
+from entropy_fork.verl.clip_by_token import clipped_by_token
 from entropy_fork.verl.config import MASKABLE_LOSSES, NODE, guarded_name
 
 #: the flag of a batch whose token weights the driver has written
 WEIGHED = "entropy_fork_weighed"
 
+#: the flag of a batch that has a clip range for each token, and the fields that the driver writes then: the lowest and
+#: the highest ratio of each response token; float32, shape (num_tokens,), flat
+CLIPPED = "entropy_fork_clipped"
+CLIP_LOWEST, CLIP_HIGHEST = "entropy_fork_clip_lowest", "entropy_fork_clip_highest"
+
 _written = ContextVar("entropy_fork_weights_written", default=False)
 _sees_kept_only = ContextVar("entropy_fork_sees_kept_only", default=False)
+_bounds: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("entropy_fork_bounds", default=None)
 
 
 @contextmanager
@@ -46,15 +53,38 @@ def weights_written() -> Iterator[None]:
 
 
 def weighed_by_driver(loss_function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same loss function, inside :func:`weights_written` if the batch has the flag :data:`WEIGHED`."""
+    """The same loss function, inside :func:`weights_written` if the batch has the flag :data:`WEIGHED`.
+
+    If the batch has the flag :data:`CLIPPED`, the loss gets the clip range of each token.
+
+    Raises:
+        EntropyForkError: when it is called, the batch has that flag but no clip ranges.
+    """
 
     def loss(**arguments: Any) -> Any:
-        if not tu.get_non_tensor_data(arguments["data"], key=WEIGHED, default=False):
+        data = arguments["data"]
+        if not tu.get_non_tensor_data(data, key=WEIGHED, default=False):
             return loss_function(**arguments)
-        with weights_written():
-            return loss_function(**arguments)
+        clipped = tu.get_non_tensor_data(data, key=CLIPPED, default=False)
+        token = _bounds.set(_padded_bounds(data) if clipped else None)
+        try:
+            with weights_written():
+                return loss_function(**arguments)
+        finally:
+            _bounds.reset(token)
 
     return loss
+
+
+def _padded_bounds(data: Any) -> tuple[Tensor, Tensor]:
+    """The clip range of each token in the shape of verl's losses: (rows, response_length), padded with 0."""
+    if CLIP_LOWEST not in data or CLIP_HIGHEST not in data:
+        raise EntropyForkError(
+            f"entropy_fork.use=clip was asked for, but the batch has no clip ranges in {process_name()}. It would "
+            f"train with verl's range, so it stops here."
+        )
+    padded = data.select(CLIP_LOWEST, CLIP_HIGHEST).to_padded_tensor()
+    return padded[CLIP_LOWEST], padded[CLIP_HIGHEST]
 
 
 def seeing_kept_only(loss_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,21 +116,26 @@ def _guarded(name: str) -> Callable[..., Any]:
                 f"train on all tokens, so it stops here. Token weights come from verl's PPOTrainer: a trainer of your "
                 f"own must call its _compute_advantage and _update_actor."
             )
-        # Looked up at every call: if somebody registers another loss under verl's name, that one is used.
-        loss, metrics = get_policy_loss_fn(name)(
-            old_log_prob=old_log_prob,
-            log_prob=log_prob,
-            advantages=advantages,
-            response_mask=response_mask,
-            loss_agg_mode=loss_agg_mode,
-            config=config,
-            rollout_is_weights=rollout_is_weights,
-        )
+        bounds = _bounds.get()
+        arguments: dict[str, Any] = {
+            "old_log_prob": old_log_prob,
+            "log_prob": log_prob,
+            "advantages": advantages,
+            "response_mask": response_mask,
+            "loss_agg_mode": loss_agg_mode,
+            "config": config,
+            "rollout_is_weights": rollout_is_weights,
+        }
+        if bounds is not None:
+            loss, metrics = clipped_by_token(**arguments, bounds=bounds)
+        else:  # Looked up at every call: if somebody registers another loss under verl's name, that one is used.
+            loss, metrics = get_policy_loss_fn(name)(**arguments)
         kept = (rollout_is_weights != 0) & response_mask.bool()
         if _sees_kept_only.get():
             metrics = _of_kept(metrics, float(kept.sum() / response_mask.sum()))
-        sums = kept_sums(old_log_prob, log_prob.detach(), advantages, kept, config)
+        sums = kept_sums(old_log_prob, log_prob.detach(), advantages, kept, config, bounds)
         sums[f"{NODE}/loss_dropped"] = float((response_mask.bool() & ~kept).sum())
+        sums[f"{NODE}/loss_weighed"] = float((response_mask.bool() & (rollout_is_weights != 1)).sum())
         return loss, metrics | sums
 
     return policy_loss
@@ -112,7 +147,12 @@ def _of_kept(metrics: dict[str, Any], share: float) -> dict[str, Any]:
 
 
 def kept_sums(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, kept: Tensor, config: Any
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    kept: Tensor,
+    config: Any,
+    bounds: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, float]:
     """What verl's ``pg_clipfrac`` and ``ppo_kl`` would be on the kept tokens, as sums over a micro-batch.
 
@@ -127,6 +167,7 @@ def kept_sums(
         advantages: float, same shape.
         kept: bool, same shape.
         config: verl's ``ActorConfig``, for its clip range.
+        bounds: the lowest and the highest ratio of each token, same shape, if each has its own range.
 
     Returns:
         The number of kept tokens; how many of them PPO's clip would remove from the gradient (whether or not this loss
@@ -136,7 +177,8 @@ def kept_sums(
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     log_ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0)  # as verl does, against overflow
     ratio = log_ratio.exp()
-    clipped = ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+    lowest, highest = (1 - low, 1 + high) if bounds is None else bounds
+    clipped = ((ratio > highest) & (advantages > 0)) | ((ratio < lowest) & (advantages < 0))
     return {
         f"{NODE}/loss_tokens": float(kept.sum()),
         f"{NODE}/loss_clipped": float((clipped & kept).sum()),

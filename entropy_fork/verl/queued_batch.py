@@ -41,6 +41,19 @@ class FlatField(NamedTuple):
         num_rows, per_row = values.shape
         return cls(values.flatten(), torch.arange(0, num_rows * per_row + 1, per_row))
 
+    def at_responses(self, offsets: Tensor) -> FlatField:
+        """The part of a field of whole rows, prompt and response, that belongs to the response tokens.
+
+        verl writes a token's value at the position before it (``workers/utils/padding.py: response_from_nested``).
+
+        Args:
+            offsets: int64, shape (num_rows + 1,): where each response begins and ends.
+        """
+        lengths = offsets.diff()
+        first = self.offsets[1:] - lengths - 1
+        places = torch.arange(int(lengths.sum())) + (first - offsets[:-1]).repeat_interleave(lengths)
+        return FlatField(self.values[places], offsets)
+
 
 class QueuedBatch:
     """A batch in the TransferQueue.

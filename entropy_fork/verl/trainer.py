@@ -31,13 +31,14 @@ from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.common.verl_types import BatchDescription, StockTrainer
 from entropy_fork.core.rule import TOKEN_MEAN
 from entropy_fork.verl.checks import check_maskable
-from entropy_fork.verl.config import NODE, EntropyForkConfig, guard_loss, read_config
+from entropy_fork.verl.config import NODE, EntropyForkConfig, default_of, guard_loss, read_config
 from entropy_fork.verl.engine import admit_worker
 from entropy_fork.verl.guards.checkpoint import WholeCheckpoints
 from entropy_fork.verl.guards.waiting import WatchedWaiting
 from entropy_fork.verl.masking import Masking, Update, masking_of
 from entropy_fork.verl.policy_loss import kept_means
 from entropy_fork.verl.queued_batch import QueuedBatch
+from entropy_fork.verl.scores_of_run import fields_read, own_functions
 from entropy_fork.verl.sparse_head import AT_KEPT, AT_RESPONSES, EVERYWHERE, HEAD
 from entropy_fork.verl.token_dump import TokenDump
 
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
     Base = StockTrainer
 else:
     Base = object  # install() puts the mixins in front of verl's own methods
+
+
+#: verl's flag for the field of that name
+SUM_PI_SQUARED = "calculate_sum_pi_squared"
 
 
 class TokenWeights(Base):
@@ -66,7 +71,7 @@ class TokenWeights(Base):
             guard_loss(config)  # what the workers will be given
             words = _in_words(fork_config, config.actor_rollout_ref.actor.loss_agg_mode)
             print(f"entropy_fork: {words} is active in {process_name()}", flush=True)
-            reason = fork_config.dense_because(config, fork_config.selector_at(1).kept_share)
+            reason = fork_config.dense_because(config, fork_config.may_drop_at(1))
             where = "kept positions only" if reason is None else f"every position, because {reason}"
             print(f"entropy_fork: the LM head of an update computes {where}", flush=True)
             self._entropy_fork_masking = masking_of(config, fork_config)
@@ -78,14 +83,22 @@ class TokenWeights(Base):
         super()._setup()
         if self._entropy_fork_masking is not None:
             loss_mode = self.config.actor_rollout_ref.actor.policy_loss.loss_mode
-            needs = (loss_mode, self._entropy_fork_masking.in_worker)
+            masking = self._entropy_fork_masking
+            needs = (loss_mode, masking.in_worker, own_functions(masking.fork_config) if masking.in_worker else ())
             ray.get([worker.__ray_call__.remote(admit_worker, *needs) for worker in self.actor_rollout_wg.workers])
         if self._entropy_fork_dump is not None:
             self._entropy_fork_dump.start()
 
     def _compute_old_log_prob(self, batch: BatchDescription, metrics: dict[str, Any]) -> BatchDescription:
         self._entropy_fork_ask_for_head(batch)
-        return super()._compute_old_log_prob(batch, metrics)
+        masking = self._entropy_fork_masking
+        if masking is None or "sum_pi_squared" not in fields_read(masking.fork_config):
+            return super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info[SUM_PI_SQUARED] = True  # verl's engines compute it then, in this pass
+        returned = super()._compute_old_log_prob(batch, metrics)
+        for described in (batch, returned):
+            described.extra_info.pop(SUM_PI_SQUARED, None)
+        return returned
 
     def _compute_ref_log_prob(self, batch: BatchDescription, metrics: dict[str, Any]) -> BatchDescription:
         self._entropy_fork_ask_for_head(batch)
@@ -138,11 +151,10 @@ class TokenWeights(Base):
         if self._entropy_fork_masking is None:
             return
         fork_config = self._entropy_fork_masking.fork_config
-        kept_share = fork_config.selector_at(self.global_steps).kept_share
-        if kept_share == 1:
+        if not fork_config.may_drop_at(self.global_steps):
             batch.extra_info.pop(HEAD, None)
         elif is_update:
-            reason = fork_config.dense_because(self.config, kept_share)
+            reason = fork_config.dense_because(self.config, may_drop=True)
             batch.extra_info[HEAD] = AT_KEPT if reason is None else EVERYWHERE
         else:
             batch.extra_info[HEAD] = AT_RESPONSES if fork_config.sparse_head else EVERYWHERE
@@ -151,7 +163,7 @@ class TokenWeights(Base):
 def _in_words(fork_config: EntropyForkConfig, loss_agg_mode: str = TOKEN_MEAN) -> str:
     """The keys that are not the default, and what they mean."""
     changed = [
-        f.name for f in fields(fork_config) if getattr(fork_config, f.name) != f.default or f.name == "top_ratio"
+        f.name for f in fields(fork_config) if getattr(fork_config, f.name) != default_of(f) or f.name == "top_ratio"
     ]
     settings = " ".join(f"{name}={getattr(fork_config, name)}" for name in changed)
     return f"{settings} ({fork_config.rule(loss_agg_mode).describe()[:-1]})"

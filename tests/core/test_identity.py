@@ -167,7 +167,7 @@ def seen(
 ) -> tuple[Responses, dict[str, float]]:
     """The rows that the hook selects from, and its metrics. There are 4 prompts of 4 answers, all with the index 0."""
     kept: list[Responses] = []
-    select = masking.select_in_pools
+    select = masking.choose
 
     class OfAnUpdate(Masked):
         def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
@@ -180,7 +180,7 @@ def seen(
         return select(responses, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(masking, "select_in_pools", selecting)
+        patch.setattr(masking, "choose", selecting)
         keys = [f"{'abcd'[row // 4]}_{row % 4}_0" for row in range(NUM_ROWS)]
         prompts = jagged(torch.arange(NUM_ROWS) // 4, torch.ones(NUM_ROWS, dtype=torch.int64))
         fork_config = EntropyForkConfig(**settings)

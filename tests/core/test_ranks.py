@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entropy_fork.core.ranks import Ranks
-from entropy_fork.core.responses import select_in_pools, weigh_mini_batches
+from entropy_fork.core.responses import choose, weigh_mini_batches
 from entropy_fork.core.rule import TOKEN_MEAN, Rule, Selector
 from entropy_fork.core.tally import Pool, Tally
 
@@ -35,8 +35,8 @@ def test_the_same_weights_on_any_number_of_ranks(
     rule = Rule(selector, loss_agg_mode=mode, denominator=denominator, weight=weight)
     rows = make_rows(seed, num_rows=8)
     one = torch.zeros(8, dtype=torch.int64)
-    kept, pools = select_in_pools(rows, one, selector)
-    expected = weigh_mini_batches(rows, kept, one, rule).split(rows.lengths.tolist())
+    choice = choose(rows, one, rule)
+    expected, pools = weigh_mini_batches(rows, choice, one, rule).split(rows.lengths.tolist()), choice.pools
 
     padded = with_padding_rows(rows, 4)
     deal = list(range(12))

@@ -23,12 +23,23 @@ NUMBERS = {"top_ratio": 0.3, "final_ratio": 0.5, "schedule_steps": 40, "seed": 7
 VALUES = [(key, value) for key in KEYS for value in key.values]
 
 
+#: the keys about what is done with a score; the other keys are about which tokens are kept
+ABOUT_USE = ("control", "use", "map", "normalize", "combine", "outside")
+
+
 def combinations() -> Iterator[dict[str, Any]]:
-    """Every combination of values, allowed or not."""
+    """Every combination of values, allowed or not: of the keys about use, and of the other keys."""
     named = [key for key in KEYS if key.values]
-    for values in product(*(key.values for key in named)):
-        chosen = dict(zip([key.name for key in named], values, strict=True))
-        yield {**NUMBERS, **chosen, "band_from": 0.1 if chosen["select"] == "band" else 0.0}
+    usual = {key.name: key.default for key in KEYS} | NUMBERS
+    for about_use in (False, True):
+        some = [key for key in named if (key.name in ABOUT_USE) == about_use]
+        for values in product(*(key.values for key in some)):
+            chosen = dict(zip([key.name for key in some], values, strict=True))
+            if not about_use:
+                yield {**usual, **chosen, "band_from": 0.1 if chosen["select"] == "band" else 0.0}
+                continue
+            for where in ("", "advantage > 0"):
+                yield {**usual, **chosen, "score": "surprisal", "where": where}
 
 
 def rule_or_none(values: dict[str, Any]) -> Rule | None:
@@ -54,7 +65,11 @@ def test_every_key_has_a_sentence() -> None:
     for key in (*KEYS, *keys(), *keys(GuardsConfig)):
         assert re.match(r"[A-Zρ].*\.$", key.sentence, re.DOTALL), key
         assert not key.values or key.default in key.values
-    assert all(other in KEY_OF and set(values) <= set(KEY_OF[other].values) for other, values in ONLY_WITH.values())
+    for ways in ONLY_WITH.values():
+        for way in ways:
+            for other, values in way.items():
+                assert other in KEY_OF
+                assert other == "score" or set(values) <= set(KEY_OF[other].values)
 
 
 def test_every_combination_has_one_description_that_tells_all_of_it() -> None:
@@ -85,7 +100,7 @@ def test_every_value_is_told_by_doctor_and_plan(key: Key, value: str) -> None:
 
 def test_the_sentence_of_the_default() -> None:
     assert Rule.of().describe() == (
-        "Trains on 20% of the response tokens: keeps the tokens with the highest entropy, measures entropy under the "
+        "Trains on 20% of the response tokens: keeps the tokens with the highest entropy, measures it under the "
         "old policy, selects in each mini-batch over all ranks, keeps exactly that share, rounded up to whole tokens, "
         "divides the loss by the number of kept tokens and weighs every kept token the same."
     )
@@ -114,7 +129,7 @@ def test_a_rule_of_a_step_is_constant() -> None:
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"topratio": 0.1}, "there is no key topratio; the keys are top_ratio, select, "),
+        ({"topratio": 0.1}, "there is no key topratio; the keys are top_ratio, score, select, "),
         ({"schedule": "stairs"}, "schedule must be one of .+, got 'stairs'"),
         ({"schedule": "linear"}, "schedule=linear needs schedule_steps"),
         ({"schedule": "linear", "schedule_steps": 5, "final_ratio": 1.5}, r"must be in \(0, 1\], got 1.5"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from entropy_fork.core.ranks import Ranks, select_over_ranks
+from entropy_fork.core.ranks import Ranks, choose_over_ranks
 from entropy_fork.core.responses import Responses
 from entropy_fork.core.rule import SELECTS, Rule, Selector
 from entropy_fork.core.tally import Pool
@@ -69,10 +69,10 @@ def with_padding_rows(responses: Responses, number: int, entropy: float = 9.0) -
 def weights_on_rank(_: dict, responses: Responses, rule: Rule) -> tuple[list[torch.Tensor], Pool]:
     """Do a rank's work on its rows. Returns the weights of each row, and the pool over all ranks."""
     ranks = Ranks(torch.distributed.group.WORLD)
-    kept, pool = select_over_ranks(responses, rule.selector, ranks)
+    choice = choose_over_ranks(responses, rule, ranks)
     soft = responses.entropy if rule.weight == "soft" else None
-    counts = ranks.sum_counts(Counts.of(kept, responses.eligible, soft))
+    counts = ranks.sum_counts(Counts.of(choice.kept, responses.eligible, soft))
     weights = token_weights(
-        kept, responses.eligible, responses.lengths, rule.loss_agg_mode, rule.denominator, soft, counts
+        choice.kept, responses.eligible, responses.lengths, rule.loss_agg_mode, rule.denominator, soft, counts
     )
-    return list(weights.split(responses.lengths.tolist())), pool
+    return list(weights.split(responses.lengths.tolist())), choice.pools[0]

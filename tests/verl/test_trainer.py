@@ -23,7 +23,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig
 
 from entropy_fork.common.errors import EntropyForkError
-from entropy_fork.core.responses import Responses, pool_of_responses, select_in_pools, weigh_mini_batches
+from entropy_fork.core.responses import Responses, choose, pool_of_responses, weigh_mini_batches
 from entropy_fork.core.rule import Rule, Selector
 from entropy_fork.core.tally import Pool
 from entropy_fork.verl import masking, trainer
@@ -45,8 +45,8 @@ def weights_by_row(
 ) -> tuple[list[torch.Tensor], list[Pool]]:
     lengths = torch.tensor([len(row) for row in entropies])
     rows = Responses(torch.cat(entropies), torch.cat(masks), lengths, order, seeds=order)
-    kept, pools = select_in_pools(rows, pool_of_responses(rule.pool, mini_batch), rule.selector)
-    return list(weigh_mini_batches(rows, kept, mini_batch, rule).split(lengths.tolist())), pools
+    choice = choose(rows, pool_of_responses(rule.pool, mini_batch), rule)
+    return list(weigh_mini_batches(rows, choice, mini_batch, rule).split(lengths.tolist())), choice.pools
 
 
 TOP20 = Selector(0.2)

@@ -5,7 +5,7 @@
 - ``nodes``: reads the nodes, gives them their types, and refuses a node in a place where it would do nothing.
 
 ``entropy_fork/verl/checks.py`` checks the rest of the config. Every process of a run imports this folder, so it imports
-neither torch nor a module of verl.
+no module of verl.
 """
 
 from entropy_fork.common.asked_for import NODE
@@ -37,7 +37,7 @@ from entropy_fork.verl.config.nodes import (
     read_guards,
     read_node,
 )
-from entropy_fork.verl.config.schema import EntropyForkConfig, GuardsConfig, keys, register_schema
+from entropy_fork.verl.config.schema import EntropyForkConfig, GuardsConfig, default_of, keys, register_schema
 
 __all__ = [
     "ALL_TOKENS",
@@ -56,6 +56,7 @@ __all__ = [
     "TrainedOn",
     "averages_by_sequence",
     "check_places",
+    "default_of",
     "guard_loss",
     "guarded_name",
     "is_guarded",

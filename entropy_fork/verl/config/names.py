@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 from typing import Any
 
@@ -87,8 +89,16 @@ def selection_name(config: DictConfig) -> str:
     for name in RULE_KEYS:
         value = node[name]
         if name not in ("select", "top_ratio") and value != KEY_OF[name].default:
-            words.append(value if isinstance(value, str) else f"{name}{value:g}")
+            words.append(_as_word(value) if isinstance(value, str) else f"{name}{value:g}")
     return "-".join(words)
+
+
+def _as_word(value: str) -> str:
+    """A value as a part of a name. A condition or an import path is shortened, and told apart by a hash."""
+    if re.fullmatch(r"[\w.]+", value):
+        return value
+    plain = re.sub(r"\W+", "_", value).strip("_")[:24]
+    return f"{plain}_{hashlib.sha256(value.encode()).hexdigest()[:6]}"
 
 
 # ``${entropy_fork_name:}`` in a recipe. Every process that reads a config with our node imports this module.

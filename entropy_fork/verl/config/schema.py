@@ -6,15 +6,16 @@ For the keys of the rule, default and sentence are in ``entropy_fork/core/rule.p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from entropy_fork.common.asked_for import GUARDS, NODE
-from entropy_fork.core.rule import KEY_OF, TOKEN_MEAN, Key, Rule, Selector, has_effect
+from entropy_fork.core.rule import BLIND, KEY_OF, TOKEN_MEAN, Key, Rule, has_effect
 from entropy_fork.core.schedule import rule_at
+from entropy_fork.core.scores import check_score_name
 from entropy_fork.verl.config.names import (
     ALL_TOKENS,
     ANSWERS_PER_STEP,
@@ -36,17 +37,36 @@ def _own(default: object, sentence: str) -> Any:
     return field(default=default, metadata={"sentence": sentence})
 
 
+def default_of(key: Field[Any]) -> Any:
+    """The default value of a key."""
+    return key.default if key.default_factory is MISSING else key.default_factory()
+
+
 @dataclass
 class EntropyForkConfig:
-    """The node ``entropy_fork``: which tokens are trained on, by the entropy of their position.
+    """The node ``entropy_fork``: which tokens are trained on, by the entropy of their position or another score.
 
     The meaning of each key: :func:`keys`. See also docs/reference/semantics.md.
     """
 
     enabled: bool = _own(True, "Whether there is a mask. `false` is stock verl: the preset `off`.")
     top_ratio: float = _of_rule("top_ratio")
+    score: str = _of_rule("score")
     select: str = _of_rule("select")
     band_from: float = _of_rule("band_from")
+    where: str = _of_rule("where")
+    outside: str = _of_rule("outside")
+    control: str = _of_rule("control")
+    use: str = _of_rule("use")
+    map: str = _of_rule("map")
+    map_offset: float = _of_rule("map_offset")
+    map_slope: float = _of_rule("map_slope")
+    map_rate: float = _of_rule("map_rate")
+    map_low: float = _of_rule("map_low")
+    map_high: float = _of_rule("map_high")
+    normalize: str = _of_rule("normalize")
+    combine: str = _of_rule("combine")
+    add_limit: float = _of_rule("add_limit")
     entropy: str = _of_rule("entropy")
     pool: str = _of_rule("pool")
     ties: str = _of_rule("ties")
@@ -56,6 +76,13 @@ class EntropyForkConfig:
     final_ratio: float = _of_rule("final_ratio")
     schedule_steps: int = _of_rule("schedule_steps")
     seed: int = _of_rule("seed")
+    observe: list[str] = field(
+        default_factory=list,
+        metadata={
+            "sentence": "Scores to measure beside the one that is trained on, `[surprisal,covariance]`: at each step, "
+            "how much of what is kept they would keep too, and their rank correlation."
+        },
+    )
     sparse_head: bool = _own(
         True,
         "Compute the LM head at response positions only. In the update, where nothing else needs the others, compute "
@@ -95,10 +122,6 @@ class EntropyForkConfig:
         """The rule of one training step (from 1). Arguments and errors as in :meth:`rule`."""
         return rule_at(self.rule(loss_agg_mode), step)
 
-    def selector_at(self, step: int) -> Selector:
-        """What is kept of a pool at a training step (from 1). Errors as in :meth:`rule`."""
-        return self.rule_at(step, TOKEN_MEAN).selector
-
     def selection(self) -> TrainedOn:
         """What the run trains on. Two runs with equal selections train on the same kind of tokens.
 
@@ -109,15 +132,26 @@ class EntropyForkConfig:
         values = {name: getattr(self, name) for name in RULE_KEYS}
         return {name: value if has_effect(name, values) else KEY_OF[name].default for name, value in values.items()}
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return self.select in BLIND or self.score == "random" or self.control == "matched_random"
+
     def in_worker(self, shuffle: bool) -> bool:
         """Whether only the worker can select the tokens, in a gradient step or right before it.
 
         Args:
             shuffle: verl's ``actor.shuffle``. If true, the worker draws the mini-batches.
         """
+        if self.use in ("advantage", "clip"):
+            return False
         return self.entropy == "current" or self.pool == "micro_batch" or shuffle
 
-    def dense_because(self, config: DictConfig, kept_share: float) -> str | None:
+    def may_drop_at(self, step: int) -> bool:
+        """Whether tokens can have the weight 0 at a step (from 1) because they are not kept."""
+        return self.rule_at(step, TOKEN_MEAN).may_drop
+
+    def dense_because(self, config: DictConfig, may_drop: bool) -> str | None:
         """Why an update must compute the LM head at every position; None if the kept positions are enough.
 
         Only this function decides it, for the trainer and for ``entropy-fork plan``. A worker may add a reason that
@@ -125,12 +159,12 @@ class EntropyForkConfig:
 
         Args:
             config: the root of verl's config.
-            kept_share: the share of the tokens of a pool that is kept, in (0, 1].
+            may_drop: whether tokens can have the weight 0, see :meth:`may_drop_at`.
         """
         actor = config.actor_rollout_ref.actor
         loss_mode = plain_name(OmegaConf.select(actor, "policy_loss.loss_mode", default="vanilla"))
         for reason, holds in {
-            "nothing is dropped": kept_share == 1,
+            "nothing is dropped": not may_drop,
             f"{NODE}.sparse_head=False": not self.sparse_head,
             f"actor.strategy={actor.strategy}": actor.strategy not in MASKED_STRATEGIES,
             "entropy=current with pool=micro_batch selects during the update": self.rule_at(
@@ -147,6 +181,11 @@ class EntropyForkConfig:
     def check(self) -> None:
         """Raise a ValueError for a value that is wrong in any step of a run."""
         self.rule(TOKEN_MEAN)
+        for name in self.observe:
+            try:
+                check_score_name(name)
+            except ValueError as error:
+                raise ValueError(f"observe: {error}") from None
         if self.dump_every < 0:
             raise ValueError(f"dump_every must be a number of steps, or 0 to dump nothing, got {self.dump_every}")
         if not 0 < self.dump_answers < ANSWERS_PER_STEP:
@@ -187,7 +226,7 @@ def keys(schema: type[EntropyForkConfig] | type[GuardsConfig] = EntropyForkConfi
         schema: the dataclass of the node.
     """
     return tuple(
-        KEY_OF[key.name] if key.name in RULE_KEYS else Key(key.name, key.metadata["sentence"], key.default)
+        KEY_OF[key.name] if key.name in RULE_KEYS else Key(key.name, key.metadata["sentence"], default_of(key))
         for key in fields(schema)
     )
 

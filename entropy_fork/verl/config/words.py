@@ -21,7 +21,7 @@ from entropy_fork.common.close_names import did_you_mean
 from entropy_fork.common.recipes import preset_names, recipes_dir
 from entropy_fork.core.rule import KEY_OF
 from entropy_fork.verl.config.nodes import MOVED, moved
-from entropy_fork.verl.config.schema import EntropyForkConfig, GuardsConfig
+from entropy_fork.verl.config.schema import EntropyForkConfig, GuardsConfig, default_of
 
 SCHEMAS = {NODE: EntropyForkConfig, GUARDS: GuardsConfig}
 
@@ -187,13 +187,21 @@ def _about_key(group: str, key: str, written: str | None, override: str) -> str 
 
 def _kind(schema: type, key: str) -> str:
     hint = get_type_hints(schema)[key]
-    kinds = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
+    kinds = {
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "a name",
+        list[str]: "a list of names",
+    }
     return kinds.get(hint, "a name or null")
 
 
 def _way(group: str, key: str, value: str) -> str:
     """What to write instead."""
-    default = next(each.default for each in fields(SCHEMAS[group]) if each.name == key)
+    default = next(default_of(each) for each in fields(SCHEMAS[group]) if each.name == key)
+    if isinstance(default, list):
+        return f"Write {group}.{key}=[{value.strip('[]')}]."
     if several := re.fullmatch(r"\[([^\[\]{}]+)\]", value):
         each = [part.strip() for part in several[1].split(",")]
         line = f" For a run with each value: -m {group}.{key}={','.join(each)}" if len(each) > 1 else ""
