@@ -109,11 +109,11 @@ KEYS: tuple[Key, ...] = (
         "How the score s of a token becomes a factor, for every `use` but `mask`.",
         "linear",
         {
-            "linear": "Maps a score s to `map_offset` + `map_slope`·s.",
-            "exponential": "Maps a score s to `map_offset` + `map_slope`·exp(`map_rate`·s).",
-            "clipped": "Maps a score s to `map_offset` + `map_slope`·s within `map_low` and `map_high`.",
-            "range": "Maps the lowest score of a pool to `map_low`, the highest to `map_high`, and others in between.",
-            "rank": "Maps the lowest score of a pool to `map_low`, the highest to `map_high`, and others by rank.",
+            "linear": "Maps the `score` s to `map_offset` + `map_slope`·s.",
+            "exponential": "Maps the `score` s to `map_offset` + `map_slope`·exp(`map_rate`·s).",
+            "clipped": "Maps the `score` s to `map_offset` + `map_slope`·s, within `map_low` and `map_high`.",
+            "range": "Maps the lowest `score` of a pool to `map_low`, the highest to `map_high`, others in between.",
+            "rank": "Maps the lowest `score` of a pool to `map_low`, the highest to `map_high`, others by rank.",
             "dcpo": "Maps the surprisal to the clip range of DCPO: wider for unlikely tokens, only with use=clip.",
         },
     ),
@@ -535,6 +535,8 @@ class Rule:
         if self.keeps_all:
             return said
         unseen = [] if self.looks_at_policy and has_effect("score", values) else ["entropy"]
+        if self.use != "mask" and self.selector.kept_share == 1.0:
+            unseen += ["select", "ties"]
         for key in KEYS:
             value = values[key.name]
             is_usual = key.name in USUAL and value == key.default
