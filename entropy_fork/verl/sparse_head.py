@@ -63,6 +63,9 @@ HEAD = "entropy_fork_head"
 #: its values: at every position, at those of the responses, at those with a token weight that is not 0
 EVERYWHERE, AT_RESPONSES, AT_KEPT = "everywhere", "responses", "kept"
 
+#: verl's flag: compute Σπ², the sum of the squared probabilities of all tokens, in the log-prob pass
+SUM_PI_SQUARED = "calculate_sum_pi_squared"
+
 #: in verl's ``output_args``: the positions in the packed sequence that the head was computed at
 HEAD_POSITIONS = "entropy_fork_head_positions"
 
@@ -79,6 +82,9 @@ class RowsOfHead:
         temperature: T, which logits are divided by.
         log_probs: what the head returned last, shape (1, num_rows, 1).
         entropy: the entropies of these rows, float32, shape (num_rows,); None in a pass with gradients.
+        sum_pi_squared: the sums of the squared probabilities of these rows, float32, shape (num_rows,); None in a pass
+            with gradients, and if nobody asked.
+        with_sum_pi_squared: whether a pass without gradients computes it.
     """
 
     def __init__(self, model: Any) -> None:
@@ -87,6 +93,8 @@ class RowsOfHead:
         self.temperature = 1.0
         self.log_probs: Tensor | None = None
         self.entropy: Tensor | None = None
+        self.sum_pi_squared: Tensor | None = None
+        self.with_sum_pi_squared = False
         self._head = model.get_output_embeddings()
         self._dense = self._head.forward
         self._head.forward = self._forward
@@ -94,7 +102,8 @@ class RowsOfHead:
 
     def forget(self) -> None:
         """Be idle again."""
-        self.rows = self.labels = self.log_probs = self.entropy = None
+        self.rows = self.labels = self.log_probs = self.entropy = self.sum_pi_squared = None
+        self.with_sum_pi_squared = False
 
     @staticmethod
     def unsuitable(model: Any) -> str | None:
@@ -131,7 +140,8 @@ class RowsOfHead:
         if torch.is_grad_enabled():
             log_probs = log_probs_with_gradient(*arguments)
         else:
-            log_probs, self.entropy = log_probs_and_entropy(*arguments)
+            log_probs, self.entropy, *more = log_probs_and_entropy(*arguments, self.with_sum_pi_squared)
+            self.sum_pi_squared = more[0] if more else None
         self.log_probs = log_probs.view(1, -1, 1)
         return self.log_probs
 
@@ -162,7 +172,9 @@ def log_probs_with_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, temp
     return torch.cat([checkpoint(log_probs, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
-def log_probs_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def log_probs_and_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, with_sum_pi_squared: bool = False
+) -> tuple[Tensor, ...]:
     """The same log-probabilities without a gradient, and the entropies of the whole distributions (the paper's Eq. 1).
 
     An entropy is the difference of two numbers around 20. bfloat16 has steps of 0.125 there, so the entropy is computed
@@ -173,19 +185,23 @@ def log_probs_and_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, temper
         weight: same type, shape (vocabulary, hidden_size).
         labels: int64, shape (num_rows,).
         temperature: T, which logits are divided by.
+        with_sum_pi_squared: whether to compute Σπ² too.
 
     Returns:
-        Two tensors of shape (num_rows,), nats; the entropies in float32 (float64 for such input).
+        Two tensors of shape (num_rows,), nats; the entropies in float32 (float64 for such input). If asked, Σπ² in the
+        same type, a number in (0, 1], as a third.
     """
 
     def measure(make: Callable[[], Tensor], labels: Tensor) -> tuple[Tensor, ...]:
         logits = _scaled(make(), temperature)
         log_probs = logprobs_from_logits(logits, labels)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return log_probs, entropies(logits)
+        if not with_sum_pi_squared:
+            return log_probs, entropies(logits)
+        squared = torch.softmax(logits, dim=-1).square_().sum(-1)
+        return log_probs, entropies(logits), squared
 
-    log_probs, entropy = in_chunks(measure, hidden, weight, labels)
-    return log_probs, entropy
+    return in_chunks(measure, hidden, weight, labels)
 
 
 def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -246,6 +262,7 @@ class SparseHead(Base):
             self._rows_of_head.rows = _in_output(positions, micro_batch, model_inputs["input_ids"].shape[1])
             self._rows_of_head.labels = following[positions]
             self._rows_of_head.temperature = float(micro_batch["temperature"])
+            self._rows_of_head.with_sum_pi_squared = _wants(micro_batch, SUM_PI_SQUARED)
             if _is_fused(micro_batch):
                 model_inputs["shift_labels"] = self._rows_of_head.labels.unsqueeze(0)
         return model_inputs, output_args
@@ -285,6 +302,7 @@ class SparseHead(Base):
                     f"the model does something to its logits after the LM head (a soft cap, a scale), which "
                     f"{NODE}.sparse_head does not know, in {process_name()}. Write {NODE}.sparse_head=false."
                 )
+        squared = head.sum_pi_squared
         head.forget()
         positions = output_args[HEAD_POSITIONS]
         model_output = {"log_probs": self._everywhere(log_probs, positions, output_args, micro_batch)}
@@ -293,6 +311,8 @@ class SparseHead(Base):
         if tu.get_non_tensor_data(micro_batch, key="calculate_entropy", default=False):
             assert entropy is not None
             model_output["entropy"] = self._everywhere(entropy, positions, output_args, micro_batch)
+        if squared is not None:
+            model_output["sum_pi_squared"] = self._everywhere(squared, positions, output_args, micro_batch)
         return model_output
 
     @torch.no_grad()
@@ -329,9 +349,10 @@ class SparseHead(Base):
         needed = ("response_mask", "rollout_is_weights") if where == AT_KEPT else ("response_mask",)
         if missing := [name for name in needed if name not in micro_batch]:
             return f"the batch has no {missing[0]}"
-        for name in ("calculate_sum_pi_squared", "distillation_use_topk"):
-            if tu.get_non_tensor_data(micro_batch, key=name, default=False):
-                return f"{name} needs it"
+        if _wants(micro_batch, "distillation_use_topk"):
+            return "distillation_use_topk needs it"
+        if _wants(micro_batch, SUM_PI_SQUARED) and (where == AT_KEPT or _is_fused(micro_batch)):
+            return f"{SUM_PI_SQUARED} needs it"
         if isinstance(micro_batch["temperature"], Tensor):
             return "each sample has a temperature of its own"
         if self._rows_of_head is None:
@@ -392,8 +413,12 @@ def _with_old_elsewhere(log_probs: Any, micro_batch: TensorDict) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(torch.where(is_kept, values, everywhere), log_probs.offsets())
 
 
+def _wants(micro_batch: TensorDict, flag: str) -> bool:
+    return bool(tu.get_non_tensor_data(micro_batch, key=flag, default=False))
+
+
 def _is_fused(micro_batch: TensorDict) -> bool:
-    return bool(tu.get_non_tensor_data(micro_batch, key="use_fused_kernels", default=False))
+    return _wants(micro_batch, "use_fused_kernels")
 
 
 def _is_of_fsdp(hook: Any) -> bool:

@@ -39,17 +39,13 @@ from entropy_fork.verl.masking import Masking, Update, masking_of
 from entropy_fork.verl.policy_loss import kept_means
 from entropy_fork.verl.queued_batch import QueuedBatch
 from entropy_fork.verl.scores_of_run import fields_read, own_functions
-from entropy_fork.verl.sparse_head import AT_KEPT, AT_RESPONSES, EVERYWHERE, HEAD
+from entropy_fork.verl.sparse_head import AT_KEPT, AT_RESPONSES, EVERYWHERE, HEAD, SUM_PI_SQUARED
 from entropy_fork.verl.token_dump import TokenDump
 
 if TYPE_CHECKING:
     Base = StockTrainer
 else:
     Base = object  # install() puts the mixins in front of verl's own methods
-
-
-#: verl's flag for the field of that name
-SUM_PI_SQUARED = "calculate_sum_pi_squared"
 
 
 class TokenWeights(Base):
