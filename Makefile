@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder experiment check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
+.PHONY: demo smoke ladder experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run \
@@ -42,9 +42,13 @@ smoke: $(VENV)/.installed
 ladder: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.policy_gradient_ladder.ladder --seed $(SEED)
 
-# Six choices of tokens, three seeds each: under two hours on two cores. If interrupted, start it again: it continues.
+# Six shares of tokens by entropy, three seeds each. If interrupted, start it again: it continues.
 experiment: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.experiment
+
+# The highest fifth by six scores, a matched random fifth and all tokens, three seeds each; it continues too.
+scores: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m examples.research.experiment --question scores
 
 # Three tiers of tests. Each prints its time, and its limit on two idle cores. Unit tests run in two processes of one
 # thread each, file by file. Real runs of main_ppo run one at a time.

@@ -1,4 +1,4 @@
-"""Train with six choices of tokens and several seeds each, in stock verl's main_ppo: CSV, table, plot.
+"""Train with several choices of tokens and several seeds each, in stock verl's main_ppo: CSV, table, plot.
 
 Every run has the same model, questions, learning rate and number of steps. Only the seed and the tokens in the policy
 gradient differ. Finished runs are not repeated, so an interrupted experiment continues with the next missing run.
@@ -56,14 +56,34 @@ class Arm:
     colour: str
 
 
-ARMS = [
-    Arm("all", "all tokens", ("entropy_fork=off",), "black"),
-    Arm("top50", "highest 50% by entropy", ("entropy_fork=global", "entropy_fork.top_ratio=0.5"), "C1"),
-    Arm("top20", "highest 20%", ("entropy_fork=global",), "C3"),
-    Arm("top10", "highest 10%", ("entropy_fork=global", "entropy_fork.top_ratio=0.1"), "C4"),
-    Arm("bottom80", "lowest 80%", ("entropy_fork=bottom80",), "C0"),
-    Arm("random20", "20% drawn by lot", ("entropy_fork=random20",), "C2"),
-]
+def by_score(name: str, words: str, colour: str) -> Arm:
+    """The 20% of the tokens that another score than the entropy ranks highest."""
+    return Arm(name, f"highest 20% by {words}", ("entropy_fork=global", f"entropy_fork.score={name}"), colour)
+
+
+ALL = Arm("all", "all tokens", ("entropy_fork=off",), "black")
+TOP20 = Arm("top20", "highest 20% by entropy", ("entropy_fork=global",), "C3")
+#: what is compared: how many tokens by entropy, or which fifth by other scores
+QUESTIONS = {
+    "ratios": [
+        ALL,
+        Arm("top50", "highest 50% by entropy", ("entropy_fork=global", "entropy_fork.top_ratio=0.5"), "C1"),
+        TOP20,
+        Arm("top10", "highest 10% by entropy", ("entropy_fork=global", "entropy_fork.top_ratio=0.1"), "C4"),
+        Arm("bottom80", "lowest 80% by entropy", ("entropy_fork=bottom80",), "C0"),
+        Arm("random20", "20% drawn by lot", ("entropy_fork=random20",), "C2"),
+    ],
+    "scores": [
+        ALL,
+        TOP20,
+        by_score("surprisal", "surprisal", "C1"),
+        by_score("covariance", "covariance", "C2"),
+        by_score("gradient", "gradient magnitude", "C4"),
+        by_score("rsi", "relative surprisal", "C5"),
+        by_score("omega", "change of entropy", "C6"),
+        Arm("matched", "as many per answer as top20, by lot", ("entropy_fork=matched_random",), "C7"),
+    ],
+}
 
 
 @dataclass
@@ -107,7 +127,7 @@ def train_once(arm: Arm, seed: int, world: Path, folder: Path, steps: int, extra
             f"data.seed={seed}",
             f"actor_rollout_ref.rollout.seed={seed}",
             f"actor_rollout_ref.rollout.val_kwargs.n={ANSWERS}",
-            # random20 draws with this seed too
+            # the random choices draw with this seed too
             *([] if arm.name == "all" else [f"entropy_fork.seed={seed}"]),
             f"trainer.total_training_steps={steps}",
             f"trainer.test_freq={max(1, steps // 3)}",
@@ -206,12 +226,12 @@ def curves(trained: Iterable[Trained]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(trained: list[Trained], folder: Path) -> None:
+def draw(trained: list[Trained], file: Path) -> None:
     """A panel per curve: a line for the mean over the seeds, a band from the lowest to the highest seed."""
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     panels = dict(zip(TITLES, axes.flat, strict=False))
     axes.flat[-1].set_axis_off()
-    for arm in ARMS:
+    for arm in dict.fromkeys(one.arm for one in trained):
         runs = [one for one in trained if one.arm == arm]
         for name, panel in panels.items() if runs else ():
             seeds = [one.curve(name) for one in runs]
@@ -225,11 +245,12 @@ def draw(trained: list[Trained], folder: Path) -> None:
     handles, labels = panels["accuracy"].get_legend_handles_labels()
     axes.flat[-1].legend(handles, labels, loc="center", frameon=False, fontsize=12)
     for suffix in ("png", "svg"):
-        figure.savefig(folder / f"experiment.{suffix}", dpi=110)
+        figure.savefig(file.with_suffix(f".{suffix}"), dpi=110)
     plt.close(figure)
 
 
 def main(
+    question: Annotated[str, typer.Option(help=f"What to compare: {', '.join(QUESTIONS)}.")] = "ratios",
     steps: Annotated[int, typer.Option(min=4, help="Training steps of each run.")] = 12,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with the seeds 1, 2, ….")] = 3,
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
@@ -243,7 +264,10 @@ def main(
 ) -> None:
     """Build the demo's world if it is missing, make the missing runs, and show a table."""
     console = Console()
-    names = [one.name for one in ARMS]
+    if question not in QUESTIONS:
+        raise typer.BadParameter(f"{question}: write {' or '.join(QUESTIONS)}", param_hint="--question")
+    arms = QUESTIONS[question]
+    names = [one.name for one in arms]
     if unknown := set(arm or ()) - set(names):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: the arms are {', '.join(names)}", param_hint="--arm")
     world = directory / "world"
@@ -251,7 +275,7 @@ def main(
     folder = directory / f"experiment-{steps}steps"
     keep_to(folder, override or [])
     # All arms of one seed before the next seed: an interrupted experiment has seeds that can be compared.
-    wanted = [(one, seed) for seed in range(1, seeds + 1) for one in ARMS if not arm or one.name in arm]
+    wanted = [(one, seed) for seed in range(1, seeds + 1) for one in arms if not arm or one.name in arm]
     trained, made = [], 0
     with task("runs", len(wanted), console=console) as everything:
         for one, seed in wanted:
@@ -269,10 +293,11 @@ def main(
     trained.sort(key=lambda one: names.index(one.arm.name))
     rows = summary(trained)
     console.print(table(rows, steps))
-    write_csv(rows, folder / "summary.csv")
-    write_csv(curves(trained), folder / "curves.csv")
-    draw(trained, folder)
-    console.print(f"{folder}: curves.csv, summary.csv, experiment.png, experiment.svg", highlight=False, soft_wrap=True)
+    write_csv(rows, folder / f"{question}-summary.csv")
+    write_csv(curves(trained), folder / f"{question}-curves.csv")
+    draw(trained, folder / question)
+    files = ", ".join(f"{question}{end}" for end in ("-curves.csv", "-summary.csv", ".png", ".svg"))
+    console.print(f"{folder}: {files}", highlight=False, soft_wrap=True)
     if len(trained) < len(wanted):
         console.print(f"{len(wanted) - len(trained)} of {len(wanted)} runs are missing: the same command makes them.")
 

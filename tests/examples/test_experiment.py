@@ -47,6 +47,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def main(tmp_path: Path, **options: object) -> None:
     given = {"steps": STEPS, "seeds": 2, "arm": None, "at_most": None, "directory": tmp_path, "override": None}
+    given["question"] = "ratios"
     experiment.main(**(given | options))  # type: ignore[arg-type]
 
 
@@ -60,8 +61,8 @@ def test_what_is_there_is_not_run_again(runs: list[str], tmp_path: Path) -> None
     main(tmp_path)
     assert len(runs) == 12
     folder = tmp_path / f"experiment-{STEPS}steps"
-    assert (folder / "experiment.svg").stat().st_size > 10_000
-    with (folder / "curves.csv").open() as handle:
+    assert (folder / "ratios.svg").stat().st_size > 10_000
+    with (folder / "ratios-curves.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == 12 * (STEPS + 1)
     assert {row["kept_ratio"] for row in rows if row["arm"] == "all" and row["step"] != "0"} == {"1.0"}
@@ -100,7 +101,7 @@ def test_other_settings_do_not_lie_beside_these(runs: list[str], tmp_path: Path)
 
 
 def test_means_spreads_and_differences_by_seed() -> None:
-    all_, top = experiment.ARMS[0], experiment.ARMS[2]
+    all_, top = experiment.QUESTIONS["ratios"][0], experiment.QUESTIONS["ratios"][2]
     final = {(all_.name, 1): 0.5, (all_.name, 2): 0.7, (top.name, 1): 0.6, (top.name, 2): 0.9}
     trained = [
         experiment.Trained(arm, seed, run_of(final[arm.name, seed], arm is top))
@@ -121,3 +122,15 @@ def test_means_spreads_and_differences_by_seed() -> None:
     assert "+15.0 ± 7.1" in captured.get()
     (alone,) = experiment.summary(trained[:1])
     assert "nan" not in str(experiment.with_spread(alone["accuracy"], alone["accuracy_sd"], 1))
+
+
+def test_scores_are_compared_at_the_same_share(runs: list[str], tmp_path: Path) -> None:
+    """Every arm but ``all`` keeps a fifth, and runs that two questions share are made once."""
+    main(tmp_path, seeds=1)
+    main(tmp_path, seeds=1, question="scores")
+    assert len(runs) == 6 + 6, "all and top20 are there already"
+    asked = [[word for word in command.split() if word.startswith("entropy_fork")] for command in runs[6:]]
+    scores = [next((w.split("=")[1] for w in words if w.startswith("entropy_fork.score=")), "") for words in asked]
+    assert scores == ["surprisal", "covariance", "gradient", "rsi", "omega", ""]
+    assert asked[-1][0] == "entropy_fork=matched_random"
+    assert not any("top_ratio" in word for words in asked for word in words)
