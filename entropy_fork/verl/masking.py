@@ -71,6 +71,10 @@ class BatchFields(Mapping[str, Tensor]):
             self._known[name] = field.values
         return self._known[name]
 
+    def keep_only(self, name: str) -> None:
+        """Free the other fields."""
+        self._known = {name: self._known[name]}
+
     def __iter__(self) -> Iterator[str]:
         return (name for name, of_verl in VERLS_FIELDS.items() if name in self._known or of_verl in self._batch)
 
@@ -193,9 +197,12 @@ class Masking(ABC):
                 responses = replace(responses, candidates=tokens.where(where_of(rule.where)))
             if rule.needs_score and rule.score != "entropy":
                 responses = replace(responses, score=tokens.score(score_of(rule.score)))
+            if not self.fork_config.observe:
+                fields.keep_only("entropy")
             choice = choose(responses, pool, rule)
             for name in self.fork_config.observe:
                 _observe(name, tokens, responses, choice, pool, rule, metrics)
+        fields.keep_only("entropy")
         tally = Tally.of(
             choice.kept,
             responses.entropy,

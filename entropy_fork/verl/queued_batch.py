@@ -49,10 +49,12 @@ class FlatField(NamedTuple):
         Args:
             offsets: int64, shape (num_rows + 1,): where each response begins and ends.
         """
-        lengths = offsets.diff()
-        first = self.offsets[1:] - lengths - 1
-        places = torch.arange(int(lengths.sum())) + (first - offsets[:-1]).repeat_interleave(lengths)
-        return FlatField(self.values[places], offsets)
+        values = self.values.new_empty(int(offsets[-1]))
+        for begin, end, end_of_row in zip(
+            *(o.tolist() for o in (offsets[:-1], offsets[1:], self.offsets[1:])), strict=True
+        ):
+            values[begin:end] = self.values[end_of_row - 1 - (end - begin) : end_of_row - 1]
+        return FlatField(values, offsets)
 
 
 class QueuedBatch:

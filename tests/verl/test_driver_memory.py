@@ -11,6 +11,7 @@ from helpers.live_bytes import LiveBytesWithNumpy
 from helpers.rows import jagged
 
 from entropy_fork.core.responses import Responses
+from entropy_fork.core.scores import SCORES
 from entropy_fork.core.selection import MANY
 from entropy_fork.verl.config import EntropyForkConfig
 from entropy_fork.verl.queued_batch import FlatField, QueuedBatch
@@ -21,6 +22,9 @@ FETCHING_MASK = 16.0
 CHOOSING = 14.0
 #: if tokens of the whole batch are drawn at random together, a float64 number for each
 DRAWING = 17.3
+
+#: verl's fields of floats, one for each response token
+PER_TOKEN = ("old_log_probs", "rollout_log_probs", "ref_log_prob")
 
 #: so many tokens that a mini-batch, half of them, takes the selection's path for large pools
 ROW_LENGTH = 2 * MANY // NUM_ROWS
@@ -50,6 +54,24 @@ def test_the_bytes_of_a_token(
     peaks = peaks_of(monkeypatch, importance=importance, fork_config=fork_config, loss_agg_mode=loss_agg_mode)
     assert peaks.pop("response_mask") == pytest.approx(FETCHING_MASK, abs=0.1)
     assert max(peaks.values()) == pytest.approx(bound, abs=0.1), peaks
+
+
+#: bytes per token with any built-in score: at most so many
+WITH_A_SCORE = 24.0
+
+
+@pytest.mark.parametrize("pool", ["mini_batch", "batch"])
+@pytest.mark.parametrize("score", SCORES)
+def test_the_bytes_of_a_token_with_each_score(monkeypatch: pytest.MonkeyPatch, score: str, pool: str) -> None:
+    lengths = torch.full((NUM_ROWS,), ROW_LENGTH)
+    total = NUM_ROWS * ROW_LENGTH
+    random = torch.Generator().manual_seed(1)
+    # with a prompt of two tokens in front, as verl writes it
+    whole_rows = jagged(torch.rand(total + 2 * NUM_ROWS, generator=random), lengths + 2)
+    fields = {name: jagged(-torch.rand(total, generator=random), lengths) for name in PER_TOKEN}
+    fork_config = EntropyForkConfig(score=score, pool=pool)
+    peaks = peaks_of(monkeypatch, fork_config=fork_config, fields={**fields, "sum_pi_squared": whole_rows})
+    assert max(peaks.values()) <= WITH_A_SCORE, peaks
 
 
 def test_the_bytes_of_a_token_where_every_prompt_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
