@@ -32,16 +32,28 @@ def uniform_numbers(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
     Returns:
         float64, same shape: the same numbers on every machine.
     """
-
-    def mix(z: np.ndarray) -> np.ndarray:
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
     with np.errstate(over="ignore"):
-        golden = np.uint64(0x9E3779B97F4A7C15)
-        hashed = mix(mix(seeds + golden) + (counters + np.uint64(1)) * golden)
-    return (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        hashed = _mixed(_mixed(seeds + GOLDEN) + (counters + np.uint64(1)) * GOLDEN)
+    return _as_number(hashed)
+
+
+#: the step of SplitMix64: 2^64 divided by the golden ratio
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(z: np.ndarray, scratch: np.ndarray | None = None) -> np.ndarray:
+    """The output function of SplitMix64, in place in ``z``; ``scratch``: uint64, the shape of ``z``."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z ^= np.right_shift(z, np.uint64(shift), out=scratch)
+        if factor != 1:
+            z *= np.uint64(factor)
+    return z
+
+
+def _as_number(hashed: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """The first 53 bits as a number in [0, 1), into ``out``. Changes ``hashed``."""
+    hashed >>= np.uint64(11)
+    return np.multiply(hashed, 2.0**-53, out=out)
 
 
 def drawn(lengths: np.ndarray, seeds: Tensor, stream: int = 0) -> np.ndarray:
@@ -53,8 +65,13 @@ def drawn(lengths: np.ndarray, seeds: Tensor, stream: int = 0) -> np.ndarray:
         stream: other streams give other numbers, independent of these.
     """
     numbers = np.empty(int(lengths.sum()))
-    positions = np.arange(lengths.max(initial=0), dtype=np.uint64) + np.uint64(stream << 40)
-    columns = seeds.cpu().numpy().astype(np.uint64)[:, None]
-    for row, seed in zip(row_slices(lengths), columns, strict=True):
-        numbers[row] = uniform_numbers(seed, positions[: row.stop - row.start])
+    longest = int(lengths.max(initial=0))
+    hashed, scratch = (np.empty(longest, dtype=np.uint64) for _ in range(2))
+    with np.errstate(over="ignore"):
+        steps = (np.arange(1, longest + 1, dtype=np.uint64) + np.uint64(stream << 40)) * GOLDEN
+        starts = _mixed(seeds.cpu().numpy().astype(np.uint64) + GOLDEN)
+        for row, start in zip(row_slices(lengths), starts, strict=True):  # in place, which takes half the time
+            size = row.stop - row.start
+            part = np.add(steps[:size], start, out=hashed[:size])
+            _as_number(_mixed(part, scratch[:size]), out=numbers[row])
     return numbers

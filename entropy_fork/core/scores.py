@@ -52,6 +52,7 @@ class Score:
         function: takes fields by name, each a flat float tensor; returns one float per token.
         elementwise: whether the score of a token depends on no other token. If not, the function gets all response
             tokens of a mini-batch over all ranks (of the batch with ``pool=batch``), and no others.
+        same_as: the field that the score is, without a change; empty if it is another number.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Score:
     source: str
     function: Callable[..., Tensor]
     elementwise: bool = True
+    same_as: str = ""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -137,6 +139,7 @@ _BUILT_IN = (
         "H",
         "arXiv 2506.01939, Eq. 1",
         lambda entropy: entropy,
+        same_as="entropy",
     ),
     Score(
         "surprisal",
@@ -203,6 +206,7 @@ _BUILT_IN = (
         "the number of tokens before it",
         "a control",
         lambda position: position,
+        same_as="position",
     ),
     Score(
         "random",
@@ -210,6 +214,7 @@ _BUILT_IN = (
         "uniform in [0, 1)",
         "a control",
         lambda draw: draw,
+        same_as="draw",
     ),
 )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entropy_fork.core.flat import gather, groups, pieces, row_slices, scatter
 from entropy_fork.core.randomness import drawn
-from entropy_fork.core.scores import FIELDS, Score
+from entropy_fork.core.scores import Score
 from entropy_fork.core.where import Where
 
 #: the fields that follow from the lengths of the responses and their seeds
@@ -65,8 +65,8 @@ class Tokens:
             ValueError: the function fails, does not return one float for each token, or returns one for an eligible
                 token that is not finite. The message names the score.
         """
-        if score.name in FIELDS:  # the field itself, not a copy
-            values = self.field(score.name)
+        if score.same_as:  # the field itself, not a copy
+            values = self.field(score.same_as)
             return values if values.dtype == torch.float64 else values.to(torch.float32)
         try:
             values = self._apply(score.function, score.fields, score.elementwise, torch.float32)
@@ -90,10 +90,7 @@ class Tokens:
     ) -> Tensor:
         fields = {name: self.field(name) for name in names}
         num_tokens = self.eligible.numel()
-        if elementwise and "draw" in fields:
-            result = torch.empty(num_tokens, dtype=torch.float64)
-        else:
-            result = torch.zeros(num_tokens, dtype=dtype)
+        result = torch.zeros(num_tokens, dtype=dtype)
         eligible = self.eligible.bool()
         if elementwise:
             for piece in pieces(num_tokens):
