@@ -2,6 +2,7 @@
 
     python benchmarks/driver_load.py                            # 512 prompts × 16 answers, every one of 20,480 tokens
     python benchmarks/driver_load.py --mean 8000                # answers as they come, cut off at 20,480
+    python benchmarks/driver_load.py --mean 2000 --scores       # every score, on 16 million tokens
     python benchmarks/driver_load.py --prompts 128 --beside     # also measures verl's own part, which needs more memory
 
 The answers are random. Everything else is as in a run. verl's TransferQueue, in its own processes, holds the answers in
@@ -34,6 +35,7 @@ from report import CONSOLE, chip, print_table, write_csv
 from tensordict import NonTensorStack, TensorDict
 
 from entropy_fork.common.progress import task
+from entropy_fork.core.scores import SCORES
 
 CONFIGS = {
     "global": ["+entropy_fork=global"],
@@ -47,6 +49,16 @@ CONFIGS = {
     "seq-mean-token-mean": ["+entropy_fork=global", "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"],
     "random20, pool=batch": ["+entropy_fork=random20", "entropy_fork.pool=batch"],
     "official": ["+entropy_fork=official"],
+    "archer": ["+entropy_fork=archer"],
+    "ar": ["+entropy_fork=ar"],
+    "entropy_advantage": ["+entropy_fork=entropy_advantage"],
+    "matched_random": ["+entropy_fork=matched_random"],
+}
+#: what ``--scores`` measures: every built-in score for which the made-up batch has the fields
+BY_SCORE = {
+    f"score={name}": ["+entropy_fork=global", f"entropy_fork.score={name}"]
+    for name, score in SCORES.items()
+    if "sum_pi_squared" not in score.fields
 }
 
 #: the number of prompts whose answers are made up and put at a time
@@ -86,12 +98,12 @@ def put(prompts: int, n: int, lengths: torch.Tensor, random: torch.Generator, wi
         ends = offsets[1:] - 1
         # half of the entropies near zero and a long tail, the shape that the paper reports
         entropy = torch.empty(total).exponential_(generator=random).pow_(3).mul_(0.1)
-        fields = {"response_mask": torch.ones(total, dtype=torch.int64), "entropy": entropy}
+        fields = {"response_mask": torch.ones(total, dtype=torch.int64), "entropy": entropy, "old_log_probs": -entropy}
         advantages = torch.randn(len(part), generator=random)
         if with_scores:
             fields["rm_scores"] = torch.zeros(total).index_copy_(0, ends, advantages.sign())
-            fields["old_log_probs"] = -entropy
         else:
+            fields["rollout_log_probs"] = -1.01 * entropy
             fields["advantages"] = advantages.repeat_interleave(lengths[rows])
         batch: dict[str, Any] = {
             name: torch.nested.nested_tensor_from_jagged(values, offsets) for name, values in fields.items()
@@ -155,7 +167,10 @@ def driver(overrides: list[str], keys: list[str], ranks: int, beside: bool) -> d
     this.config = compose(overrides)
     this.global_steps = 1
     this.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda _: range(ranks))
-    fields = ["advantages", "entropy", "index", "old_log_probs", "prompts", "response_mask", "rm_scores", "uid"]
+    fields = [
+        "advantages", "entropy", "index", "old_log_probs", "prompts", "response_mask", "rm_scores", "rollout_log_probs",
+        "uid",
+    ]  # fmt: skip
     batch = tq.KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id="train", fields=fields)
     metrics: dict[str, float] = {}
     if beside:
@@ -172,7 +187,8 @@ def driver(overrides: list[str], keys: list[str], ranks: int, beside: bool) -> d
     tq.kv_batch_get = meter.timed(lambda **call: f"fetch {', '.join(call['select_fields'])}", get)
     tq.kv_batch_put = meter.timed("write", write)
     queued_batch.identify = meter.timed("identify", queued_batch.identify)
-    masking.select_in_pools = meter.timed("select", masking.select_in_pools)
+    masking.Tokens.score = meter.timed("score", masking.Tokens.score)
+    masking.choose = meter.timed("choose", masking.choose)
     masking.weigh_mini_batches = meter.timed("weigh", masking.weigh_mini_batches)
     masking.Tally.of = meter.timed("count", masking.Tally.of)
     start = time.perf_counter()
@@ -196,6 +212,7 @@ def main(
     mini_batch: Annotated[int, typer.Option(help="Prompts of a gradient step.")] = 32,
     only: Annotated[list[str] | None, typer.Option(help="Of the configs, by name.")] = None,
     beside: Annotated[bool, typer.Option(help="Also measure what verl computes right before.")] = False,
+    scores: Annotated[bool, typer.Option(help="Measure every built-in score instead of the other configs.")] = False,
     output: Annotated[Path | None, typer.Option(help="CSV file to write.")] = None,
     seed: int = 0,
 ) -> None:
@@ -208,7 +225,8 @@ def main(
         f"actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch}",
     ]  # fmt: skip
     folder = tempfile.mkdtemp(prefix="ef")  # short: Ray puts sockets there
-    configs = {name: CONFIGS[name] for name in only or CONFIGS}
+    known = BY_SCORE if scores else CONFIGS
+    configs = {name: known[name] for name in only or known}
     rows: list[dict[str, Any]] = []
     try:
         ray.init(
