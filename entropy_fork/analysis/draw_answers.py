@@ -144,7 +144,7 @@ def _main() -> None:
 
 def _draw(prompts: Prompts, folder: Path, quiet: bool) -> None:
     """Draw the answers. Runs in this process or in a child."""
-    settings, console = prompts.settings, Console(stderr=True, quiet=quiet)
+    settings, console = prompts.settings, Console(emoji=False, stderr=True, quiet=quiet)
     with prompts._store() as store:
         with task(f"loading {folder} into {prompts.engine}", console=console):
             engine, jobs, _ = evaluation.open_engine(

@@ -58,7 +58,7 @@ def analyze(
     """Measure entropy, log-prob and rank of every response token; show distribution, forks, words and parts."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     with at_work("analyze", console, goes_on_in=output):
         from entropy_fork.analysis import results
 
@@ -98,7 +98,7 @@ def compare(
     """Compare checkpoints of one run on the same texts: do the forks stay, and where does the entropy change?"""
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     with at_work("compare", console):
         from entropy_fork.analysis import results
 

@@ -36,7 +36,7 @@ def data_list() -> None:
         place = " ".join(part for part in (source.hub, source.config or source.file) if part)
         use = source.use if source.test_split is None else f"{source.use}, {source.test_split}"
         table.add_row(source.name, source.title, place, source.rows, use, source.license)
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @data_app.command("prepare")
@@ -84,7 +84,7 @@ def data_prepare(
     """Turn data sets into verl's parquet: cleaned, without duplicates, with a manifest and a list of unusable rows."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     with at_work("data prepare", console):
         from entropy_fork.common.progress import paused
         from entropy_fork.data.prepare import Form, check_free, prepare

@@ -45,7 +45,7 @@ def evaluate(
     """Measure a checkpoint on benchmarks: accuracy with its uncertainty, length of the answers, pass@k."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     with at_work("evaluate", console, goes_on_in=output):
         from entropy_fork.evaluation import evaluate as evaluation
         from entropy_fork.evaluation import results
@@ -85,7 +85,7 @@ def compare_evaluations(
 
     from entropy_fork.common.foreign_text import visible
 
-    console = Console()
+    console = Console(emoji=False)
     with at_work("compare-evaluations", console):
         from entropy_fork.evaluation import compare, compare_results
 

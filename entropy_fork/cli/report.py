@@ -43,7 +43,7 @@ def report(
     """Write one self-contained HTML file: coloured tokens, figures and tables of the analyses, training curves."""
     from rich.console import Console
 
-    with at_work("report", Console(stderr=True)) as shown:
+    with at_work("report", Console(emoji=False, stderr=True)) as shown:
         from entropy_fork.report import curves, page
 
         settings = page.ReportSettings(

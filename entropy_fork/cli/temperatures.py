@@ -48,7 +48,7 @@ def temperatures(
     """Measure accuracy with one temperature above an entropy threshold and another below it (the paper's Eq. 5)."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     with at_work("temperatures", console, goes_on_in=output):
         from entropy_fork.evaluation import temperature_sweep
         from entropy_fork.evaluation.engines import SamplingSettings, parse_arguments

@@ -25,7 +25,7 @@ def watch(
     from entropy_fork.watch.view import View
 
     try:
-        show(run, View(Console()), follow=not once)
+        show(run, View(Console(emoji=False)), follow=not once)
     except EntropyForkError as error:
         fail(error)
     except KeyboardInterrupt:

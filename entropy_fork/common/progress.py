@@ -182,7 +182,7 @@ def task(
         with _display.task(Task(what, total, completed, note)) as shown:
             yield shown
         return
-    _display = _display_on(console or Console(stderr=True))
+    _display = _display_on(console or Console(emoji=False, stderr=True))
     try:
         with _display.running(), _display.task(Task(what, total, completed, note)) as shown:
             yield shown
@@ -229,7 +229,7 @@ def track(what: str, items: Iterable[Item], total: int | None = None, console: C
 
 
 def _display_on(console: Console) -> _Display:
-    screen = console if console.is_interactive or console.quiet else Console(stderr=True)
+    screen = console if console.is_interactive or console.quiet else Console(emoji=False, stderr=True)
     bars = None
     if screen.is_interactive and not screen.quiet:
         what, said = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[said]"))

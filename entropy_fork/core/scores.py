@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -247,7 +248,8 @@ def score_of(name: str) -> Score:
 def check_score_name(name: str) -> None:
     """Raise a ValueError for a name that is neither a built-in score nor an import path."""
     if name not in SCORES and not is_import_path(name):
+        close = get_close_matches(name, SCORES, n=1)
         raise ValueError(
-            f"score must be one of {', '.join(SCORES)}, or the import path of your own, "
-            f"package.module:function, got {name!r}"
+            f"score must be one of {', '.join(SCORES)}, or the import path of your own, package.module:function, "
+            f"got {name!r}{f' (did you mean {close[0]}?)' if close else ''}"
         )

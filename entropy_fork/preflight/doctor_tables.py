@@ -12,7 +12,7 @@ from entropy_fork.preflight.probe import PACKAGES, Answer
 
 def print_diagnosis(found: Diagnosis) -> None:
     """Print versions, presets, the mask; then the notes, and the problems last."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
     table = Table(title="Versions", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("verl and we need")

@@ -17,7 +17,7 @@ Lines = list[tuple[str, str]]
 
 def print_plan(plan: Plan) -> None:
     """Print what runs where, the step, memory, logits and the rollout; then the notes, and the errors last."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
     for text in _first_lines(plan):
         console.print(text)
     for title, lines in (

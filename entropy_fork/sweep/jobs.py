@@ -287,7 +287,9 @@ def run(job: Job, grace_s: float) -> Outcome:
             preexec_fn=_in_the_job,
         )
         assert process.stdout is not None
-        reader = _Reader(process.stdout, log, View(Console(), place=str(job.log)) if job.short_output else None)
+        reader = _Reader(
+            process.stdout, log, View(Console(emoji=False), place=str(job.log)) if job.short_output else None
+        )
         reader.start()
         try:
             code = process.wait()
@@ -472,7 +474,7 @@ def print_results(outcomes: Sequence[Outcome], results: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(emoji=False, width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print()
     console.print(as_table(outcomes))
     for outcome in outcomes:

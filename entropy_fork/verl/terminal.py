@@ -183,7 +183,7 @@ class _Terminal:
         for number in (1, 2):
             os.dup2(write, number)
         os.close(write)
-        self.view = View(Console(file=self._out), self._total)
+        self.view = View(Console(emoji=False, file=self._out), self._total)
         self.view.__enter__()
         self._thread = threading.Thread(target=self._read, args=(read,), name="entropy_fork output", daemon=True)
         self._thread.start()

@@ -716,3 +716,11 @@ def test_a_hostile_report_is_a_page_of_text(hostile_tokens: Path, tmp_path: Path
         assert opened.evaluate("window.hacked") is None
         assert heard.console == []
         assert [url for url in heard.requests if not url.startswith(("data:", "blob:"))] == [page.as_uri()]
+
+
+def test_no_text_becomes_an_emoji() -> None:
+    """rich writes a picture for ``:x:``, which may stand in an import path, an answer or a path."""
+    package = REPOSITORY / "entropy_fork"
+    made = [call for file in package.rglob("*.py") for call in re.findall(r"\bConsole\([^\n]*", file.read_text())]
+    assert len(made) > 10
+    assert [call for call in made if not call.startswith("Console(emoji=False")] == []
