@@ -38,7 +38,15 @@ from entropy_fork.core.scoring import Tokens
 from entropy_fork.core.tally import Tally, draws
 from entropy_fork.core.where import where_of
 from entropy_fork.verl.config import NODE, EntropyForkConfig
-from entropy_fork.verl.gradient_step import FACTORS, KEPT_TOKENS, ROW_IDENTITY, RULE, VERLS_FIELDS, tally_of
+from entropy_fork.verl.gradient_step import (
+    FACTORS,
+    KEPT_TOKENS,
+    ROW_IDENTITY,
+    RULE,
+    VERLS_FIELDS,
+    WEIGHED_BY,
+    tally_of,
+)
 from entropy_fork.verl.policy_loss import CLIP_HIGHEST, CLIP_LOWEST, CLIPPED, WEIGHED
 from entropy_fork.verl.queued_batch import FlatField, QueuedBatch
 
@@ -332,6 +340,8 @@ class SelectOnDriverWeighInWorker(SelectInWorker):
         }
         if choice.factors is not None:
             written[FACTORS] = FlatField(choice.factors, offsets)
+        elif choice.score is not None:
+            written[WEIGHED_BY] = FlatField(choice.score.to(torch.float32), offsets)
         return written
 
     def metrics_of_update(self, returned: dict[str, float], num_rows: int, step: int) -> dict[str, float]:
