@@ -1,6 +1,7 @@
-"""Scores of your own: functions that say which tokens matter. Name one on the command line, from this folder's parent:
+r"""Scores of your own: functions that say which tokens matter. Name one on the command line, in the repository's folder:
 
-    python -m verl.trainer.main_ppo <your command line> +entropy_fork=global entropy_fork.score=examples.own_score:early_forks
+    python -m verl.trainer.main_ppo <your own command line> \
+        +entropy_fork=global entropy_fork.score=examples.own_score:early_forks
 
 The names of the parameters are the fields to read (docs/reference/scores.md). Each is a flat float tensor with one
 number per token, and so is the result. The tokens with the highest numbers are kept.
@@ -14,6 +15,6 @@ def early_forks(entropy: Tensor, position: Tensor, length: Tensor) -> Tensor:
     return entropy * (1 - position / length)
 
 
-def left_reference(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
-    """How much less likely the token was under the reference policy. Needs a run that has one."""
+def above_reference(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
+    """How far the log-probability of the token is above the reference policy's. A run without one is refused."""
     return log_prob - ref_log_prob
