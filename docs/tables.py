@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # the package of this checkout, installed or not
 
 from entropy_fork.cli import app  # noqa: E402
-from entropy_fork.core.rule import KEY_OF, KEYS, Key, Rule  # noqa: E402
+from entropy_fork.core.rule import KEYS, Key, Rule  # noqa: E402
 from entropy_fork.core.scores import FIELDS, SCORES, Score  # noqa: E402
 from entropy_fork.core.scoring import OF_ROWS  # noqa: E402
 from entropy_fork.core.tally import METRICS  # noqa: E402
@@ -215,5 +215,4 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "metrics": metrics,
     "scores": scores,
     "fields": score_fields,
-    "uses": lambda: keys_table([KEY_OF[name] for name in ("use", "map", "normalize", "combine")]),
 }

@@ -1,4 +1,4 @@
-r"""Scores of your own: functions that say which tokens matter. Name one on the command line, in the repository's folder:
+r"""Scores of your own: functions that say which tokens matter. Name one on the command line, in this clone's folder:
 
     python -m verl.trainer.main_ppo <your own command line> \
         +entropy_fork=global entropy_fork.score=examples.own_score:early_forks
