@@ -58,31 +58,34 @@ def metrics() -> str:
     return table(("metric", "meaning"), [(f"`entropy_fork/{name}`", meaning) for name, meaning in METRICS.items()])
 
 
-#: what a score costs on the driver because of the fields that it reads; the driver has the others anyway
-COSTS = {
-    "log_prob": "the driver reads `old_log_probs` of the batch",
-    "ref_log_prob": "the driver reads `ref_log_prob` of the batch",
-    "rollout_log_prob": "the driver reads `rollout_log_probs` of the batch",
-    "sum_pi_squared": "the log-prob pass computes Σπ² over the vocabulary",
+def scores() -> str:
+    """A row for each built-in score: what it is."""
+    rows = [(f"`{s.name}`", s.formula, s.sentence.partition(": ")[2].capitalize(), s.source) for s in SCORES.values()]
+    return table(("score", "formula", "what it is", "source"), rows)
+
+
+#: verl's fields of the batch that the driver does not read for other purposes: {field of a score: field of verl}
+MORE_TO_READ = {
+    "log_prob": "old_log_probs",
+    "ref_log_prob": "ref_log_prob",
+    "rollout_log_prob": "rollout_log_probs",
+    "sum_pi_squared": "sum_pi_squared",
 }
 
 
-def scores() -> str:
-    """A row for each built-in score."""
-    head = ("score", "formula", "what it is", "reads", "source", "`entropy=old` costs", "`entropy=current`")
+def score_costs() -> str:
+    """A row for each built-in score: what it reads, and what it costs with either policy."""
     rows = [
-        (
-            f"`{score.name}`",
-            score.formula,
-            score.sentence.partition(": ")[2].capitalize(),
-            ", ".join(f"`{name}`" for name in score.fields),
-            score.source,
-            "; ".join(dict.fromkeys(COSTS[name] for name in score.fields if name in COSTS)) or "nothing",
-            _with_current(score),
-        )
+        (f"`{score.name}`", ", ".join(f"`{name}`" for name in score.fields), _with_old(score), _with_current(score))
         for score in SCORES.values()
     ]
-    return table(head, rows)
+    return table(("score", "reads", "`entropy=old`: the driver", "`entropy=current`: the worker"), rows)
+
+
+def _with_old(score: Score) -> str:
+    read = [f"`{MORE_TO_READ[name]}`" for name in score.fields if name in MORE_TO_READ]
+    pays = "; the log-prob pass computes Σπ² over the vocabulary" if "sum_pi_squared" in score.fields else ""
+    return f"reads {' and '.join(read)} of the batch too{pays}" if read else "nothing more to read"
 
 
 def _with_current(score: Score) -> str:
@@ -214,5 +217,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "commands": commands,
     "metrics": metrics,
     "scores": scores,
+    "score-costs": score_costs,
     "fields": score_fields,
 }

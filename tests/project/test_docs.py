@@ -142,10 +142,13 @@ def test_a_page_that_the_code_names_is_there() -> None:
 def test_every_table_that_is_made_from_the_code_stands_on_one_page() -> None:
     asked = [name for page in PAGES for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text())]
     assert sorted(asked) == sorted(tables().TABLES)
+    # and the line for readers of the plain Markdown is gone where the table stands
+    assert [page for page in PAGES if "*The site has" in tables().fill(page.read_text())] == []
 
 
 @pytest.mark.parametrize(
-    "name", ["keys", "guards", "presets", "recipes", "clusters", "commands", "metrics", "scores", "fields"]
+    "name",
+    ["keys", "guards", "presets", "recipes", "clusters", "commands", "metrics", "scores", "score-costs", "fields"],
 )
 def test_a_table_has_what_the_code_has(name: str) -> None:
     made = tables().TABLES[name]()
@@ -157,8 +160,8 @@ def test_a_table_has_what_the_code_has(name: str) -> None:
         expected = set(called_by_name(typer.main.get_command(app), "entropy-fork"))
     elif name == "metrics":
         expected = {f"entropy_fork/{metric}" for metric in METRICS}
-    elif name in ("scores", "fields"):
-        expected = set({"scores": SCORES, "fields": FIELDS}[name])
+    elif name in ("scores", "score-costs", "fields"):
+        expected = set(FIELDS if name == "fields" else SCORES)
     else:
         expected = keys({"keys": "EntropyForkConfig", "guards": "GuardsConfig"}[name])
     found = set(re.findall(r"^(?:### |\| )`([^`]+)`", made, re.MULTILINE))
@@ -202,13 +205,15 @@ def test_the_metrics_that_are_logged_are_those_that_are_listed() -> None:
 
 
 def test_the_page_of_scores_says_what_every_score_and_field_needs() -> None:
-    made = tables().TABLES["scores"]()
+    made, costs = (tables().TABLES[name]() for name in ("scores", "score-costs"))
     for name, score in SCORES.items():
-        (row,) = [line for line in made.splitlines() if line.startswith(f"| `{name}` |")]
+        (row, cost) = [
+            line for table in (made, costs) for line in table.splitlines() if line.startswith(f"| `{name}` |")
+        ]
         assert score.formula.replace("|", r"\|") in row
         assert score.source.replace("|", r"\|") in row
-        assert all(f"`{field}`" in row for field in score.fields)
-    refused = {name for name in SCORES if re.search(rf"^\| `{name}` .*\| refused \|$", made, re.MULTILINE)}
+        assert all(f"`{field}`" in cost for field in score.fields)
+    refused = {name for name in SCORES if re.search(rf"^\| `{name}` .*\| refused \|$", costs, re.MULTILINE)}
     assert refused == {"gradient_norm", "position", "random"}
     for field in ("ref_log_prob", "rollout_log_prob", "sum_pi_squared"):
         assert re.search(rf"^\| `{field}` .*Write `actor_rollout_ref\.", tables().TABLES["fields"](), re.MULTILINE)
