@@ -547,6 +547,8 @@ class Rule:
             unseen += ["select", "ties"]
         for key in KEYS:
             value = values[key.name]
+            if key.name == "score" and value != key.default and has_effect("score", values):
+                said.append((f"score={value}", _ranking(value)))
             is_usual = key.name in USUAL and value == key.default
             if key.values and has_effect(key.name, values) and not is_usual and key.name not in unseen:
                 said.append((f"{key.name}={value}", _with_values(key.values[value], values)))
@@ -573,6 +575,14 @@ class Rule:
         what = {"weight": "weight", "advantage": "advantage", "clip": "clip range"}[self.use]
         whose = "each of them" if share == 1.0 and not self.where else part
         return f"Trains on all response tokens and gives {whose}{when} another {what}."
+
+
+def _ranking(score: str) -> str:
+    """What the tokens are ranked by, as a sentence about the run."""
+    if score not in SCORES:
+        return f"Ranks tokens by a function of the user's: {score}."
+    sentence = SCORES[score].sentence
+    return f"Ranks tokens by {sentence[0].lower()}{sentence[1:]}"
 
 
 def _percent(share: float) -> str:

@@ -203,7 +203,7 @@ class Masking(ABC):
         with named_process():
             if rule.where:
                 responses = replace(responses, candidates=tokens.where(where_of(rule.where)))
-            if rule.needs_score and rule.score != "entropy":
+            if rule.score != "entropy" and (rule.needs_score or self.fork_config.observe):
                 responses = replace(responses, score=tokens.score(score_of(rule.score)))
             if not self.fork_config.observe:
                 fields.keep_only("entropy")

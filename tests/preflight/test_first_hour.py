@@ -261,6 +261,9 @@ def test_a_run_that_asks_for_nothing_of_ours_is_not_looked_at(line: Line, monkey
         (["+recipe=demo_cpu", "entropy_fork=off", "entropy_fork_guards.patience_s=0"], 0),
         (["+recipe=dapo", "entropy_fork.top_ratio=0.1"], 1),
         (["+entropy_fork=global", "entropy_fork.top_ratio=0.1,0.2", "entropy_fork.select=choice(top,bottom)"], 0),
+        (["+entropy_fork=global", 'entropy_fork.where="advantage > 0"', "entropy_fork.observe=[rsi,omega]"], 0),
+        (["+entropy_fork=global", "entropy_fork.score=entropy,surprisal,my_pkg.scores:mine"], 0),
+        (["+entropy_fork=global", "entropy_fork.where=advantage > 0", "entropy_fork.observe=rsi"], 2),
         (["+entropy_fork=global,off"], 0),
         (["+entropy_fork=global,of"], 1),
         (["+entropy_fork=global", "entropy_fork.top_ratio=0.1,most"], 1),
@@ -271,6 +274,11 @@ def test_a_run_that_asks_for_nothing_of_ours_is_not_looked_at(line: Line, monkey
 )
 def test_words_about_our_nodes(words: list[str], problems: int) -> None:
     assert len(check_words(words).problems) == problems, check_words(words).problems
+
+
+def test_a_condition_without_hydras_quotes_is_answered_with_them() -> None:
+    (problem,) = check_words(["+entropy_fork=global", "entropy_fork.where=advantage > 0"]).problems
+    assert problem.endswith("""'entropy_fork.where="advantage > 0"'.""")
 
 
 def test_a_preset_of_the_users_own() -> None:
