@@ -114,12 +114,12 @@ class Masking(ABC):
 
     Attributes:
         in_worker: whether the worker's engine must make, or apply, the selection.
-        selected_field: the field of the batch on the driver that is 0 for a dropped token and not 0 for a kept one;
-            None if there is no such field.
+        selected_field: the field of the batch on the driver that is not 0 for a kept token and 0 for any other; None
+            if there is no such field.
     """
 
     in_worker: ClassVar[bool]
-    selected_field: ClassVar[str | None]
+    selected_field: str | None = None
 
     def __init__(self, config: Any, fork_config: EntropyForkConfig):
         self.fork_config = fork_config
@@ -233,10 +233,10 @@ class SelectOnDriver(Masking):
     """
 
     in_worker = False
-    selected_field = WEIGHTS
 
     def __init__(self, config: Any, fork_config: EntropyForkConfig):
         super().__init__(config, fork_config)
+        self.selected_field = WEIGHTS if fork_config.use == "mask" else KEPT_TOKENS
         self._num_dropped = 0  # tokens of the last batch that were given the weight 0
         self._num_weighed = 0  # tokens of the last batch that were given another weight than 1
 
@@ -257,6 +257,8 @@ class SelectOnDriver(Masking):
             assert choice.score is not None
             lowest, highest = clip_bounds(choice.factors, choice.score, rule, low, high)
             written |= {CLIP_LOWEST: FlatField(lowest, offsets), CLIP_HIGHEST: FlatField(highest, offsets)}
+        if rule.use != "mask" and self.fork_config.dump_every:  # for the dump; with a mask, the weights say it
+            written[KEPT_TOKENS] = FlatField(choice.kept.to(torch.uint8), offsets)
         weights = weigh_mini_batches(responses, choice, mini_batch, rule)
         num_tokens = int(tally.num_tokens)
         del responses, choice
@@ -300,7 +302,6 @@ class SelectInWorker(Masking):
     """The worker selects and writes the token weights, at each gradient step. It is told who each row is."""
 
     in_worker = True
-    selected_field: ClassVar[str | None] = None
 
     def fields_to_write(self, batch: QueuedBatch, update: Update, metrics: dict[str, float]) -> dict[str, FlatField]:
         """The order and the seed of each row."""

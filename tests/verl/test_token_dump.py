@@ -232,3 +232,12 @@ def test_a_batch_without_entropies_is_an_error(step: Any, monkeypatch: pytest.Mo
 
 def test_the_defaults_dump_nothing() -> None:
     assert EntropyForkConfig().dump_every == 0
+
+
+@pytest.mark.parametrize("use", ["weight", "advantage"])
+def test_the_dump_says_which_tokens_were_treated_if_all_are_trained_on(step: Any, tmp_path: Path, use: str) -> None:
+    step(1, dump_every=1, dump_answers=NUM_ROWS, use=use, pool="response", top_ratio=0.2)
+    for answer in read_answers(tmp_path / "run" / "tokens"):
+        assert answer.selected is not None
+        assert int(answer.selected.sum()) == -(-len(answer.entropy) // 5)
+        assert answer.entropy[answer.selected].min() >= answer.entropy[~answer.selected].max(initial=0.0)
