@@ -163,14 +163,14 @@ def _ready_to_compare() -> None:
 def serve(
     memory_mib: int,
     get_ready: Callable[[], None] = _ready_to_compare,
-    judged: Callable[[str, str], Verdict] = compare,
+    judged: Callable[[str, str], Verdict] | None = None,
 ) -> None:
     """Answer the requests on standard input, one line each, until it ends. Runs in the child.
 
     Args:
         memory_mib: the limit of its address space.
         get_ready: called once, within the limit of memory: imports, and refuses code from text from then on.
-        judged: the verdict on an answer and what it is compared with.
+        judged: the verdict on an answer and what it is compared with; None: that of :func:`compare`.
     """
     import logging
     import resource
@@ -199,7 +199,7 @@ def serve(
         refused_before = _refused
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            verdict = judged(answer, truth)
+            verdict = (judged or compare)(answer, truth)
         except (Exception, RecursionError, MemoryError):
             verdict = Verdict(False, False)
         signal.setitimer(signal.ITIMER_PROF, 0)

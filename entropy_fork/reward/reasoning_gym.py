@@ -133,7 +133,11 @@ def _is_harmless(event: str, what: Any) -> bool:
 
 
 def get_ready() -> None:
-    """Import reasoning-gym, and from then on refuse to make code of text that is not harmless. Runs in the child."""
+    """Import reasoning-gym, and from then on refuse to make code of text that is not harmless. Runs in the child.
+
+    Raises:
+        PermissionError: later, where a text would become code.
+    """
     import reasoning_gym  # noqa: F401
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
