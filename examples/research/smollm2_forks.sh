@@ -17,7 +17,7 @@ limit=${LIMIT:+--limit $LIMIT}
 [ -d "$out/sums" ] || $run data prepare reasoning_gym --output "$out" --name sums --size 1 --holdout "${LIMIT:-64}" \
     --task chain_sum --set chain_sum.max_terms=2 --set chain_sum.max_digits=1
 
-# 320 questions, 4 answers each, of up to 160 tokens: over 100,000 tokens, as most answers are longer than 80.
+# 320 questions, 4 answers each, of up to 160 tokens: at most 204,800 tokens.
 # shellcheck disable=SC2086
 $run analyze "$out/model" --prompts "$out/questions/test.parquet" --output "$out/forks" --answers 4 --max-tokens 160 \
     --min-count "${MIN_COUNT:-50}" --engine transformers $limit
