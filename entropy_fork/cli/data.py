@@ -40,7 +40,7 @@ def data_list() -> None:
         "reasoning_gym", "generated: see 'entropy-fork data tasks'", "not there, but on PyPI", "any number",
         "train, test", "Apache-2.0",
     )  # fmt: skip
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @data_app.command("prepare")
@@ -112,7 +112,7 @@ def data_prepare(
     """Turn data sets into verl's parquet: cleaned, without duplicates, with a manifest and a list of unusable rows."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     with at_work("data prepare", console):
         from entropy_fork.common.progress import paused
         from entropy_fork.data.generated import NAME, Wanted, prepare_generated, read_options
@@ -178,8 +178,8 @@ def data_tasks(
     from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console()
-    with at_work("data tasks", Console(stderr=True)):
+    console = Console(emoji=False)
+    with at_work("data tasks", Console(stderr=True, emoji=False)):
         from entropy_fork.common.foreign_text import visible
         from entropy_fork.data.generated import example_of, known_tasks, options_of
 

@@ -29,7 +29,7 @@ def model_fetch(
     """
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     with at_work("model fetch", console):
         from entropy_fork.models.fetch import fetch
 
