@@ -112,7 +112,7 @@ def data_prepare(
     """Turn data sets into verl's parquet: cleaned, without duplicates, with a manifest and a list of unusable rows."""
     from rich.console import Console
 
-    console = Console(stderr=True, emoji=False)
+    console = Console(emoji=False, stderr=True)
     with at_work("data prepare", console):
         from entropy_fork.common.progress import paused
         from entropy_fork.data.generated import NAME, Wanted, prepare_generated, read_options
@@ -179,7 +179,7 @@ def data_tasks(
     from rich.table import Column, Table
 
     console = Console(emoji=False)
-    with at_work("data tasks", Console(stderr=True, emoji=False)):
+    with at_work("data tasks", Console(emoji=False, stderr=True)):
         from entropy_fork.common.foreign_text import visible
         from entropy_fork.data.generated import example_of, known_tasks, options_of
 
