@@ -35,7 +35,8 @@ Engine = Annotated[EngineName, typer.Option(help="What generates the answers. au
 ChatTemplate = Annotated[
     str | None,
     typer.Option(
-        help="The template of the training: 'paper', a Jinja file or Jinja text. Default: the tokenizer's own."
+        help="The template of the training: 'paper', 'worked', a Jinja file or Jinja text. Default: the "
+        "tokenizer's own."
     ),
 ]
 Tokenizer = Annotated[

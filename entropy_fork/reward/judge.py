@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import IO, Any, NamedTuple
@@ -47,6 +48,8 @@ class Verdict(NamedTuple):
     parseable: bool
     #: whether a limit stopped it, or the answer would have been run as code; then the other two are False
     stopped: bool = False
+    #: what a scorer that knows half-right answers gave, from 0 to 1; math-verify gives none
+    credit: float = 0.0
 
 
 class JudgeError(RuntimeError):
@@ -152,8 +155,23 @@ def _is_harmless() -> bool:
     return False
 
 
-def serve(memory_mib: int) -> None:
-    """Answer the requests on standard input, one line each, until it ends. Runs in the child."""
+def _ready_to_compare() -> None:
+    compare(r"\frac{1}{2}+x", "1")  # imports, and builds the tables of the grammar
+    _refuse_code_from_text()
+
+
+def serve(
+    memory_mib: int,
+    get_ready: Callable[[], None] = _ready_to_compare,
+    judged: Callable[[str, str], Verdict] | None = None,
+) -> None:
+    """Answer the requests on standard input, one line each, until it ends. Runs in the child.
+
+    Args:
+        memory_mib: the limit of its address space.
+        get_ready: called once, within the limit of memory: imports, and refuses code from text from then on.
+        judged: the verdict on an answer and what it is compared with; None: that of :func:`compare`.
+    """
     import logging
     import resource
 
@@ -167,8 +185,7 @@ def serve(memory_mib: int) -> None:
         limit = memory_mib << 20 if hard == resource.RLIM_INFINITY else min(memory_mib << 20, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     logging.disable(logging.CRITICAL)  # math-verify warns at each call that its timeouts are off
-    compare(r"\frac{1}{2}+x", "1")  # imports, and builds the tables of the grammar
-    _refuse_code_from_text()
+    get_ready()
 
     # Caches grow, and near its limit a process would fail the next answer because of earlier ones. So it is replaced
     # when half of the memory that it had left at the start is in use.
@@ -182,7 +199,7 @@ def serve(memory_mib: int) -> None:
         refused_before = _refused
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            verdict = compare(answer, truth)
+            verdict = (judged or compare)(answer, truth)
         except (Exception, RecursionError, MemoryError):
             verdict = Verdict(False, False)
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -205,21 +222,23 @@ def _address_space() -> int:
 # --------------------------------------------------------------------------------------------------------- the parent
 
 # The child gets the parent's path, because Ray may have added to it after the start.
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from entropy_fork.reward.judge import serve; serve({})"
-)
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {} import serve; serve({})"
+
+#: the module whose ``serve`` a child runs
+_MATH_VERIFY = "entropy_fork.reward.judge"
 
 
 class _Child:
     """One process, used by one thread at a time."""
 
-    def __init__(self, memory_mib: int) -> None:
+    def __init__(self, memory_mib: int, module: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT.format(memory_mib), json.dumps(sys.path)],
+            [sys.executable, "-c", _BOOT.format(module, memory_mib), json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONHASHSEED": "0"},  # the same verdict in every process
+            # the same verdict in every process; and numpy sets memory aside for each thread
+            env={**os.environ, "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
         )
 
     def wait_until_ready(self) -> None:
@@ -234,7 +253,7 @@ class _Child:
             said = errors.read().decode(errors="replace").strip().splitlines()
             raise JudgeError(
                 f"a process that compares answers ended before it was ready (exit status {self._process.returncode}): "
-                f"{said[-1] if said else 'it said nothing'}. Is math-verify installed, and memory_mib large enough?"
+                f"{said[-1] if said else 'it said nothing'}. Is what it imports installed, and memory_mib large enough?"
             )
 
     def ask(self, answer: str, truth: str, seconds: float) -> tuple[Verdict | None, bool]:
@@ -287,10 +306,11 @@ class Judges:
     Args:
         processes: at most this many comparisons at the same time; others wait for their turn.
         memory_mib: address space of one child in MiB.
+        module: the module whose ``serve`` they run.
     """
 
-    def __init__(self, processes: int, memory_mib: int) -> None:
-        self._memory_mib = memory_mib
+    def __init__(self, processes: int, memory_mib: int, module: str = _MATH_VERIFY) -> None:
+        self._memory_mib, self._module = memory_mib, module
         self._turns = threading.Semaphore(processes)
         self._idle: list[_Child] = []
         self._children: set[_Child] = set()
@@ -332,7 +352,7 @@ class Judges:
         except IndexError:
             pass
         try:
-            child = _Child(self._memory_mib)
+            child = _Child(self._memory_mib, self._module)
         except OSError as error:
             raise JudgeError(f"a process that compares answers cannot be started: {error}") from error
         self._children.add(child)
@@ -351,16 +371,16 @@ class Judges:
             self._children.pop().end()
 
 
-_pools: dict[tuple[int, int], Judges] = {}
+_pools: dict[tuple[int, int, str], Judges] = {}
 _lock = threading.Lock()
 
 
-def judges(processes: int, memory_mib: int) -> Judges:
-    """The children of this process, of this number and size."""
+def judges(processes: int, memory_mib: int, module: str = _MATH_VERIFY) -> Judges:
+    """The children of this process, of this number, size and module."""
     with _lock:
-        pool = _pools.get((processes, memory_mib))
+        pool = _pools.get((processes, memory_mib, module))
         if pool is None:
-            pool = _pools[processes, memory_mib] = Judges(processes, memory_mib)
+            pool = _pools[processes, memory_mib, module] = Judges(processes, memory_mib, module)
         return pool
 
 

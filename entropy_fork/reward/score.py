@@ -21,6 +21,7 @@ from typing import Any
 
 from entropy_fork.common.cores import available_cores
 from entropy_fork.common.ground_truth import accepted_answers
+from entropy_fork.reward import reasoning_gym
 from entropy_fork.reward.judge import Verdict, judges
 
 #: processor seconds for one comparison
@@ -177,7 +178,8 @@ def compute_score(
     """verl's reward function. May be called by any number of threads.
 
     Args:
-        data_source: of the data row; not used.
+        data_source: of the data row. Rows of ``reasoning_gym/…`` are scored by
+            :mod:`entropy_fork.reward.reasoning_gym`; of others it is not used.
         solution_str: the decoded answer.
         ground_truth: ``reward_model.ground_truth`` of the data row: an expression, a number, or a list of these of
             which any is right. A text may hold such a list as JSON: ``["1", "2"]``.
@@ -207,8 +209,11 @@ def compute_score(
     }.items():  # fmt: skip
         if limit <= 0:
             raise ValueError(f"reward.custom_reward_function.reward_kwargs.{name} must be positive, not {limit}")
-    truths = _truths(ground_truth)
     answer = last_boxed(solution_str)
+    if str(data_source).startswith(reasoning_gym.PREFIX):
+        limits = (timeout, memory_mib, processes, max_characters)
+        return reasoning_gym.score_box(data_source, answer, ground_truth, *limits)
+    truths = _truths(ground_truth)
     verdicts = (
         [] if answer is None else [compare(answer, t, timeout, memory_mib, processes, max_characters) for t in truths]
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +22,7 @@ from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.recipes import preset_names
 from entropy_fork.preflight.compose import compose_most
 from entropy_fork.preflight.launcher import what_the_launcher_says
+from entropy_fork.reward.judge import Verdict
 from entropy_fork.verl import plugin
 from entropy_fork.verl.config.words import check_words
 from entropy_fork.verl.early import look
@@ -427,3 +430,29 @@ def test_the_real_launcher_takes_a_good_line(python: Python, line: Line) -> None
     assert "top_ratio: 0.2" in good["config"]
     assert "Did you mean grpo?" in wrong["message"]
     assert "config" in not_asked
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_generated_rows_are_scored_as_in_the_run(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """Their scorer is another package, which a run would miss when the first answers are scored."""
+    from entropy_fork.reward import reasoning_gym
+
+    data = parquet(tmp_path / "sums.parquet", *[row(source="reasoning_gym/chain_sum")] * 4)
+    found = importlib.util.find_spec("json") if installed else None
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found if name == "reasoning_gym" else find(name, *rest)
+    )
+    monkeypatch.setattr(reasoning_gym, "judges", lambda *_: SimpleNamespace(compare=lambda *_: Verdict(True, True)))
+    reasoning_gym._check.cache_clear()
+    messages = said(line(f"data.train_files={data}", f"data.val_files={data}"))
+    reasoning_gym._check.cache_clear()
+    if installed:
+        assert messages == []
+    else:
+        (message,) = messages
+        assert re.search(
+            r"sums\.parquet.*reasoning_gym is not installed\. Install the extra: .*\[reasoning-gym", message
+        )
