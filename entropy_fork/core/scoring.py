@@ -90,7 +90,7 @@ class Tokens:
     ) -> Tensor:
         fields = {name: self.field(name) for name in names}
         num_tokens = self.eligible.numel()
-        if elementwise and "draw" in fields:
+        if elementwise and "draw" in fields and dtype.is_floating_point:
             result = torch.empty(num_tokens, dtype=torch.float64)
         else:
             result = torch.zeros(num_tokens, dtype=dtype)
