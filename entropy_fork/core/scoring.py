@@ -15,6 +15,7 @@ from torch import Tensor
 from entropy_fork.core.flat import pieces, row_slices
 from entropy_fork.core.randomness import drawn
 from entropy_fork.core.scores import FIELDS, Score
+from entropy_fork.core.user_function import in_one_line
 from entropy_fork.core.where import Where
 
 #: the fields that follow from the lengths of the responses and their seeds
@@ -65,14 +66,13 @@ class Tokens:
             ValueError: the function fails, does not return one float for each token, or returns one for an eligible
                 token that is not finite. The message names the score.
         """
-        if score.name in FIELDS:  # the field itself, not a copy
-            values = self.field(score.name)
-            return values if values.dtype == torch.float64 else values.to(torch.float32)
         try:
-            values = self._apply(score.function, score.fields, score.elementwise, torch.float32)
+            if score.name in FIELDS:  # the field itself, not a copy
+                values = self.field(score.name)
+                return values if values.dtype == torch.float64 else values.to(torch.float32)
+            return self._apply(score.function, score.fields, score.elementwise, torch.float32)
         except ValueError as error:
             raise ValueError(f"score={score.name}: {error}") from error
-        return values
 
     def where(self, where: Where) -> Tensor:
         """Which eligible tokens are in a pool at all: bool, shape (num_tokens,).
@@ -97,7 +97,8 @@ class Tokens:
         eligible = self.eligible.bool()
         if elementwise:
             for piece in pieces(num_tokens):
-                values = _called(function, {name: field[piece] for name, field in fields.items()}, dtype)
+                given = {name: field[piece] for name, field in fields.items()}
+                values = _called(function, given, dtype).to(result.dtype)
                 _check_finite(values, eligible[piece])
                 result[piece] = values
             return result
@@ -107,13 +108,13 @@ class Tokens:
                 continue
             everything = bool(seen.all())  # then no copies
             given = {name: field[tokens] if everything else field[tokens][seen] for name, field in fields.items()}
-            values = _called(function, given, dtype)
+            values = _called(function, given, dtype).to(dtype)
             _check_finite(values)
             if everything:
-                result[tokens] = values.to(dtype)
+                result[tokens] = values
             else:
                 part = torch.zeros(seen.numel(), dtype=dtype)
-                part[seen] = values.to(dtype)
+                part[seen] = values
                 result[tokens] = part
         return result
 
@@ -134,7 +135,7 @@ def _called(function: Callable[..., Tensor], fields: dict[str, Tensor], dtype: t
     try:
         values = function(**fields)
     except Exception as error:  # whatever a user's function raises
-        raise ValueError(f"it raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"it raised {in_one_line(error)}") from error
     if not isinstance(values, Tensor) or values.shape != expected:
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(f"it must return a tensor with one value per token, shape {tuple(expected)}, and gave {got}")
