@@ -62,7 +62,8 @@ class Choice:
         pools: each pool's counts and threshold.
         factors: float32, shape (num_tokens,): the factor of each kept token, NaN for the others; None for
             ``use=mask``. See :func:`entropy_fork.core.factors.factors_of`.
-        score: float, shape (num_tokens,): the score that belongs to each token's factor; None for ``use=mask``.
+        score: float, shape (num_tokens,): the score that belongs to each token's factor, or to its soft weight; None
+            for ``use=mask`` with hard weights.
     """
 
     kept: Tensor
@@ -106,13 +107,13 @@ def choose(responses: Responses, pool_of_response: Tensor, rule: Rule) -> Choice
             :func:`entropy_fork.core.factors.factors_of`.
     """
     kept, pools = select_in_pools(responses, pool_of_response, rule.selector)
-    score = None if rule.use == "mask" else responses.ranked_by
+    score = None if (rule.use, rule.weight) == ("mask", "hard") else responses.ranked_by
     if rule.control == "matched_random":
         kept, score = shuffled(kept, score, responses.in_pools, responses.lengths, responses.seeds)
     if rule.use == "mask":
         if rule.outside == "keep" and responses.candidates is not None:
             kept |= responses.eligible.bool() & ~responses.candidates
-        return Choice(kept, pools)
+        return Choice(kept, pools, score=score)
     assert score is not None
     factors = torch.empty(kept.shape, dtype=torch.float32)
     for _, tokens in _groups(pool_of_response, responses.lengths):
@@ -180,7 +181,7 @@ def weigh_mini_batches(responses: Responses, choice: Choice, mini_batch: Tensor,
                 responses.lengths[members],
                 rule.loss_agg_mode,
                 rule.denominator,
-                _gather(responses.ranked_by, tokens) if rule.weight == "soft" else None,
+                None if choice.score is None else _gather(choice.score, tokens),
             ),
         )
     return weights

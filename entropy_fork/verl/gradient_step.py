@@ -49,6 +49,8 @@ ROW_IDENTITY = "entropy_fork_row_identity"
 KEPT_TOKENS = "entropy_fork_kept"
 #: the field that the driver writes if it has selected with ``use=weight``: the factor of each kept token, else NaN
 FACTORS = "entropy_fork_factors"
+#: the field that the driver writes if it has selected with ``weight=soft``: the score that each kept token weighs by
+SOFT_SCORES = "entropy_fork_soft_scores"
 
 #: verl's field for each field of the scores (``core/scores.py: FIELDS``)
 VERLS_FIELDS: Mapping[str, str] = {
@@ -133,15 +135,15 @@ class GradientStep:
         else:
             raise EntropyForkError(f"a mask was asked for, but the batch has no entropies in {process_name()}.")
         if KEPT_TOKENS in data:
-            factors = data[FACTORS].values().cpu() if FACTORS in data else None
-            choice = Choice(data[KEPT_TOKENS].values().cpu().bool(), [], factors)
+            factors, score = (data[name].values().cpu() if name in data else None for name in (FACTORS, SOFT_SCORES))
+            choice = Choice(data[KEPT_TOKENS].values().cpu().bool(), [], factors, score)
         else:
             choice = self._choose(responses)
         by_old = None
         if self.rule.entropy == "current" and old is not None:
             by_old = self._choose(self._scored(data, {})).kept
         self._count(data, responses, choice, by_old)
-        soft_score = responses.ranked_by if self.rule.weight == "soft" else None
+        soft_score = choice.score if self.rule.weight == "soft" else None
         counts = self.ranks.sum_counts(Counts.of(choice.kept, responses.eligible, soft_score))
         return self._weigh(responses, choice, counts)
 
@@ -204,7 +206,7 @@ class GradientStep:
     def _weigh(self, responses: Responses, choice: Choice, counts: Counts) -> Tensor:
         if self.rule.use != "mask":
             return soft_weights(choice, responses.eligible, self.rule)
-        soft_score = responses.ranked_by if self.rule.weight == "soft" else None
+        soft_score = choice.score if self.rule.weight == "soft" else None
         mode, denominator = self.rule.loss_agg_mode, self.rule.denominator
         return token_weights(choice.kept, responses.eligible, responses.lengths, mode, denominator, soft_score, counts)
 

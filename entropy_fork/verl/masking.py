@@ -38,7 +38,15 @@ from entropy_fork.core.scoring import Tokens
 from entropy_fork.core.tally import Tally, draws
 from entropy_fork.core.where import where_of
 from entropy_fork.verl.config import NODE, EntropyForkConfig
-from entropy_fork.verl.gradient_step import FACTORS, KEPT_TOKENS, ROW_IDENTITY, RULE, VERLS_FIELDS, tally_of
+from entropy_fork.verl.gradient_step import (
+    FACTORS,
+    KEPT_TOKENS,
+    ROW_IDENTITY,
+    RULE,
+    SOFT_SCORES,
+    VERLS_FIELDS,
+    tally_of,
+)
 from entropy_fork.verl.policy_loss import CLIP_HIGHEST, CLIP_LOWEST, CLIPPED, WEIGHED
 from entropy_fork.verl.queued_batch import FlatField, QueuedBatch
 
@@ -325,6 +333,8 @@ class SelectOnDriverWeighInWorker(SelectInWorker):
         }
         if choice.factors is not None:
             written[FACTORS] = FlatField(choice.factors, offsets)
+        elif choice.score is not None:
+            written[SOFT_SCORES] = FlatField(choice.score, offsets)
         return written
 
     def metrics_of_update(self, returned: dict[str, float], num_rows: int, step: int) -> dict[str, float]:
@@ -397,8 +407,9 @@ def _observe(
     """Add how a score that is not trained on compares with the one that is."""
     other = tokens.score(score_of(name))
     sample = sample_of(responses.in_pools, responses.lengths, responses.seeds)
+    kept = choice.kept & responses.in_pools.bool()
     compared = {
-        f"overlap_with_{name}": overlap(replace(responses, score=other), choice.kept, pool, rule.selector),
+        f"overlap_with_{name}": overlap(replace(responses, score=other), kept, pool, rule.selector),
         f"rank_correlation_with_{name}": rank_correlation(responses.ranked_by[sample], other[sample]),
     }
     _add(metrics, {key: value for key, value in compared.items() if not math.isnan(value)})
