@@ -128,10 +128,10 @@ def make_batch(seed: int, num_rows: int, eligible: float = 0.85) -> ScoredRows:
     )
 
 
-def chosen(rows: ScoredRows, rule: Rule, mini_batch: Tensor | None = None) -> tuple[Choice, list[Tensor]]:
-    """What a rule makes of the rows in one process, and the token weights of each row."""
-    mini_batch = torch.zeros(len(rows), dtype=torch.int64) if mini_batch is None else mini_batch
-    responses = rows.responses(rule, torch.zeros_like(mini_batch) if rule.pool == "batch" else mini_batch)
-    choice = choose(responses, pool_of_responses(rule.pool, mini_batch), rule)
+def chosen(rows: ScoredRows, rule: Rule, micro_batch: Tensor | None = None) -> tuple[Choice, list[Tensor]]:
+    """What a rule makes of a mini-batch in one process, and the token weights of each row."""
+    mini_batch = torch.zeros(len(rows), dtype=torch.int64)
+    responses = rows.responses(rule)
+    choice = choose(responses, pool_of_responses(rule.pool, mini_batch, micro_batch), rule)
     weights = weigh_mini_batches(responses, choice, mini_batch, rule)
     return choice, list(weights.split(rows.lengths.tolist()))
