@@ -12,6 +12,7 @@ or a score, ``describe`` writes its value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -481,6 +482,9 @@ class Rule:
                 f"use={self.use} is written into the batch before verl cuts it into micro-batches; write "
                 f"pool=mini_batch, batch or response"
             )
+        for name in ("map_offset", "map_slope", "map_rate", "map_low", "map_high"):
+            if has_effect(name, self.values) and not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if self.map == "dcpo" and (self.use, self.score) != ("clip", "surprisal"):
             raise ValueError("map=dcpo is a clip range made of the surprisal; write use=clip score=surprisal")
         if self.map == "clipped" and self.map_low > self.map_high:

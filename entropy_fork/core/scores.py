@@ -85,7 +85,7 @@ def fields_read_by(function: Callable[..., Any]) -> tuple[str, ...]:
     unknown = [
         str(p)
         for p in parameters
-        if p.name not in FIELDS and (p.default is p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or (p.name not in FIELDS and p.default is p.empty)
     ]
     names = tuple(p.name for p in parameters if p.name in FIELDS)
     if unknown or not names:

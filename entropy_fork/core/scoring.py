@@ -15,6 +15,7 @@ from torch import Tensor
 from entropy_fork.core.flat import gather, groups, pieces, row_slices, scatter
 from entropy_fork.core.randomness import drawn
 from entropy_fork.core.scores import Score
+from entropy_fork.core.user_function import in_one_line
 from entropy_fork.core.where import Where
 
 #: the fields that follow from the lengths of the responses and their seeds
@@ -65,14 +66,13 @@ class Tokens:
             ValueError: the function fails, does not return one float for each token, or returns one for an eligible
                 token that is not finite. The message names the score.
         """
-        if score.same_as:  # the field itself, not a copy
-            values = self.field(score.same_as)
-            return values if values.dtype == torch.float64 else values.to(torch.float32)
         try:
-            values = self._apply(score.function, score.fields, score.elementwise, torch.float32)
+            if score.same_as:  # the field itself, not a copy
+                values = self.field(score.same_as)
+                return values if values.dtype == torch.float64 else values.to(torch.float32)
+            return self._apply(score.function, score.fields, score.elementwise, torch.float32)
         except ValueError as error:
             raise ValueError(f"score={score.name}: {error}") from error
-        return values
 
     def where(self, where: Where) -> Tensor:
         """Which eligible tokens are in a pool at all: bool, shape (num_tokens,).
@@ -94,7 +94,8 @@ class Tokens:
         eligible = self.eligible.bool()
         if elementwise:
             for piece in pieces(num_tokens):
-                values = _called(function, {name: field[piece] for name, field in fields.items()}, dtype)
+                given = {name: field[piece] for name, field in fields.items()}
+                values = _called(function, given, dtype).to(result.dtype)
                 _check_finite(values, eligible[piece])
                 result[piece] = values
             return result
@@ -106,11 +107,11 @@ class Tokens:
             given = {name: gather(field, tokens) for name, field in fields.items()}
             if not everything:
                 given = {name: field[seen] for name, field in given.items()}
-            values = _called(function, given, dtype)
+            values = _called(function, given, dtype).to(dtype)
             _check_finite(values)
             if not everything:
                 part = torch.zeros(seen.numel(), dtype=dtype)
-                part[seen] = values.to(dtype)
+                part[seen] = values
                 values = part
             scatter(result, tokens, values)
         return result
@@ -121,7 +122,7 @@ def _called(function: Callable[..., Tensor], fields: dict[str, Tensor], dtype: t
     try:
         values = function(**fields)
     except Exception as error:  # whatever a user's function raises
-        raise ValueError(f"it raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"it raised {in_one_line(error)}") from error
     if not isinstance(values, Tensor) or values.shape != expected:
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(f"it must return a tensor with one value per token, shape {tuple(expected)}, and gave {got}")

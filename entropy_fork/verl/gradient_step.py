@@ -13,7 +13,7 @@ with the batch, and the engine (see ``engine.py``) makes the mask before each gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -49,9 +49,8 @@ ROW_IDENTITY = "entropy_fork_row_identity"
 KEPT_TOKENS = "entropy_fork_kept"
 #: the field that the driver writes if it has selected with ``use=weight``: the factor of each kept token, else NaN
 FACTORS = "entropy_fork_factors"
-
-#: the field that the driver writes if it has selected with ``weight=soft``: the score that each token is weighed by
-WEIGHED_BY = "entropy_fork_weighed_by"
+#: the field that the driver writes if it has selected with ``weight=soft``: the score that each kept token weighs by
+SOFT_SCORES = "entropy_fork_soft_scores"
 
 #: verl's field for each field of the scores (``core/scores.py: FIELDS``)
 VERLS_FIELDS: Mapping[str, str] = {
@@ -136,7 +135,7 @@ class GradientStep:
         else:
             raise EntropyForkError(f"a mask was asked for, but the batch has no entropies in {process_name()}.")
         if KEPT_TOKENS in data:
-            factors, score = (data[name].values().cpu() if name in data else None for name in (FACTORS, WEIGHED_BY))
+            factors, score = (data[name].values().cpu() if name in data else None for name in (FACTORS, SOFT_SCORES))
             choice = Choice(data[KEPT_TOKENS].values().cpu().bool(), [], factors, score)
         else:
             choice = self._choose(responses)
@@ -151,8 +150,9 @@ class GradientStep:
     def _weights_in_loss(self, data: TensorDict, current: dict[str, Tensor]) -> Tensor:
         responses = self._scored(data, current)
         one_pool = torch.zeros_like(responses.lengths)
-        choice = choose(responses, one_pool, self.rule)
-        by_old = choose(self._scored(data, {}), one_pool, self.rule).kept if "entropy" in data else None
+        with named_process():
+            choice = choose(responses, one_pool, self.rule)
+            by_old = choose(self._scored(data, {}), one_pool, self.rule).kept if "entropy" in data else None
         self._count(data, responses, choice, by_old)
         return self._weigh(responses, choice, self._counts)
 
@@ -182,12 +182,12 @@ class GradientStep:
         order, seeds = data[ROW_IDENTITY].values().cpu().view(-1, 2).unbind(1)
         eligible, lengths = mask.values().cpu(), mask.offsets().diff().cpu()
         responses = Responses(given["entropy"], eligible, lengths, order, seeds)
-        if not score:
+        if not score or (needed is None and where is None):
             return responses
         tokens, mine = Tokens(given, eligible, lengths, seeds, torch.zeros_like(lengths)), slice(None)
         if any(part is not None and not part.elementwise for part in (needed, where)):
             tokens, mine = gather_tokens(tokens, self.ranks)
-        with named_process():
+        with named_process(), nullcontext() if self.in_loss else self.ranks.fail_together():
             if where is not None:
                 responses = replace(responses, candidates=tokens.where(where)[mine])
             if needed is not None:
@@ -201,8 +201,9 @@ class GradientStep:
             micro_batch = torch.zeros_like(responses.lengths)
             for number, members in enumerate(self._micro_batches):
                 micro_batch[members] = number
-            one_mini_batch = torch.zeros_like(responses.lengths)
-            return choose(responses, pool_of_responses(self.rule.pool, one_mini_batch, micro_batch), self.rule)
+            pool = pool_of_responses(self.rule.pool, torch.zeros_like(responses.lengths), micro_batch)
+            with self.ranks.fail_together():
+                return choose(responses, pool, self.rule)
 
     def _weigh(self, responses: Responses, choice: Choice, counts: Counts) -> Tensor:
         if self.rule.use != "mask":

@@ -43,8 +43,8 @@ from entropy_fork.verl.gradient_step import (
     KEPT_TOKENS,
     ROW_IDENTITY,
     RULE,
+    SOFT_SCORES,
     VERLS_FIELDS,
-    WEIGHED_BY,
     tally_of,
 )
 from entropy_fork.verl.policy_loss import CLIP_HIGHEST, CLIP_LOWEST, CLIPPED, WEIGHED
@@ -342,7 +342,7 @@ class SelectOnDriverWeighInWorker(SelectInWorker):
         if choice.factors is not None:
             written[FACTORS] = FlatField(choice.factors, offsets)
         elif choice.score is not None:
-            written[WEIGHED_BY] = FlatField(choice.score.to(torch.float32), offsets)
+            written[SOFT_SCORES] = FlatField(choice.score, offsets)
         return written
 
     def metrics_of_update(self, returned: dict[str, float], num_rows: int, step: int) -> dict[str, float]:
@@ -415,8 +415,9 @@ def _observe(
     """Add how a score that is not trained on compares with the one that is."""
     other = tokens.score(score_of(name))
     sample = sample_of(responses.in_pools, responses.lengths, responses.seeds)
+    kept = choice.kept & responses.in_pools.bool()
     compared = {
-        f"overlap_with_{name}": overlap(replace(responses, score=other), choice.kept, pool, rule.selector),
+        f"overlap_with_{name}": overlap(replace(responses, score=other), kept, pool, rule.selector),
         f"rank_correlation_with_{name}": rank_correlation(responses.ranked_by[sample], other[sample]),
     }
     _add(metrics, {key: value for key, value in compared.items() if not math.isnan(value)})
