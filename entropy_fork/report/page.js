@@ -212,13 +212,13 @@
   function chosen() {
     const folder = folderOf(current.answer), number = Number(at("by").value);
     const place = folder.scores.indexOf(number);
-    return { place, score: data.scores[number], first: current.firsts[place], table: current.tables[place], isOwn: folder.own === number };
+    return { place, score: data.scores[number], first: current.firsts[place], table: current.tables[place] };
   }
 
   // The colours of the tokens. The page has the entropy itself; of another score it has between which stops of the slider a token is.
   function tint() {
     if (!current) return;
-    const { place, score, first, table, isOwn } = chosen(), { spans, entropy } = current;
+    const { place, score, first, table } = chosen(), { spans, entropy } = current;
     for (let i = 0; i < spans.length; i++) {
       const value = place === 0 ? entropy[i] * data.unit : table.threshold[first[i] + 1];
       const share = (value - score.low) / (score.full - score.low || 1);
@@ -226,7 +226,7 @@
     }
     at("legend-start").textContent = signed(String(score.low));
     at("legend-end").textContent = signed(String(score.full)) + unitOf(score);
-    at("about").textContent = [score.sentence, isOwn ? "This run ranked its tokens by it." : "", folderOf(current.answer).run].filter(Boolean).map(visible).join(" ");
+    at("about").textContent = [score.sentence, folderOf(current.answer).run].filter(Boolean).map(visible).join(" ");
   }
 
   function recolour() {
