@@ -76,8 +76,11 @@
   const decimal = (units) => (units * data.unit).toFixed(4);
   const signed = (text) => text.replace("-", "\u2212");
   const unitOf = (score) => (score.unit ? ` ${score.unit}` : "");
-  // Nats with four digits behind the point, as the entropy has; anything else with four digits.
-  const amount = (value, score) => signed(score.unit === "nats" ? (value.toFixed(4) === "-0.0000" ? "0.0000" : value.toFixed(4)) : String(Number(value.toPrecision(4))));
+  // The entropy has four digits behind the point. So have other nats, unless they are so small that nothing would be left.
+  function amount(value, score) {
+    const isFixed = score.unit === "nats" && (score.name === "entropy" || value === 0 || Math.abs(value) >= 0.001);
+    return signed(isFixed ? value.toFixed(4) : String(Number(value.toPrecision(4))));
+  }
   function percent(probability) {
     if (probability >= 0.99995) return ">99.99%";
     return probability >= 0.0001 ? `${(probability * 100).toPrecision(4)}%` : `${(probability * 100).toExponential(2)}%`;

@@ -88,8 +88,9 @@ def names_in_menu(opened: Any) -> list[str]:
 def shown(value: float, unit: str) -> str:
     """A value as the page writes it."""
     digits = float(f"{value:.4g}")
-    text = f"{value:.4f}" if unit == "nats" else str(int(digits) if digits.is_integer() else digits)
-    return text.replace("-0.0000", "0.0000").replace("-", "−") + (f" {unit}" if unit else "")
+    is_fixed = unit == "nats" and not 0 < abs(value) < 0.001
+    text = f"{value:.4f}" if is_fixed else str(int(digits) if digits.is_integer() else digits)
+    return text.replace("-", "−") + (f" {unit}" if unit else "")
 
 
 def of_run(name: str, answers: Sequence[AnswerTokens]) -> torch.Tensor:
@@ -267,6 +268,19 @@ def test_draws_are_the_same_in_every_report_and_keep_their_share(tmp_path: Path)
     assert packed[0] == packed[1]
     data = data_of(tmp_path / "0.html")
     assert data["pools"][0]["num_kept"] == [kept_count(data["pools"][0]["num_tokens"], ratio) for ratio in RATIOS]
+
+
+@pytest.mark.process
+def test_a_tiny_threshold_is_not_shown_as_zero(tmp_path: Path, chromium: Any) -> None:
+    """The log-probabilities of engine and trainer often differ by a millionth."""
+    answers = [
+        replace(answer, rollout_log_prob=answer.log_prob - np.float32(2**-19) * (np.arange(len(answer.entropy)) % 2))
+        for answer in answers_of_run([1])
+    ]
+    folder = written(tmp_path / "run", answers, MANIFEST | {"score": "mismatch"})
+    opened, _ = open_page(chromium, report(tmp_path / "report.html", "--tokens", str(folder)))
+    assert "τ = 0.000001907 nats · " in opened.locator("#counts").inner_text()
+    opened.context.close()
 
 
 def test_fields_that_only_some_answers_have_are_not_used(tmp_path: Path) -> None:
