@@ -54,3 +54,11 @@ VllmArguments = Annotated[
 MinCount = Annotated[
     int, typer.Option(min=1, help="The tables of highest and lowest entropy show tokens seen this often or more.")
 ]
+Scores = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--score",
+        metavar="NAME",
+        help="A score to show beside the built-in ones: a function of yours, package.module:function. May be repeated.",
+    ),
+]
