@@ -101,7 +101,7 @@ def _with_current(score: Score) -> str:
 BARE = OmegaConf.create(
     {
         "actor_rollout_ref": {
-            "actor": {"use_kl_loss": False, "shuffle": False},
+            "actor": {"use_kl_loss": False, "shuffle": False, "strategy": "fsdp2"},
             "rollout": {"calculate_log_probs": False},
             "model": {"use_fused_kernels": True},
         },

@@ -93,6 +93,10 @@ class GradientStep:
             data[ROW] = torch.arange(len(data), device=data["response_mask"].device)
             self._micro_batches = _cut(engine, data)
         self._next_micro_batch = 0
+        self._score = score_of(rule.score) if rule.needs_score and rule.score != "entropy" else None
+        self._where = where_of(rule.where) if rule.where else None
+        parts = [part for part in (self._score, self._where) if part is not None]
+        self._read = {"entropy", *(name for part in parts for name in part.fields)}
         if self.in_loss:
             self._counts = self._counts_of(data["response_mask"])
         else:
@@ -103,12 +107,8 @@ class GradientStep:
         if self.rule.pool == "micro_batch":
             self._check_micro_batch(data)
         if self.in_loss:
-            mask = data["response_mask"]
-            current = {
-                "entropy": response_from_nested(model_output.pop(ENTROPY_OF_MASK), mask).values().cpu(),
-                "log_prob": response_from_nested(model_output["log_probs"].detach(), mask).values().cpu(),
-            }
-            _multiply_into(data, self._weights_in_loss(data, current))
+            current = {**model_output, "entropy": model_output.pop(ENTROPY_OF_MASK)}
+            _multiply_into(data, self._weights_in_loss(data, self._fields_of(current, data)))
         with weights_written():
             return self.loss_function(model_output=model_output, data=data, dp_group=dp_group)
 
@@ -167,15 +167,12 @@ class GradientStep:
             score: whether the rule still has to be applied.
         """
         mask = data["response_mask"]
-        needed = score_of(self.rule.score) if self.rule.needs_score and self.rule.score != "entropy" else None
-        where = where_of(self.rule.where) if self.rule.where else None
-        read = {"entropy", *(needed.fields if needed else ()), *(where.fields if where else ())}
+        needed, where = self._score, self._where
         given = {
             name: (response_from_nested(data[key], mask) if name == "sum_pi_squared" else data[key]).values().cpu()
             for name, key in VERLS_FIELDS.items()
-            if name in read and key in data
-        }
-        given |= {name: values for name, values in current.items() if name in read}
+            if name in self._read and key in data
+        } | current
         sizes = {name: values.numel() for name, values in given.items()}
         if any(size != mask.values().numel() for size in sizes.values()):
             raise EntropyForkError(f"{sizes} values for {mask.values().numel()} response tokens")
@@ -234,9 +231,14 @@ class GradientStep:
         tu.assign_non_tensor(asked, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else AT_RESPONSES})
         with _without_training(self._engine):
             output = self._engine.infer_batch(asked)["model_output"]
+        return self._fields_of(output, data)
+
+    def _fields_of(self, model_output: Mapping[str, Any], data: TensorDict) -> dict[str, Tensor]:
+        """The fields of the current policy that the rule reads, from what verl's engine gives for whole rows."""
         return {
-            name: response_from_nested(output[key], data["response_mask"]).values().cpu()
+            name: response_from_nested(model_output[key].detach(), data["response_mask"]).values().cpu()
             for name, key in (("entropy", "entropy"), ("log_prob", "log_probs"))
+            if name in self._read
         }
 
     def _counts_of(self, response_mask: Tensor) -> Counts:
