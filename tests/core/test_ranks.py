@@ -67,7 +67,7 @@ def test_broken_entropies_of_one_rank_stop_all(worlds: dict[int, Processes]) -> 
     bad.entropy[3] = float("nan")
     with pytest.raises(RuntimeError) as error:
         worlds[2](weights_on_rank, [(good, Rule(TOP20)), (bad, Rule(TOP20))])
-    assert str(error.value).count("ValueError: the entropy of a response token is not finite") == 2
+    assert str(error.value).count("ValueError: the score of a response token is not finite") == 2
     worlds[2](weights_on_rank, [(good, Rule(TOP20))] * 2)  # the group still works
 
 

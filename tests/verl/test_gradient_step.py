@@ -969,7 +969,7 @@ def test_what_the_driver_selected_is_weighed_in_the_worker(
         ({"score": "surprisal"}, "old_log_probs", "score=surprisal: it gave nan for a token"),
         ({"score": "covariance"}, "old_log_probs", "score=covariance: it gave nan for a token"),
         ({"score": "rsi", "where": "log_prob < 0"}, "old_log_probs", "score=rsi: it gave nan for a token"),
-        ({"pool": "response"}, "old_entropy", "the entropy of a response token is not finite"),
+        ({"pool": "response"}, "old_entropy", "the score of a response token is not finite"),
         ({"pool": "response", "use": "weight"}, "old_entropy", "map=linear gave a factor of -9"),
     ],
 )
