@@ -1,0 +1,84 @@
+"""Words that say a number, a scale or a function, and how they are told from letters that stand for numbers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from entropy_fork.reward.units import UNITS
+
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBER_WORDS = {word: value for value, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
+
+ORDINAL_WORDS = {
+    word: value
+    for value, word in enumerate(
+        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(), 1
+    )
+}
+
+#: words that scale the number before them
+SCALES = {
+    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+    "score": 20, "gross": 144, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8,
+    "hundreds": 100, "thousands": 10**3, "millions": 10**6, "billions": 10**9, "dozens": 12,
+    "half": Fraction(1, 2), "halves": Fraction(1, 2), "third": Fraction(1, 3), "thirds": Fraction(1, 3),
+    "quarter": Fraction(1, 4), "quarters": Fraction(1, 4), "fourths": Fraction(1, 4), "fifths": Fraction(1, 5),
+    "sixths": Fraction(1, 6), "sevenths": Fraction(1, 7), "eighths": Fraction(1, 8), "ninths": Fraction(1, 9),
+    "tenths": Fraction(1, 10), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000),
+}  # fmt: skip
+
+ORDINAL_ENDS = {"st", "nd", "rd", "th"}
+
+#: words that join the items of a list
+AND = {"and", "or", "和", "或", "或者", "与", "及", "以及", "并且", "且"}
+
+#: short words that are answers, though their letters could be a product
+ANSWER_WORDS = {
+    "yes", "no", "on", "off", "true", "false", "odd", "even", "and", "or", "both", "all", "none", "any", "up", "down",
+    "is", "if", "at", "in", "to", "of", "by", "am", "pm", "not", "the", "for", "per", "sky", "dry", "dne", "tie", "sq",
+}  # fmt: skip
+
+#: letters that are a command without its backslash
+COMMAND_WORDS = {
+    name: name
+    for name in (
+        "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt pi infty frac cdot times pm theta "
+        "alpha beta gamma lambda gcd lcm max min mod cup cap"
+    ).split()
+} | {"infinity": "infty", "inf": "infty", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "oo": "infty"}
+
+#: units that need no \text behind a number. Single letters are missing: ``5 m`` may be a product
+UNIT_WORDS = {name for name in UNITS if len(name) > 1 and name.isascii() and name.isalpha()} - {
+    "nm", "ms", "mg", "pa", "hz", "ml", "dl", "cl", "mi", "st", "hp", "mn", "rs", "in", "as", "pt", "rd", "dm", "kw",
+} | ORDINAL_ENDS | {word for word in SCALES if word.isascii()} | {"percent", "sq", "am", "pm", "in", "ml", "kw"}  # fmt: skip
+
+
+def number_in_words(words: list[str]) -> int | None:
+    """The integer that words say; None if they do not.
+
+    >>> number_in_words("two hundred and forty two".split())
+    242
+    """
+    total = current = 0
+    said = False
+    last = 0
+    for word in words:
+        if word in NUMBER_WORDS:
+            value = NUMBER_WORDS[word]
+            if said and last and not (last >= 20 and value < 10 or last >= 100):
+                return None
+            current, last, said = current + value, value or 1, True
+        elif word == "and" and last >= 100:
+            continue
+        elif said and SCALES.get(word, 0) in (100, 1000, 10**6, 10**9) and word.isascii():
+            scale = int(SCALES[word])
+            current, last = current * scale, scale
+            if scale > 100:
+                total, current = total + current, 0
+        else:
+            return None
+    return total + current if said else None
