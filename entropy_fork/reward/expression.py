@@ -480,7 +480,7 @@ def _number(token: str) -> str:
 
 
 def _is_simple(text: str) -> bool:
-    return text.isdigit() or len(text) == 1 or text[:3] == "x_{" and text[3:-1].isdigit()
+    return text.isdigit() or len(text) == 1 and text != "I" or text[:3] == "x_{" and text[3:-1].isdigit()
 
 
 def _is_proper(fraction: str) -> bool:

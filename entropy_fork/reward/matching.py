@@ -436,7 +436,7 @@ def _list_and_one(left: Reading, right: Reading, convention: Convention) -> Deci
         if len(one.rows) > 1 and len(one.rows[0]) > 1:
             return Decision(False, "a list is no matrix")
         return _in_order(several, Listed("", tuple(vector), "()"), convention)
-    if len(several.items) == 1 and several.shape in ("", "{}"):
+    if len(several.items) == 1 and several.shape in ("", "{}") and not isinstance(one, Named):
         return match(several.items[0], one, convention)
     if several.joined_by == "±" and not several.shape and isinstance(one, (Exact, Formula)):
         return _in_any_order(several, Listed("", (one,)), convention)
@@ -455,13 +455,27 @@ def _regrouped(number: Exact) -> Listed:
 
 
 def matrices(left: Reading, right: Reading, convention: Convention) -> Decision | None:
-    """Matrices, cell by cell."""
+    """Matrices, cell by cell. A product such as 2A is computed first."""
+    pair = _by_kind(left, right, Matrix)
+    if pair is not None and isinstance(pair[1], Formula):
+        return Decision(_is_matrix(*pair), "matrices, cell by cell")
     if not (isinstance(left, Matrix) and isinstance(right, Matrix)):
         return None
     if [len(row) for row in left.rows] != [len(row) for row in right.rows]:
         return Decision(False, "matrices of two sizes")
     cells = zip((c for row in left.rows for c in row), (c for row in right.rows for c in row), strict=True)
     return Decision(all(match(a, b, convention).equal for a, b in cells), "matrices, cell by cell")
+
+
+def _is_matrix(matrix: Matrix, formula: Formula) -> bool:
+    from sympy import MatrixBase
+
+    value = value_of(formula)
+    computed = value.doit() if value is not None else None
+    if not isinstance(computed, MatrixBase) or computed.shape != (len(matrix.rows), len(matrix.rows[0])):
+        return False
+    cells = [value_of(cell) for row in matrix.rows for cell in row]
+    return all(cell is not None and agree(cell, other) for cell, other in zip(cells, computed, strict=True))
 
 
 def cases(left: Reading, right: Reading, convention: Convention) -> Decision | None:

@@ -251,7 +251,7 @@ def _list(tokens: list[str], text: str) -> Reading | None:
     r"""Items with commas, semicolons, ``\quad``, "and" or "or" between them."""
     joins = {token for token in tokens if word_of(token) in AND}
     parts, found = split(tokens, {",", ";", "\\quad"} | joins)
-    if not found:
+    if not found or joins and _said(tokens) is not None:
         return None
     items = [part for part in parts if part]
     if len(items) > MAX_ITEMS or not items:
@@ -397,10 +397,10 @@ def _in_base(tokens: list[str], text: str) -> Reading | None:
     match = _BASE.fullmatch(text)
     if match is None or len(match[1]) > 100:
         return None
-    if not match[1][0].isdigit() and not (words[0] or "").isalpha() and not any(sign.isdigit() for sign in match[1]):
+    if match[1].isalpha() and not (words[0] or "").isalpha() and (len(match[1]) < 2 or not match[1].isupper()):
         return None  # x_2 is a variable
     base = NUMBER_WORDS.get(match[2], int(match[2]) if match[2].isdigit() else 0)
-    if not 2 <= base <= 36:
+    if not 2 <= base <= 36 or match[1].isalpha() and (base < 11 or not all(int(sign, 36) < base for sign in match[1])):
         return None
     return InBase(text, match[1].upper().lstrip("0") or "0", str(base))
 
@@ -423,13 +423,9 @@ def _exact(tokens: list[str], text: str) -> Reading | None:
         return Exact(text, Number(Fraction(int(plain[0]))))
     if plain[0].isdigit() and plain[1:3] == ["^", "{"] and len(plain) == 5 and word_of(plain[3]) in ORDINAL_ENDS:
         return Exact(text, Number(Fraction(int(plain[0]))))
-    words = [word_of(token) or "" for token in plain if token != "-"]
-    if all(words):
-        value = number_in_words(words)
-        if value is None and len(words) == 1:
-            value = ORDINAL_WORDS.get(words[0])
-        if value is not None:
-            return Exact(text, Number(Fraction(value)))
+    value = _said(plain)
+    if value is not None:
+        return Exact(text, Number(Fraction(value)))
     scale = SCALES.get(word_of(plain[-1]) or "")
     if scale is not None and len(plain) > 1:
         amount = _inner([token for token in tokens[: len(tokens) - 1]][: -1 if plain[-2] == "-" else None])
@@ -439,6 +435,15 @@ def _exact(tokens: list[str], text: str) -> Reading | None:
 
 
 _ANGLE_FUNCTIONS = {"\\sin", "\\cos", "\\tan", "\\cot", "\\sec", "\\csc"}
+def _said(tokens: Tokens) -> int | None:
+    """The integer that words say: "twenty-one", "third"."""
+    words = [word_of(token) or "" for token in without_spaces(tokens) if token != "-"]
+    if not words or not all(words):
+        return None
+    value = number_in_words(words)
+    return ORDINAL_WORDS.get(words[0]) if value is None and len(words) == 1 else value
+
+
 _CURRENCIES = {"\\$": "$", "$": "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹", "¢": "¢"}
 _DEGREES = (["^", "\\circ"], ["^", "{", "\\circ", "}"])
 

@@ -2,6 +2,7 @@ r"""Readings as sets of real numbers: ``x > 3``, ``(3, \infty)``, ``\{x \mid x >
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from entropy_fork.reward.reading import Exact, Formula, Listed, Named, Reading, Related, SetOf
@@ -68,6 +69,8 @@ def _interval(low: Any, high: Any, left: str, right: str) -> Any:
     return sympy.Interval(low, high, left == "(", right == ")")
 
 
+#: a variable: x, \\theta, x_1
+_NAME = re.compile(r"[A-Za-z](_.+)?|\\[a-zA-Z]+")
 _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
 
 
@@ -84,10 +87,10 @@ def _of_relation(reading: Related) -> tuple[Any, str] | None:
         return (inner[0], name) if signs == ("in",) else (sympy.Complement(sympy.S.Reals, inner[0]), name)
     middle = [place for place, part in enumerate(parts) if _number(part) is None]
     if len(middle) != 1 or len(parts) > 3 or len(parts) == 3 and middle[0] != 1:
-        return None
+        return _solved(reading)
     name = parts[middle[0]].text
-    if not isinstance(parts[middle[0]], Formula) or len(name.lstrip("\\")) != 1 and not name[1:].isalpha():
-        return None
+    if not isinstance(parts[middle[0]], Formula) or not _NAME.fullmatch(name):
+        return _solved(reading)
     made: Any = sympy.S.Reals
     for place, sign in enumerate(signs):
         if sign not in _TURNED:
@@ -97,6 +100,23 @@ def _of_relation(reading: Related) -> tuple[Any, str] | None:
         seen = _TURNED[sign] if middle[0] == place + 1 else sign
         made = sympy.Intersection(made, _half_line(seen, bound))
     return made, name
+
+
+def _solved(reading: Related) -> tuple[Any, str] | None:
+    """``|x| > 1`` and ``x^2 < 4``: one inequality of one variable."""
+    import sympy
+
+    values = [value_of(part) for part in reading.parts]
+    if len(values) != 2 or reading.signs[0] not in _TURNED or any(value is None for value in values):
+        return None
+    symbols = values[0].free_symbols | values[1].free_symbols
+    name = next(iter(symbols)).name if len(symbols) == 1 else ""
+    if len(name) != 1:
+        return None
+    try:
+        return sympy.Rel(values[0], values[1], reading.signs[0]).as_set(), name
+    except (NotImplementedError, PermissionError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _half_line(sign: str, bound: Any) -> Any:

@@ -84,7 +84,7 @@ def signs_of_other_scripts(text: str) -> str:
 _WRAPPED = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        r"\*\*(?!\*)(.+?)\*\*", r"__(.+?)__", r"`+([^`]+)`+", r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+?)\\\)",
+        r"\*\*(?!\*)(.+?)\*\*", r"\*([^*]+)\*", r"__(.+?)__", r"`+([^`]+)`+", r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+?)\\\)",
         r"\\\[(.+?)\\\]", r'"([^"]+)"', r"``(.+?)''",
     )
 ]  # fmt: skip
@@ -166,6 +166,7 @@ def layout(text: str) -> str:
 
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up|md)?|mbox|mathrm|mathsf|mathtt|mathit|mathnormal|hbox|emph|textrm)(?![a-zA-Z])\s*(?=\{)")
 _BOLD = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb|underline|mathbold)(?![a-zA-Z])\s*\{([^{}a-zA-Z\\]*)\}")
+_ONE_LETTER = re.compile(r"\\(mathrm|mathbf|mathit|mathsf|text|boldsymbol)\s+([a-zA-Z0-9])")
 _COLOR = re.compile(r"\\(?:color\s*\{[^{}]*\}|textcolor\s*\{[^{}]*\})")
 _CONSTANT = re.compile(r"\\text\{\s*([eidj])\s*\}")
 
@@ -176,7 +177,8 @@ def fonts(text: str) -> str:
     r"""A font says nothing: words become \text, and digits, e and i become plain. A bold letter stays bold."""
     if "\\" not in text:
         return text
-    text = _TEXT.sub(r"\\text", _COLOR.sub("", text))
+    text = _ONE_LETTER.sub(r"\\\1{\2}", _COLOR.sub("", text))
+    text = _TEXT.sub(r"\\text", text)
     return _CONSTANT.sub(r"\1", _BOLD.sub(r"{\1}", text))
 
 
@@ -210,12 +212,14 @@ def synonyms(text: str) -> str:
     return text.replace(r"\not =", r"\ne ").replace(r"\not=", r"\ne ").replace(r"\not\in", r"\notin ")
 
 
+_ABBREVIATED = re.compile(r"(?<![a-zA-Z\\])([a-z]{2,})\.(?=[ }])")
 _HALF_DAY = re.compile(r"(?<![a-zA-Z])([apAP])\.\s*([mM])(?![a-zA-Z])\.?")
 
 
-@_rule(("2:30 p.m.", "2:30 pm"))
-def half_of_the_day(text: str) -> str:
-    r"""The points in "a.m." and "p.m." go."""
+@_rule(("2:30 p.m.", "2:30 pm"), ("12 sq. cm", "12 sq cm"))
+def abbreviations(text: str) -> str:
+    r"""The points in "a.m." and "sq." go."""
+    text = _ABBREVIATED.sub(r"\1", text)
     return _HALF_DAY.sub(lambda match: (match[1] + match[2]).lower(), text)
 
 

@@ -16,8 +16,8 @@ _TABLE = {
     "time": "s sec secs second seconds 1; ms millisecond milliseconds 1/1000; min mins minute minutes 60; h hr hrs hour "
     "hours 3600; day days 86400; week weeks 604800; 秒 1; 分 分钟 60; 小时 3600; 天 日 86400; 周 604800",
     "months": "month months 1; yr yrs year years 12; decade decades 120; century centuries 1200; 月 个月 1; 年 岁 12",
-    "volume": "l liter liters litre litres 1; ml milliliter milliliters 1/1000; dl 1/10; cl 1/100; gal gallon gallons 1"
-    "; 升 1; 毫升 1/1000",
+    "volume": "l liter liters litre litres 升 1/1000; ml milliliter milliliters 毫升 1/1000000; dl 1/10000; cl 1/100000; "
+    "gal gallon gallons 473176473/125000000000",
     "cups": "cup cups 1; pint pints 2; quart quarts 4", "spoons": "teaspoon teaspoons tsp 1; tablespoon tablespoons tbsp 3",
     "dollar": "dollar dollars usd $ 1; cent cents ¢ 1/100", "euro": "euro euros eur € 1", "pound sterling": "gbp £ 1",
     "yuan": "yuan rmb cny 元 1; 角 1/10", "yen": "yen jpy ¥ 1", "rupee": "rupee rupees rs inr ₹ 1",
@@ -27,7 +27,7 @@ _TABLE = {
     "force": "newton newtons 1", "energy": "j joule joules 1; kj 1000; cal calorie calories 523/125; ev 1/10",
     "power": "w watt watts 1; kw kilowatt kilowatts 1000", "voltage": "v volt volts 1", "current": "amp amps ampere amperes 1",
     "resistance": "ohm ohms 1", "frequency": "hz hertz 1; khz 1000; mhz 1000000", "pressure": "pa pascal pascals 1; kpa 1000; atm 1",
-    "amount": "mol mole moles 1", "knot": "knot knots 1", "acre": "acre acres 1", "hectare": "hectare hectares ha 1",
+    "amount": "mol mole moles 1", "knot": "knot knots 1", "area": "acre acres 316160658/78125; hectare hectares ha 10000",
     "speed": "mph 1397/3125; kmph kmh kph 5/18", "byte": "byte bytes 1; kb 1000; mb 1000000", "bit": "bit bits 1",
     # things that are counted in questions for schools
     "people": "person persons people man men woman women child children student students boy boys girl girls 人 1",
@@ -47,6 +47,10 @@ EMPTY = {"unit", "units", "integer", "integers", "单位"}
 
 #: a plural that is no unit: it scales, or says a direction or a change
 NOT_UNITS = {"less", "plus", "minus", "is", "as", "this", "always", "yes", "us", "versus", "pairs", "couples", "others"}
+
+
+#: kinds that are products of others
+_PRODUCTS = {"speed": {"length": 1, "time": -1}, "volume": {"length": 3}, "area": {"length": 2}}
 
 
 class Unit(NamedTuple):
@@ -95,7 +99,8 @@ def unit_of(tokens: list[str]) -> Unit | None:
                 return None
             power, at = _power(tokens, at)
             power *= named * sign
-            powers[kind] += power
+            for part, exponent in _PRODUCTS.get(kind, {kind: 1}).items():
+                powers[part] += exponent * power
             factor *= one**power
             named, found = 1, True
     if not found:
