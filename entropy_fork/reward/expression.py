@@ -8,6 +8,7 @@ becomes the name of a symbol.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from entropy_fork.reward.numbers import MAX_DIGITS
@@ -266,6 +267,10 @@ class _Writer:
             if token in ("\\mathbf", "\\boldsymbol", "\\bm"):
                 return _symbol(self._with_index(text))
             return _symbol(self._with_index(f"{token}{{{text}}}"))
+        if token == "\\Gamma" and self.peek() == "(":
+            return f"({self.inner(self.group())}-1)!"
+        if token in ("C", "P", "A") and (pair := self._index_and_power()):
+            return _chosen(token, *pair)
         if token in ("C", "P") and self.peek() == "(" and (pair := self._two_numbers()):
             return _chosen(token, *pair)
         if token in "fgFG" and self.peek() == "(":
@@ -285,6 +290,20 @@ class _Writer:
             return inner[0], inner[2]
         return None
 
+    def _index_and_power(self) -> tuple[str, str] | None:
+        """``C_5^2`` and ``C^2_5``: five choose two."""
+        match = re.match(r"(?:_\{?(\d+)\}?\^\{?(\d+)\}?|\^\{?(\d+)\}?_\{?(\d+)\}?)(?!\d)", (text := "".join(self.tokens[self.at : self.at + 8])))
+        if match is None:
+            return None
+        top, bottom = match[1] or match[4], match[2] or match[3]
+        if int(bottom) > int(top):
+            return None
+        length, end = 0, self.at
+        while length < match.end():
+            length, end = length + len(self.tokens[end]), end + 1
+        self.at = end
+        return (top, bottom) if text else None
+
     def _with_index(self, name: str) -> str:
         while self.peek() in ("_", "'") or self.tokens[self.at : self.at + 2] == ["^", "'"]:
             token = self.peek()
@@ -296,7 +315,7 @@ class _Writer:
             self.at += self.tokens[self.at - 1] != "}" or inner == [self.peek()]
             if not inner or not inner[0]:
                 raise Unreadable("an index is missing")
-            name += "_" + "".join(word_of(each) or each for each in inner)
+            name += "_" + "".join(each[6:-1] if word_of(each) else each.lstrip("\\") for each in inner)
         return name
 
     def command(self) -> str:

@@ -30,7 +30,7 @@ from entropy_fork.reward.reading import (
     Text,
 )
 from entropy_fork.reward.second_opinion import agree, exact_value, is_rounded
-from entropy_fork.reward.sets import same_set, set_of
+from entropy_fork.reward.sets import NAME, same_set, set_of
 from entropy_fork.reward.values import value_of
 
 #: a decimal that rounds something else needs so many significant digits
@@ -88,8 +88,8 @@ def numbers(left: Reading, right: Reading, convention: Convention) -> Decision |
         return Decision(True, "exact numbers")
     for one, other in ((a, b), (b, a)):
         if one.digits >= ROUNDED_DIGITS and not other.digits and not other.place and not _is_decimal(other.value):
-            rounded = abs(one.value - other.value) <= one.place / 2
-            return Decision(rounded, "a decimal, rounded in its last place")
+            if abs(one.value - other.value) <= one.place / 2:
+                return Decision(True, "a decimal, rounded in its last place")
     return Decision(False, "exact numbers")
 
 
@@ -307,7 +307,9 @@ def _assigned(reading: Reading) -> dict[str, list[Reading]] | None:
         elif isinstance(name, Exact):
             return None
         else:
-            found.setdefault(name.text, []).append(value)
+            for one in item.parts[:-1]:  # x = y = 2
+                if one is name or isinstance(one, Formula) and NAME.fullmatch(one.text):
+                    found.setdefault(one.text, []).append(value)
     return found
 
 

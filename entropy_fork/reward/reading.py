@@ -16,7 +16,7 @@ from entropy_fork.reward.expression import expression_of, rows_of
 from entropy_fork.reward.numbers import Number, number_of
 from entropy_fork.reward.tokens import Tokens, Unreadable, group_end, split, strip, tokens_of, without_spaces, word_of
 from entropy_fork.reward.units import Unit, unit_of
-from entropy_fork.reward.words import AND, NUMBER_WORDS, ORDINAL_ENDS, ORDINAL_WORDS, SCALES, number_in_words
+from entropy_fork.reward.words import AND, CURRENCY_WORDS, NUMBER_WORDS, ORDINAL_ENDS, ORDINAL_WORDS, SCALES, chinese_number, number_in_words
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,8 @@ def _choice(tokens: list[str], text: str) -> Reading | None:
         rest = rest[1:]
     if match[2] is not None and not strip(rest):
         rest = []
+    if strip(rest) and (strip(rest)[0] in (",", ";") or word_of(strip(rest)[0]) in AND):
+        return None
     if match[1] and rest and rest[0] != " ":
         return None  # (a)(b) is a product
     if match[2] and rest and rest[0] != " ":
@@ -250,7 +252,7 @@ def _choice(tokens: list[str], text: str) -> Reading | None:
 def _list(tokens: list[str], text: str) -> Reading | None:
     r"""Items with commas, semicolons, ``\quad``, "and" or "or" between them."""
     joins = {token for token in tokens if word_of(token) in AND}
-    parts, found = split(tokens, {",", ";", "\\quad"} | joins)
+    parts, found = split(tokens, {",", ";", "\\quad", "\\\\"} | joins)
     if not found or joins and _said(tokens) is not None:
         return None
     items = [part for part in parts if part]
@@ -331,6 +333,8 @@ def _brackets(tokens: list[str], text: str) -> Reading | None:
         return None
     if "\\pm" in tokens and tokens[0] not in ("\\{", "{"):
         return _plus_or_minus(tokens, text)  # two points, or two numbers
+    if tokens[0] == "{" and ("\\choose" in tokens or "\\over" in tokens):
+        return None
     inner, shape = strip(tokens[1:-1]), _SHORT.get(tokens[0], tokens[0]) + _SHORT.get(tokens[-1], tokens[-1])
     if not inner:
         return None
@@ -387,20 +391,21 @@ def _ratio(tokens: list[str], text: str) -> Reading | None:
     return Ratio(text, tuple(_inner(part) for part in parts)) if found and all(parts) else None
 
 
-_BASE = re.compile(r"\(?([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\)?(?:_\{?\(?|\\base)([0-9]{1,2}|[a-z]+)\)?\}?")
+_BASE = re.compile(r"\(?([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\)?(?:_\{?\(?(?:base)?|\\base)([0-9]{1,2}|[a-z]+)\)?\}?")
 
 
 def _in_base(tokens: list[str], text: str) -> Reading | None:
     r"""``1011_2``, ``1A_{16}``, ``(1011)_{\text{two}}``, ``1011 \text{ base } 2``."""
     words = [word_of(token) for token in tokens]
-    text = "\\base".join(text.rsplit("base", 1)) if "base" in words else text
+    text = "\\base".join(text.rsplit("base", 1)) if "base" in words and "_" not in tokens else text
     match = _BASE.fullmatch(text)
     if match is None or len(match[1]) > 100:
         return None
     if match[1].isalpha() and not (words[0] or "").isalpha() and (len(match[1]) < 2 or not match[1].isupper()):
         return None  # x_2 is a variable
     base = NUMBER_WORDS.get(match[2], int(match[2]) if match[2].isdigit() else 0)
-    if not 2 <= base <= 36 or match[1].isalpha() and (base < 11 or not all(int(sign, 36) < base for sign in match[1])):
+    digits = match[1].replace(".", "")
+    if not 2 <= base <= 36 or not digits.isdigit() and not all(int(sign, 36) < base for sign in digits):
         return None
     return InBase(text, match[1].upper().lstrip("0") or "0", str(base))
 
@@ -419,6 +424,8 @@ def _exact(tokens: list[str], text: str) -> Reading | None:
     if number is not None:
         return Exact(text, number)
     plain = without_spaces(tokens)
+    if plain[0] == "\\text{第}" and len(plain) == 2 and plain[1].isdigit():
+        return Exact(text, Number(Fraction(int(plain[1]))))
     if word_of(plain[-1]) in ORDINAL_ENDS and plain[0].isdigit() and len(plain) == 2:
         return Exact(text, Number(Fraction(int(plain[0]))))
     if plain[0].isdigit() and plain[1:3] == ["^", "{"] and len(plain) == 5 and word_of(plain[3]) in ORDINAL_ENDS:
@@ -440,7 +447,8 @@ def _said(tokens: Tokens) -> int | None:
     words = [word_of(token) or "" for token in without_spaces(tokens) if token != "-"]
     if not words or not all(words):
         return None
-    value = number_in_words(words)
+    value = chinese_number(words[0]) if len(words) == 1 else None
+    value = number_in_words(words) if value is None else value
     return ORDINAL_WORDS.get(words[0]) if value is None and len(words) == 1 else value
 
 
@@ -467,6 +475,9 @@ def _measured(tokens: list[str], text: str) -> Reading | None:
         if inside is not None:
             amount = _inner(plain[:begin])
             return Measured(text, (amount,), (inside,)) if _is_amount(amount) else None
+    if (word_of(plain[0]) or "") in CURRENCY_WORDS:
+        amount, unit = _inner(plain[1:]), unit_of(plain[:1])
+        return Measured(text, (amount,), (unit,)) if unit and _is_amount(amount) else None
     several = _several_amounts(plain, text)
     if several is not None:
         return several

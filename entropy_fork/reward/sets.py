@@ -70,7 +70,7 @@ def _interval(low: Any, high: Any, left: str, right: str) -> Any:
 
 
 #: a variable: x, \\theta, x_1
-_NAME = re.compile(r"[A-Za-z](_.+)?|\\[a-zA-Z]+")
+NAME = re.compile(r"[A-Za-z](_.+)?|\\[a-zA-Z]+")
 _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
 
 
@@ -89,7 +89,7 @@ def _of_relation(reading: Related) -> tuple[Any, str] | None:
     if len(middle) != 1 or len(parts) > 3 or len(parts) == 3 and middle[0] != 1:
         return _solved(reading)
     name = parts[middle[0]].text
-    if not isinstance(parts[middle[0]], Formula) or not _NAME.fullmatch(name):
+    if not isinstance(parts[middle[0]], Formula) or not NAME.fullmatch(name):
         return _solved(reading)
     made: Any = sympy.S.Reals
     for place, sign in enumerate(signs):

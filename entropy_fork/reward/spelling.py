@@ -85,7 +85,7 @@ _WRAPPED = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
         r"\*\*(?!\*)(.+?)\*\*", r"\*([^*]+)\*", r"__(.+?)__", r"`+([^`]+)`+", r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+?)\\\)",
-        r"\\\[(.+?)\\\]", r'"([^"]+)"', r"``(.+?)''",
+        r"\\\[(.+?)\\\]", r'"([^"]+)"', r"``(.+?)''", r"'([^']+)'",
     )
 ]  # fmt: skip
 _WHOLE_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
@@ -120,12 +120,15 @@ def _balanced(text: str) -> bool:
     return depth == 0
 
 
+_OPTION = re.compile(r"(?:\\text\s*\{)?\s*(?:option|choice)\s+(?=[A-J(])", re.I)
 _LABEL = re.compile(r"(?:\\text\s*\{)?\s*(?:(?:the|my)\s+)?(?:final\s+)?(?:answer|ans\.?|result|答案)\s*(?:is\b|[:=]|是|为)+\s*:?\s*(\})?", re.I)
 
 
 @_rule(("Answer: 42", "42"), ("The final answer is 42", "42"), (r"\text{Answer: }42", "42"))
 def label(text: str) -> str:
-    r"""A label such as "Answer:" goes."""
+    r"""A label such as "Answer:" or "Option" goes."""
+    if match := _OPTION.match(text):
+        return "\\text{" * match[0].startswith("\\") + text[match.end() :]
     match = _LABEL.match(text)
     if match is None or match.end() == len(text) or (match[0].startswith("\\text") and not match[1]):
         return text
@@ -238,7 +241,7 @@ def full_stop(text: str) -> str:
     return short or text
 
 
-_LEADING = re.compile(r"^(?:\s|=(?!=)|\\approx(?![a-zA-Z])|\\therefore|\\implies|\\Rightarrow|\\quad)+")
+_LEADING = re.compile(r"^(?:\s|=(?!=)|:|\\approx(?![a-zA-Z])|\\therefore|\\implies|\\Rightarrow|\\quad)+")
 
 
 @_rule(("= 42", "42"), (r"\approx 3.14", "3.14"))

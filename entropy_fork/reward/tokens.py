@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from entropy_fork.reward.words import ANSWER_WORDS, COMMAND_WORDS, ORDINAL_ENDS, UNIT_WORDS
+from entropy_fork.reward.words import ANSWER_WORDS, COMMAND_WORDS, CURRENCY_WORDS, FUNCTION_WORDS, ORDINAL_ENDS, UNIT_WORDS
 
 Tokens = Sequence[str]
 
@@ -73,6 +73,8 @@ def _closing(raw: list[str], at: int) -> int:
 def _letters(run: str, before: list[str], inside_text: bool, after: str) -> list[str]:
     """A run of letters: a word, a command without its backslash, or letters that stand for numbers."""
     if inside_text:
+        return ["\\" + COMMAND_WORDS[run], " "] if run in FUNCTION_WORDS else [f"\\text{{{run}}}"]
+    if run.lower() in CURRENCY_WORDS:
         return [f"\\text{{{run}}}"]
     behind_number = bool(strip(before)) and strip(before)[-1][-1:].isdigit() and before[-1] not in "^_"
     if run in COMMAND_WORDS and not (behind_number and run in UNIT_WORDS and not after):

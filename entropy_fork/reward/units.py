@@ -23,14 +23,15 @@ _TABLE = {
     "yuan": "yuan rmb cny 元 1; 角 1/10", "yen": "yen jpy ¥ 1", "rupee": "rupee rupees rs inr ₹ 1",
     "angle": "degree degrees deg 度 1; arcminute arcminutes 1/60; arcsecond arcseconds 1/3600",
     "radian": "radian radians rad 1", "revolution": "revolution revolutions rev 1",
-    "celsius": "celsius 1", "fahrenheit": "fahrenheit 1", "kelvin": "kelvin kelvins 1",
-    "force": "newton newtons 1", "energy": "j joule joules 1; kj 1000; cal calorie calories 523/125; ev 1/10",
+    "celsius": "celsius 1", "fahrenheit": "fahrenheit 1", "kelvin": "k kelvin kelvins 1", "charge": "c coulomb coulombs 1", "field": "t tesla 1",
+    "force": "n newton newtons 1", "energy": "j joule joules 1; kj 1000; cal calorie calories 523/125; ev 1/10",
     "power": "w watt watts 1; kw kilowatt kilowatts 1000", "voltage": "v volt volts 1", "current": "amp amps ampere amperes 1",
     "resistance": "ohm ohms 1", "frequency": "hz hertz 1; khz 1000; mhz 1000000", "pressure": "pa pascal pascals 1; kpa 1000; atm 1",
     "amount": "mol mole moles 1", "knot": "knot knots 1", "area": "acre acres 316160658/78125; hectare hectares ha 10000",
     "speed": "mph 1397/3125; kmph kmh kph 5/18", "byte": "byte bytes 1; kb 1000; mb 1000000", "bit": "bit bits 1",
     # things that are counted in questions for schools
-    "people": "person persons people man men woman women child children student students boy boys girl girls 人 1",
+    "people": "person persons people 人 1", "men": "man men 1", "women": "woman women 1", "children": "child children 1",
+    "students": "student students 1", "boys": "boy boys 1", "girls": "girl girls 1",
     "ways": "way ways 种 1", "times": "times 次 1", "point": "point points 分数 1",
     "things": "个 只 条 名 本 张 块 件 棵 辆 朵 1",
 }  # fmt: skip
@@ -94,6 +95,8 @@ def unit_of(tokens: list[str]) -> Unit | None:
             named, empty, found = 1, True, True
             at = _power(tokens, at)[1]
         else:
+            if word[:2] in _NAMED_POWERS and word[2:] in UNITS:  # 平方厘米
+                named, word = _NAMED_POWERS[word[:2]], word[2:]
             kind, one = _kind(word)
             if kind is None:
                 return None
@@ -112,10 +115,6 @@ def unit_of(tokens: list[str]) -> Unit | None:
 def _kind(word: str) -> tuple[str | None, Fraction]:
     if word in UNITS:
         return UNITS[word]
-    for prefix, power in (("平方", 2), ("立方", 3)):
-        if word.startswith(prefix) and word[2:] in UNITS:
-            kind, one = UNITS[word[2:]]
-            return f"{kind} to the power {power}", one**power
     plural = word.isascii() and word.isalpha() and len(word) > 3 and word.endswith("s") and not word.endswith("ss")
     return (f"number of {word}" if plural and word not in NOT_UNITS else None), Fraction(1)
 

@@ -57,6 +57,33 @@ UNIT_WORDS = {name for name in UNITS if len(name) > 1 and name.isascii() and nam
 } | ORDINAL_ENDS | {word for word in SCALES if word.isascii()} | {"percent", "sq", "am", "pm", "in", "ml", "kw"}  # fmt: skip
 
 
+#: functions that some write as a word
+FUNCTION_WORDS = set("sin cos tan cot csc log ln exp arcsin arccos arctan sinh cosh tanh gcd lcm pi sqrt infinity".split())
+
+#: currencies by their letters, which may stand before the number
+CURRENCY_WORDS = {"usd", "eur", "gbp", "cny", "rmb", "jpy", "inr"}
+
+_CHINESE = {sign: value for value, sign in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
+_CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
+
+
+def chinese_number(text: str) -> int | None:
+    """The integer below ten thousand that Chinese numerals say; None if they do not.
+
+    >>> chinese_number("二十一")
+    21
+    """
+    total, digit = 0, None
+    for sign in text.removeprefix("第"):
+        if sign in _CHINESE:
+            digit = _CHINESE[sign]
+        elif sign in _CHINESE_SCALES:
+            total, digit = total + (1 if digit is None else digit) * _CHINESE_SCALES[sign], None
+        else:
+            return None
+    return total + (digit or 0) if text.removeprefix("第") else None
+
+
 def number_in_words(words: list[str]) -> int | None:
     """The integer that words say; None if they do not.
 
