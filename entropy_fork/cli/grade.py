@@ -21,7 +21,8 @@ class ConventionName(str, Enum):
 
 def grade(
     answer: Annotated[
-        str | None, typer.Argument(metavar="ANSWER", help="What stands in the box. A minus sign first? Write -- before.")
+        str | None,
+        typer.Argument(metavar="ANSWER", help="What stands in the box. A minus sign first? Write -- before."),
     ] = None,
     truth: Annotated[str | None, typer.Argument(metavar="TRUTH", help="The ground truth.")] = None,
     file: Annotated[

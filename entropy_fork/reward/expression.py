@@ -15,25 +15,29 @@ from entropy_fork.reward.numbers import MAX_DIGITS
 from entropy_fork.reward.tokens import Unreadable, depth_change, group_end, without_spaces, word_of
 
 _FUNCTIONS = {
-    "\\sin", "\\cos", "\\tan", "\\cot", "\\sec", "\\csc", "\\arcsin", "\\arccos", "\\arctan", "\\sinh", "\\cosh", "\\tanh",
-    "\\ln", "\\log", "\\exp",
+    "\\sin", "\\cos", "\\tan", "\\cot", "\\sec", "\\csc", "\\arcsin", "\\arccos", "\\arctan", "\\sinh", "\\cosh",
+    "\\tanh", "\\ln", "\\log", "\\exp",
 }  # fmt: skip
 _INVERSE = {"\\sin": "\\arcsin", "\\cos": "\\arccos", "\\tan": "\\arctan"}
 _SEVERAL = {"\\max", "\\min", "\\gcd", "\\lcm"}
-_GREEK = {
-    "\\" + name
-    for name in (
-        "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
-        "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar aleph "
-        "partial nabla triangle angle parallel star dagger circ square prime infin"
-    ).split()
-}
+_LETTERS = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar aleph partial nabla "
+    "triangle angle parallel star dagger circ square"
+)
+_GREEK = {"\\" + name for name in _LETTERS.split()}
 _ACCENTS = {
     "\\hat", "\\vec", "\\overline", "\\tilde", "\\widetilde", "\\dot", "\\ddot", "\\mathbf", "\\boldsymbol", "\\bm",
     "\\mathcal", "\\mathfrak", "\\mathbb", "\\mathscr", "\\underline",
 }  # fmt: skip
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _MATRICES = {f"\\begin{{{kind}}}": f"\\end{{{kind}}}" for kind in ("pmatrix", "bmatrix", "matrix", "vmatrix")}
+
+#: all commands with which a factor begins
+_BEGINS = {
+    *_BRACKETS, *_FUNCTIONS, *_SEVERAL, *_GREEK, *_ACCENTS, *_MATRICES, "\\frac", "\\sqrt", "\\pi", "\\infty",
+    "\\binom", "\\sum", "\\prod", "\\int", "\\lim", "\\lfloor", "\\lceil",
+}  # fmt: skip
 
 #: letters that are symbols and nothing else to the parser
 _PLAIN_LETTERS = set("abchjklmnopqrstuvwxyz")
@@ -130,13 +134,8 @@ class _Writer:
     def begins_factor(self, token: str) -> bool:
         if token == "|":
             return self.bars == 0
-        return bool(token) and (
-            token[0].isdigit() or token[0] == "." and len(token) > 1 or token.isascii() and token.isalpha() and len(token) == 1
-            or token in _BRACKETS or token in _FUNCTIONS or token in _SEVERAL or token in _GREEK or token in _ACCENTS
-            or token in _MATRICES or token.startswith("\\text{")
-            or token in ("\\frac", "\\sqrt", "\\pi", "\\infty", "\\binom", "\\sum", "\\prod", "\\int", "\\lim", "\\lfloor",
-                         "\\lceil", "\\det")
-        )  # fmt: skip
+        plain = token[:1].isdigit() or _is_letter(token) or (token[:1] == "." and len(token) > 1)
+        return plain or token in _BEGINS or token.startswith("\\text{")
 
     def signed_factor(self) -> str:
         sign = ""
@@ -188,7 +187,7 @@ class _Writer:
     def argument(self, whole_number: bool = False) -> str:
         r"""What a command takes: a group, or one token. ``\frac12`` takes digits, and ``x^10`` takes the number."""
         token = self.peek()
-        if token == "{" or token == "(" and whole_number:
+        if token == "{" or (token == "(" and whole_number):
             return self.inner(self.group())
         if token[:1].isdigit() and not whole_number and len(token) > 1:
             self.tokens[self.at] = token[1:]
@@ -204,7 +203,7 @@ class _Writer:
         token = self.peek()
         if not token:
             raise Unreadable("something is missing at the end")
-        if token[0].isdigit() or token[0] == "." and len(token) > 1:
+        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
             self.at += 1
             return _number(token)
         if token in _BRACKETS:
@@ -292,7 +291,10 @@ class _Writer:
 
     def _index_and_power(self) -> tuple[str, str] | None:
         """``C_5^2`` and ``C^2_5``: five choose two."""
-        match = re.match(r"(?:_\{?(\d+)\}?\^\{?(\d+)\}?|\^\{?(\d+)\}?_\{?(\d+)\}?)(?!\d)", (text := "".join(self.tokens[self.at : self.at + 8])))
+        match = re.match(
+            r"(?:_\{?(\d+)\}?\^\{?(\d+)\}?|\^\{?(\d+)\}?_\{?(\d+)\}?)(?!\d)",
+            (text := "".join(self.tokens[self.at : self.at + 8])),
+        )
         if match is None:
             return None
         top, bottom = match[1] or match[4], match[2] or match[3]
@@ -366,17 +368,10 @@ class _Writer:
                 power = self.argument(whole_number=True)
         if power == "-1" and name in _INVERSE:
             name, power = _INVERSE[name], ""
-        if self.peek() in _BRACKETS and not self._goes_on():
-            inside = self.inner(self.group())
-        else:
-            inside = self.without_brackets()
+        inside = self.inner(self.group()) if self.peek() in _BRACKETS else self.without_brackets()
         index = f"_{{{base}}}" if base else ""
         found = f"{name}{index}({inside})" if name != "\\exp" else f"e^{{{inside}}}"
         return f"({found})^{{{power}}}" if power else found
-
-    def _goes_on(self) -> bool:
-        r"""Whether the bracket here is only the beginning of the argument: ``\sin{2}x`` no, ``\ln(2)^3`` no."""
-        return False
 
     def without_brackets(self) -> str:
         r"""The argument of ``\sin 2x``: factors side by side, up to the next sign or function."""
@@ -404,7 +399,7 @@ class _Writer:
         if len(name) != 1 or not name[0].isalpha() or not upper:
             raise Unreadable("a sum or product without its limits")
         bound = frozenset(name)
-        variable = _symbol(name[0]) if name[0] in _PLAIN_LETTERS or name[0] == "i" else _symbol(name[0])
+        variable = _symbol(name[0])
         outer, self.bound = self.bound, self.bound | bound
         body = self.product()
         self.bound = outer
@@ -498,8 +493,12 @@ def _number(token: str) -> str:
     return f"\\frac{{{digits}}}{{1{'0' * len(behind)}}}"
 
 
+def _is_letter(token: str) -> bool:
+    return len(token) == 1 and token.isascii() and token.isalpha()
+
+
 def _is_simple(text: str) -> bool:
-    return text.isdigit() or len(text) == 1 and text != "I" or text[:3] == "x_{" and text[3:-1].isdigit()
+    return text.isdigit() or (len(text) == 1 and text != "I") or (text[:3] == "x_{" and text[3:-1].isdigit())
 
 
 def _is_proper(fraction: str) -> bool:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from entropy_fork.reward.convention import STRICT, Convention
 from entropy_fork.reward.matching import match
-from entropy_fork.reward.reading import Formula, Listed, Reading, Related, Text, read
+from entropy_fork.reward.reading import read
+from entropy_fork.reward.readings import Formula, Listed, Reading, Related, Text
 from entropy_fork.reward.second_opinion import OutOfTime
 from entropy_fork.reward.spelling import spelled
 from entropy_fork.reward.values import value_of

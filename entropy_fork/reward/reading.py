@@ -1,4 +1,4 @@
-r"""What an answer is: a number, a list, a relation, a quantity, words, … Each kind is a class and a function here.
+r"""What an answer is: a number, a list, a relation, a quantity, words, … A function here for each kind.
 
 :func:`read` asks the functions of :data:`READERS` in their order; the first that knows the tokens decides. What no
 other one knows is a formula, which math-verify's parser must read, or else text.
@@ -9,146 +9,41 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 from entropy_fork.reward.expression import expression_of, rows_of
 from entropy_fork.reward.numbers import Number, number_of
+from entropy_fork.reward.readings import (
+    Cases,
+    Choice,
+    Clock,
+    Exact,
+    Formula,
+    InBase,
+    Listed,
+    Matrix,
+    Measured,
+    Modulo,
+    Named,
+    Percent,
+    Ratio,
+    Reading,
+    Related,
+    SetOf,
+    Text,
+)
 from entropy_fork.reward.tokens import Tokens, Unreadable, group_end, split, strip, tokens_of, without_spaces, word_of
 from entropy_fork.reward.units import Unit, unit_of
-from entropy_fork.reward.words import AND, CURRENCY_WORDS, NUMBER_WORDS, ORDINAL_ENDS, ORDINAL_WORDS, SCALES, chinese_number, number_in_words
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What an answer was read as."""
-
-    #: the tokens without spaces, in one piece
-    text: str
-
-
-@dataclass(frozen=True)
-class Exact(Reading):
-    """A number by itself."""
-
-    number: Number
-    #: whether its commas could be those of a list: 1,000
-    grouped: bool = False
-
-
-@dataclass(frozen=True)
-class Formula(Reading):
-    """An expression for math-verify's parser."""
-
-    latex: str
-
-
-@dataclass(frozen=True)
-class Text(Reading):
-    """Words, or what nothing else can read."""
-
-    readable: bool
-
-
-@dataclass(frozen=True)
-class Listed(Reading):
-    """Several readings. ``shape`` has the brackets, ``(]``; it is ``{}`` for a set and empty without brackets."""
-
-    items: tuple[Reading, ...]
-    shape: str = ""
-    joined_by: str = ","
-
-
-@dataclass(frozen=True)
-class Related(Reading):
-    """A relation, or a chain of them: ``1 < x <= 2`` has three parts and two signs."""
-
-    parts: tuple[Reading, ...]
-    signs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SetOf(Reading):
-    r"""Sets joined by ``\cup``, ``\cap`` or ``\setminus``."""
-
-    parts: tuple[Reading, ...]
-    signs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Named(Reading):
-    r"""``\mathbb{R}``, or the empty set, by its letter; the empty set has none."""
-
-    letter: str
-
-
-@dataclass(frozen=True)
-class Measured(Reading):
-    """An amount with its unit; several of them for ``3 hours 20 minutes``."""
-
-    amounts: tuple[Reading, ...]
-    units: tuple[Unit, ...]
-
-
-@dataclass(frozen=True)
-class Percent(Reading):
-    """An amount with a percent sign."""
-
-    amount: Reading
-
-
-@dataclass(frozen=True)
-class InBase(Reading):
-    """Digits with the base in which they are written."""
-
-    digits: str
-    base: str
-
-
-@dataclass(frozen=True)
-class Clock(Reading):
-    """A time of the day: hours, minutes, seconds, and am, pm or nothing."""
-
-    time: tuple[int, ...]
-    half: str
-
-
-@dataclass(frozen=True)
-class Ratio(Reading):
-    """``3:2``."""
-
-    parts: tuple[Reading, ...]
-
-
-@dataclass(frozen=True)
-class Matrix(Reading):
-    """Rows of cells."""
-
-    rows: tuple[tuple[Reading, ...], ...]
-
-
-@dataclass(frozen=True)
-class Cases(Reading):
-    """Values with their conditions, in any order."""
-
-    rows: tuple[tuple[Reading, ...], ...]
-
-
-@dataclass(frozen=True)
-class Choice(Reading):
-    """A letter of a multiple choice, and what stands behind it."""
-
-    letter: str
-    content: Reading | None
-
-
-@dataclass(frozen=True)
-class Modulo(Reading):
-    """A residue and its modulus."""
-
-    residue: Reading
-    modulus: Reading
-
+from entropy_fork.reward.words import (
+    AND,
+    CURRENCY_WORDS,
+    NUMBER_WORDS,
+    ORDINAL_ENDS,
+    ORDINAL_WORDS,
+    SCALES,
+    chinese_number,
+    number_in_words,
+)
 
 MAX_ITEMS, MAX_SIGNS = 200, 3
 
@@ -229,7 +124,9 @@ def _environment(tokens: list[str], text: str) -> Reading | None:
 
 def _choice(tokens: list[str], text: str) -> Reading | None:
     r"""``(C)``, ``\textbf{(C)}\ 12``, ``C. 12``, ``C) 12``: the letter of a multiple choice."""
-    match = re.match(r"\(([A-Ja-j])\)|([A-J])(?=[.):])", "".join(word_of(t) and t[6:-1] or t for t in without_spaces(tokens)))
+    match = re.match(
+        r"\(([A-Ja-j])\)|([A-J])(?=[.):])", "".join((word_of(t) and t[6:-1]) or t for t in without_spaces(tokens))
+    )
     if match is None:
         return None
     rest = strip(tokens)
@@ -253,7 +150,7 @@ def _list(tokens: list[str], text: str) -> Reading | None:
     r"""Items with commas, semicolons, ``\quad``, "and" or "or" between them."""
     joins = {token for token in tokens if word_of(token) in AND}
     parts, found = split(tokens, {",", ";", "\\quad", "\\\\"} | joins)
-    if not found or joins and _said(tokens) is not None:
+    if not found or (joins and _said(tokens) is not None):
         return None
     items = [part for part in parts if part]
     if len(items) > MAX_ITEMS or not items:
@@ -276,14 +173,19 @@ def _flat(items: Sequence[Reading]) -> list[Reading]:
 def _with_their_name(items: list[Reading]) -> tuple[Reading, ...]:
     """``n = 1, 2, 3`` says n three times."""
     first = items[0]
-    if isinstance(first, Related) and first.signs == ("=",) and not any(isinstance(item, Related) for item in items[1:]):
+    if (
+        isinstance(first, Related)
+        and first.signs == ("=",)
+        and not any(isinstance(item, Related) for item in items[1:])
+    ):
         rest = [Related(f"{first.parts[0].text}={item.text}", (first.parts[0], item), ("=",)) for item in items[1:]]
         return (first, *rest)
     return tuple(items)
 
 
 _SIGNS = {
-    "=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\notin": "notin", "\\equiv": "=",
+    "=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\notin": "notin",
+    "\\equiv": "=",
     "\\approx": "≈", "\\sim": "~", "\\to": "->", "\\subset": "⊂", "\\subseteq": "⊆", "\\mapsto": "->", "\\iff": "<->",
     "\\perp": "⊥", "\\parallel": "∥", "\\propto": "∝",
 }  # fmt: skip
@@ -347,7 +249,7 @@ def _brackets(tokens: list[str], text: str) -> Reading | None:
                     name = name.parts[0]
                 return _named_as(Listed(text, (condition,), "{|}"), name)
     content = _inner(inner)
-    if tokens[0] == "{" or shape in ("()", "[]") and not isinstance(content, Listed):
+    if tokens[0] == "{" or (shape in ("()", "[]") and not isinstance(content, Listed)):
         return content if tokens[0] == "{" or not isinstance(content, (Formula, Text)) else None
     items = content.items if isinstance(content, Listed) and not content.shape else (content,)
     return Listed(text, items, shape)
@@ -405,7 +307,7 @@ def _in_base(tokens: list[str], text: str) -> Reading | None:
         return None  # x_2 is a variable
     base = NUMBER_WORDS.get(match[2], int(match[2]) if match[2].isdigit() else 0)
     digits = match[1].replace(".", "")
-    if not 2 <= base <= 36 or not digits.isdigit() and not all(int(sign, 36) < base for sign in digits):
+    if not 2 <= base <= 36 or (not digits.isdigit() and not all(int(sign, 36) < base for sign in digits)):
         return None
     return InBase(text, match[1].upper().lstrip("0") or "0", str(base))
 
@@ -435,13 +337,17 @@ def _exact(tokens: list[str], text: str) -> Reading | None:
         return Exact(text, Number(Fraction(value)))
     scale = SCALES.get(word_of(plain[-1]) or "")
     if scale is not None and len(plain) > 1:
-        amount = _inner([token for token in tokens[: len(tokens) - 1]][: -1 if plain[-2] == "-" else None])
+        amount = _inner(plain[: -2 if plain[-2] == "-" else -1])
         if isinstance(amount, Exact):
-            return Exact(text, amount.number._replace(value=amount.number.value * scale, place=amount.number.place * scale))
+            return Exact(
+                text, amount.number._replace(value=amount.number.value * scale, place=amount.number.place * scale)
+            )
     return None
 
 
 _ANGLE_FUNCTIONS = {"\\sin", "\\cos", "\\tan", "\\cot", "\\sec", "\\csc"}
+
+
 def _said(tokens: Tokens) -> int | None:
     """The integer that words say: "twenty-one", "third"."""
     words = [word_of(token) or "" for token in without_spaces(tokens) if token != "-"]
@@ -459,7 +365,7 @@ _DEGREES = (["^", "\\circ"], ["^", "{", "\\circ", "}"])
 def _measured(tokens: list[str], text: str) -> Reading | None:
     r"""A number or expression with a known unit behind it, ``3\text{ cm}^2``, or a currency before it, ``\$5``."""
     plain = without_spaces(_as_words(tokens))
-    if len(plain) < 2 or "\\circ" in tokens and _ANGLE_FUNCTIONS & set(tokens):
+    if len(plain) < 2 or ("\\circ" in tokens and _ANGLE_FUNCTIONS & set(tokens)):
         return None
     if plain[0] in _CURRENCIES or plain[:2] == ["-", "\\$"]:
         sign = ["-"] if plain[0] == "-" else []
@@ -499,7 +405,9 @@ def _as_words(tokens: list[str]) -> list[str]:
         for shape in _DEGREES:
             if made[at : at + len(shape)] == shape and at:
                 rest = strip(made[at + len(shape) :])
-                scale = {"C": "celsius", "\\text{C}": "celsius", "F": "fahrenheit", "\\text{F}": "fahrenheit"}.get("".join(rest[:1]))
+                scale = {"C": "celsius", "\\text{C}": "celsius", "F": "fahrenheit", "\\text{F}": "fahrenheit"}.get(
+                    "".join(rest[:1])
+                )
                 end = len(made) if scale and len(rest) == 1 else at + len(shape)
                 made[at:end] = [f"\\text{{{scale if scale and len(rest) == 1 else 'degree'}}}"]
         at += 1
@@ -561,7 +469,9 @@ def _words(tokens: list[str], text: str) -> Reading | None:
 
 def _formula(tokens: list[str], text: str) -> Reading | None:
     """Everything that is an expression."""
-    if "\\ldots" in tokens or len(tokens) > 1 and all(token.startswith("\\text{") or token == " " for token in tokens):
+    if "\\ldots" in tokens or (
+        len(tokens) > 1 and all(token.startswith("\\text{") or token == " " for token in tokens)
+    ):
         return None
     try:
         return Formula(text, expression_of(tokens))

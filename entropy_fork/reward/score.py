@@ -6,8 +6,8 @@ Use it through verl's reward interface, with any reward manager::
     reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.timeout=10      # or memory_mib, processes, max_characters
 
-Two plain numbers are compared here, exactly. Everything else (``\\frac{\\sqrt{8}}{2}`` equals ``\\sqrt2``) is compared by
-:mod:`entropy_fork.reward.grader`, with math-verify, in processes with a limit on time and memory
+Two plain numbers are compared here, exactly. :mod:`entropy_fork.reward.grader` compares everything else
+(``\\frac{\\sqrt{8}}{2}`` equals ``\\sqrt2``), with math-verify, in processes with a limit on time and memory
 (:mod:`entropy_fork.reward.judge`). So no answer can block or end a reward worker, or be run as code. This module
 imports neither math-verify nor torch.
 """

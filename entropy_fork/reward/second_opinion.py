@@ -48,7 +48,7 @@ def agree(left: Any, right: Any) -> bool | None:
         if _size(side) > MOST_SIZE:
             raise OutOfTime
     try:
-        with _time_limit(SECONDS):
+        with time_limit(SECONDS):
             if left.free_symbols or right.free_symbols:
                 return _at_points(left, right)
             return _constants(left, right)
@@ -75,7 +75,7 @@ def _size(expression: Any) -> float:
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raise :class:`OutOfTime` after so many processor seconds. Only a main thread can do that; others go on."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -163,11 +163,17 @@ def _differ(left: Any, right: Any) -> bool:
 # Values of the variables, point by point. They are no round numbers, so that nothing is equal by accident. Some are
 # negative, some within the unit circle, some large: each function has points at which it is a real number.
 _GRID = (
-    ("0.7310", "0.4177", "0.2893", "0.6101"), ("2.3179", "1.2711", "3.1931", "1.7389"), ("-0.6173", "-0.3719", "-0.8311", "-0.2237"),
-    ("7.1303", "5.3299", "11.4107", "6.2713"), ("-2.7193", "1.9391", "-1.4173", "3.3331"), ("1.6097", "-2.2307", "0.5527", "-0.7877"),
-    ("31.4391", "17.2273", "23.8119", "41.5171"), ("0.1193", "0.0871", "0.1567", "0.2011"), ("-5.1091", "-7.4219", "-3.6607", "-9.0173"),
+    ("0.7310", "0.4177", "0.2893", "0.6101"),
+    ("2.3179", "1.2711", "3.1931", "1.7389"),
+    ("-0.6173", "-0.3719", "-0.8311", "-0.2237"),
+    ("7.1303", "5.3299", "11.4107", "6.2713"),
+    ("-2.7193", "1.9391", "-1.4173", "3.3331"),
+    ("1.6097", "-2.2307", "0.5527", "-0.7877"),
+    ("31.4391", "17.2273", "23.8119", "41.5171"),
+    ("0.1193", "0.0871", "0.1567", "0.2011"),
+    ("-5.1091", "-7.4219", "-3.6607", "-9.0173"),
     ("3.0119", "2.1791", "1.1321", "0.9187"),
-)  # fmt: skip
+)
 _WHOLE = ((5, 3, 2, 4), (8, 5, 3, 6), (7, 2, 4, 3), (12, 7, 5, 9), (9, 4, 6, 2), (6, 1, 3, 5))
 
 
@@ -184,7 +190,7 @@ def _at_points(left: Any, right: Any) -> bool | None:
 
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     of_integers = (sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial, sympy.Mod)
-    for whole in ((True,) if left.has(*of_integers) or right.has(*of_integers) else (False, True)):
+    for whole in (True,) if left.has(*of_integers) or right.has(*of_integers) else (False, True):
         compared = 0
         for values in _points(len(symbols), whole):
             point = dict(zip(symbols, values, strict=True))
@@ -264,7 +270,7 @@ def _same(left: Any, right: Any) -> bool | None:
 def is_rounded(decimal: Fraction, place: Fraction, expression: Any) -> bool:
     """Whether a decimal is the expression, rounded to the decimal's last digit."""
     try:
-        with _time_limit(SECONDS):
+        with time_limit(SECONDS):
             value = _value(expression, {})
             if value is None or value.imag != 0:
                 return False

@@ -1,11 +1,11 @@
-r"""Readings as sets of real numbers: ``x > 3``, ``(3, \infty)``, ``\{x \mid x > 3\}``, ``x \ne 2``, and their unions."""
+r"""Readings as sets of real numbers: ``x > 3``, ``(3, \infty)``, ``\{x \mid x > 3\}``, ``x \ne 2``, their unions."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from entropy_fork.reward.reading import Exact, Formula, Listed, Named, Reading, Related, SetOf
+from entropy_fork.reward.readings import Exact, Formula, Listed, Named, Reading, Related, SetOf
 from entropy_fork.reward.values import value_of
 
 
@@ -17,7 +17,13 @@ def set_of(reading: Reading) -> tuple[Any, str] | None:
     import sympy
 
     if isinstance(reading, Named):
-        names = {"": sympy.S.EmptySet, "R": sympy.S.Reals, "Z": sympy.S.Integers, "N": sympy.S.Naturals, "Q": sympy.S.Rationals}
+        names = {
+            "": sympy.S.EmptySet,
+            "R": sympy.S.Reals,
+            "Z": sympy.S.Integers,
+            "N": sympy.S.Naturals,
+            "Q": sympy.S.Rationals,
+        }
         return (names[reading.letter], "") if reading.letter in names else None
     if isinstance(reading, Related):
         return _of_relation(reading)
@@ -36,7 +42,10 @@ def set_of(reading: Reading) -> tuple[Any, str] | None:
             return None if low is None or high is None else (_interval(low, high, *reading.shape), "")
         if not reading.shape and reading.joined_by in ("or", "and", ",") and len(reading.items) <= 10:
             sign = "cup" if reading.joined_by == "or" else "cap"
-            if all(isinstance(item, (Related, SetOf)) or isinstance(item, Listed) and item.shape for item in reading.items):
+            if all(
+                isinstance(item, (Related, SetOf)) or (isinstance(item, Listed) and item.shape)
+                for item in reading.items
+            ):
                 between = not any(isinstance(item, Related) for item in reading.items)
                 signs = ["cup" if between else sign] * (len(reading.items) - 1)
                 return _joined([set_of(item) for item in reading.items], signs)
@@ -86,7 +95,7 @@ def _of_relation(reading: Related) -> tuple[Any, str] | None:
             return None
         return (inner[0], name) if signs == ("in",) else (sympy.Complement(sympy.S.Reals, inner[0]), name)
     middle = [place for place, part in enumerate(parts) if _number(part) is None]
-    if len(middle) != 1 or len(parts) > 3 or len(parts) == 3 and middle[0] != 1:
+    if len(middle) != 1 or len(parts) > 3 or (len(parts) == 3 and middle[0] != 1):
         return _solved(reading)
     name = parts[middle[0]].text
     if not isinstance(parts[middle[0]], Formula) or not NAME.fullmatch(name):

@@ -69,7 +69,9 @@ _SUB = {sign: str(digit) for digit, sign in enumerate("₀₁₂₃₄₅₆₇�
 _SUPER_RUN, _SUB_RUN = re.compile(f"[{''.join(_SUPER)}]+"), re.compile(f"[{''.join(_SUB)}]+")
 
 
-@_rule(("１２", "12"), ("٣٤", "34"), ("x²", "x^{2}"), ("6×7", r"6\times 7"), ("2−√3", r"2-\sqrt 3"), ("（1，2）", "(1,2)"))
+@_rule(
+    ("１２", "12"), ("٣٤", "34"), ("x²", "x^{2}"), ("6×7", r"6\times 7"), ("2−√3", r"2-\sqrt 3"), ("（1，2）", "(1,2)")
+)
 def signs_of_other_scripts(text: str) -> str:
     r"""Signs and digits of other scripts become LaTeX and ASCII."""
     if text.isascii():
@@ -84,8 +86,8 @@ def signs_of_other_scripts(text: str) -> str:
 _WRAPPED = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        r"\*\*(?!\*)(.+?)\*\*", r"\*([^*]+)\*", r"__(.+?)__", r"`+([^`]+)`+", r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+?)\\\)",
-        r"\\\[(.+?)\\\]", r'"([^"]+)"', r"``(.+?)''", r"'([^']+)'",
+        r"\*\*(?!\*)(.+?)\*\*", r"\*([^*]+)\*", r"__(.+?)__", r"`+([^`]+)`+", r"\$\$([^$]+)\$\$", r"\$([^$]+)\$",
+        r"\\\((.+?)\\\)",        r"\\\[(.+?)\\\]", r'"([^"]+)"', r"``(.+?)''", r"'([^']+)'",
     )
 ]  # fmt: skip
 _WHOLE_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
@@ -121,7 +123,10 @@ def _balanced(text: str) -> bool:
 
 
 _OPTION = re.compile(r"(?:\\text\s*\{)?\s*(?:option|choice)\s+(?=[A-J(])", re.I)
-_LABEL = re.compile(r"(?:\\text\s*\{)?\s*(?:(?:the|my)\s+)?(?:final\s+)?(?:answer|ans\.?|result|答案)\s*(?:is\b|[:=]|是|为)+\s*:?\s*(\})?", re.I)
+_LABEL = re.compile(
+    r"(?:\\text\s*\{)?\s*(?:(?:the|my)\s+)?(?:final\s+)?(?:answer|ans\.?|result|答案)\s*(?:is\b|[:=]|是|为)+\s*:?\s*(\})?",
+    re.I,
+)
 
 
 @_rule(("Answer: 42", "42"), ("The final answer is 42", "42"), (r"\text{Answer: }42", "42"))
@@ -140,7 +145,9 @@ _JOINT = re.compile(r"\\[,;: !]|[{},~\s]")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 
 
-@_rule((r"1\,000", "1000"), (r"1{,}000", "1000"), (r"10,\!000", "10000"), ("12 345 678", "12345678"), ("100{,}5", "100.5"))
+@_rule(
+    (r"1\,000", "1000"), (r"1{,}000", "1000"), (r"10,\!000", "10000"), ("12 345 678", "12345678"), ("100{,}5", "100.5")
+)
 def groups_of_digits(text: str) -> str:
     r"""Groups of three digits are one number, and another comma in braces is a decimal point."""
     text = re.sub(r"(?<=\d),\\!\s*(?=\d)", "{,}", text)
@@ -155,11 +162,16 @@ _LAYOUT = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|middle|[bB]igg?[lrm]?|mleft|mright|"
     r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|it|rm|em|centering|null|relax|mathstrut|strut)(?![a-zA-Z])"
 )
-_SPACE = re.compile(r"(?<!\\)\\[,;:! \n\t]|~|\\(?:thinspace|enspace|enskip|medspace|thickspace|negthinspace|space)(?![a-zA-Z])"
+_SPACE = re.compile(r"(?<!\\)\\[,;:! \n\t]|~|\\(?:thin|en|med|thick|negthin|)space(?![a-zA-Z])|\\enskip(?![a-zA-Z])"
                     r"|\\(?:hspace|vspace|phantom|hphantom)\*?\{[^{}]*\}|[\s\x00-\x1f]+")  # fmt: skip
 
 
-@_rule((r"\displaystyle 42", "42"), (r"\left( 1,\,2 \right)", "( 1, 2 )"), (r"\Large 42", "42"), (r"6\!\cdot\!7", r"6 \cdot 7"))
+@_rule(
+    (r"\displaystyle 42", "42"),
+    (r"\left( 1,\,2 \right)", "( 1, 2 )"),
+    (r"\Large 42", "42"),
+    (r"6\!\cdot\!7", r"6 \cdot 7"),
+)
 def layout(text: str) -> str:
     r"""Sizes, stretched brackets and kinds of space become plain brackets and one space."""
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
@@ -167,7 +179,9 @@ def layout(text: str) -> str:
     return re.sub(r" +", " ", text).strip()
 
 
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up|md)?|mbox|mathrm|mathsf|mathtt|mathit|mathnormal|hbox|emph|textrm)(?![a-zA-Z])\s*(?=\{)")
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up|md)?|mbox|mathrm|mathsf|mathtt|mathit|mathnormal|hbox|emph|textrm)(?![a-zA-Z])\s*(?=\{)"
+)
 _BOLD = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb|underline|mathbold)(?![a-zA-Z])\s*\{([^{}a-zA-Z\\]*)\}")
 _ONE_LETTER = re.compile(r"\\(mathrm|mathbf|mathit|mathsf|text|boldsymbol)\s+([a-zA-Z0-9])")
 _COLOR = re.compile(r"\\(?:color\s*\{[^{}]*\}|textcolor\s*\{[^{}]*\})")
@@ -201,7 +215,13 @@ _COMMAND = re.compile(r"\\(operatorname\*|[a-zA-Z]+)")
 _PLAIN = {"<", ">", "|", "[", "]", "=", "^\\circ", "i", "j", " ", "€", "£", "¥", "%", "'", "e", ":"}
 
 
-@_rule((r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"x \geq 3", r"x \ge 3"), (r"\varnothing", r"\emptyset"), ("x<=3", r"x\le 3"), ("2**3", "2^3"))
+@_rule(
+    (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+    (r"x \geq 3", r"x \ge 3"),
+    (r"\varnothing", r"\emptyset"),
+    ("x<=3", r"x\le 3"),
+    ("2**3", "2^3"),
+)
 def synonyms(text: str) -> str:
     r"""Of several names for one sign, one is kept."""
 

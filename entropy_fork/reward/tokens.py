@@ -5,11 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from entropy_fork.reward.words import ANSWER_WORDS, COMMAND_WORDS, CURRENCY_WORDS, FUNCTION_WORDS, ORDINAL_ENDS, UNIT_WORDS
+from entropy_fork.reward.words import (
+    ANSWER_WORDS,
+    COMMAND_WORDS,
+    CURRENCY_WORDS,
+    FUNCTION_WORDS,
+    ORDINAL_ENDS,
+    UNIT_WORDS,
+)
 
 Tokens = Sequence[str]
 
-OPEN, CLOSE = {"{", "(", "[", "\\{", "\\langle", "\\lfloor", "\\lceil"}, {"}", ")", "]", "\\}", "\\rangle", "\\rfloor", "\\rceil"}
+OPEN, CLOSE = (
+    {"{", "(", "[", "\\{", "\\langle", "\\lfloor", "\\lceil"},
+    {"}", ")", "]", "\\}", "\\rangle", "\\rfloor", "\\rceil"},
+)
 
 _TOKEN = re.compile(
     r"\\(?:begin|end)\s*\{[a-zA-Z]+\*?\}|\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|[a-zA-Z]+|\s+|[^\x00-\x7f]+|.", re.DOTALL
@@ -43,7 +53,7 @@ def _tokens(text: str, inside_text: bool) -> list[str]:
             inner = "".join(raw[at + 1 : end])
             found += [" ", *_tokens(inner, inside_text=True), " "]
             at = end + 1
-        elif token.startswith("\\begin") or token.startswith("\\end"):
+        elif token.startswith(("\\begin", "\\end")):
             found.append(re.sub(r"\s", "", token))
         elif token == "\\operatorname":
             end = _closing(raw, at)
@@ -83,7 +93,7 @@ def _letters(run: str, before: list[str], inside_text: bool, after: str) -> list
         return [f"\\text{{{run}}}"]
     if run in ORDINAL_ENDS and before[-2:] == ["^", "{"] and before[-3:-2] and before[-3][-1].isdigit():
         return [f"\\text{{{run}}}"]
-    if is_word(run) and (len(run) > 2 or before[-1:] in ([], [" "]) and (not after or after.isspace())):
+    if is_word(run) and (len(run) > 2 or (before[-1:] in ([], [" "]) and (not after or after.isspace()))):
         return [f"\\text{{{run}}}"]
     for name, command in COMMAND_WORDS.items():
         if len(name) > 1 and run.startswith(name) and len(run) - len(name) == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import Any
 
-from entropy_fork.reward.reading import Exact, Formula, Reading
+from entropy_fork.reward.readings import Exact, Formula, Reading
 
 
 @cache

@@ -9,16 +9,13 @@ from entropy_fork.reward.units import UNITS
 _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMBER_WORDS = {word: value for value, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBER_WORDS = {word: value for value, word in enumerate(_SMALL.split())}
+NUMBER_WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 
-ORDINAL_WORDS = {
-    word: value
-    for value, word in enumerate(
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(), 1
-    )
-}
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+ORDINAL_WORDS = {word: value for value, word in enumerate(_ORDINALS.split(), 1)}
 
 #: words that scale the number before them
 SCALES = {
@@ -42,23 +39,22 @@ ANSWER_WORDS = {
     "is", "if", "at", "in", "to", "of", "by", "am", "pm", "not", "the", "for", "per", "sky", "dry", "dne", "tie", "sq",
 }  # fmt: skip
 
+_FUNCTIONS = "sin cos tan cot csc log ln exp arcsin arccos arctan sinh cosh tanh gcd lcm pi sqrt"
+_OTHERS = "sec infty frac cdot times pm theta alpha beta gamma lambda max min mod cup cap"
+
 #: letters that are a command without its backslash
-COMMAND_WORDS = {
-    name: name
-    for name in (
-        "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt pi infty frac cdot times pm theta "
-        "alpha beta gamma lambda gcd lcm max min mod cup cap"
-    ).split()
-} | {"infinity": "infty", "inf": "infty", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "oo": "infty"}
-
-#: units that need no \text behind a number. Single letters are missing: ``5 m`` may be a product
-UNIT_WORDS = {name for name in UNITS if len(name) > 1 and name.isascii() and name.isalpha()} - {
-    "nm", "ms", "mg", "pa", "hz", "ml", "dl", "cl", "mi", "st", "hp", "mn", "rs", "in", "as", "pt", "rd", "dm", "kw",
-} | ORDINAL_ENDS | {word for word in SCALES if word.isascii()} | {"percent", "sq", "am", "pm", "in", "ml", "kw"}  # fmt: skip
-
+COMMAND_WORDS = {name: name for name in f"{_FUNCTIONS} {_OTHERS}".split()} | {
+    "infinity": "infty", "inf": "infty", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "oo": "infty",
+}  # fmt: skip
 
 #: functions that some write as a word
-FUNCTION_WORDS = set("sin cos tan cot csc log ln exp arcsin arccos arctan sinh cosh tanh gcd lcm pi sqrt infinity".split())
+FUNCTION_WORDS = {*_FUNCTIONS.split(), "infinity"}
+
+#: units that need no ``\\text`` behind a number. Short ones are missing: ``5 m`` may be a product
+UNIT_WORDS = {name for name in UNITS if len(name) > 2 and name.isascii() and name.isalpha()} | {
+    "cm", "mm", "km", "kg", "ft", "yd", "hr", "lb", "oz", "in", "ml", "kw", "am", "pm", "sq", "percent",
+    *ORDINAL_ENDS, *(word for word in SCALES if word.isascii()),
+}  # fmt: skip
 
 #: currencies by their letters, which may stand before the number
 CURRENCY_WORDS = {"usd", "eur", "gbp", "cny", "rmb", "jpy", "inr"}
@@ -96,7 +92,7 @@ def number_in_words(words: list[str]) -> int | None:
     for word in words:
         if word in NUMBER_WORDS:
             value = NUMBER_WORDS[word]
-            if said and last and not (last >= 20 and value < 10 or last >= 100):
+            if said and last and not ((last >= 20 and value < 10) or last >= 100):
                 return None
             current, last, said = current + value, value or 1, True
         elif word == "and" and last >= 100:
