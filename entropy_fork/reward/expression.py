@@ -22,8 +22,8 @@ _INVERSE = {"\\sin": "\\arcsin", "\\cos": "\\arccos", "\\tan": "\\arctan"}
 _SEVERAL = {"\\max", "\\min", "\\gcd", "\\lcm"}
 _LETTERS = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar aleph partial nabla "
-    "triangle angle parallel star dagger circ square"
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar aleph "
+    "partial nabla triangle angle parallel star dagger circ square"
 )
 _GREEK = {"\\" + name for name in _LETTERS.split()}
 _ACCENTS = {
@@ -360,9 +360,9 @@ class _Writer:
     def function(self, name: str) -> str:
         base = power = ""
         while self.peek() in ("_", "^"):
-            index = self.peek() == "_"
+            is_index = self.peek() == "_"
             self.at += 1
-            if index:
+            if is_index:
                 base = self.argument(whole_number=False)
             else:
                 power = self.argument(whole_number=True)

@@ -174,13 +174,24 @@ _GRID = (
     ("-5.1091", "-7.4219", "-3.6607", "-9.0173"),
     ("3.0119", "2.1791", "1.1321", "0.9187"),
 )
-_WHOLE = ((5, 3, 2, 4), (8, 5, 3, 6), (7, 2, 4, 3), (12, 7, 5, 9), (9, 4, 6, 2), (6, 1, 3, 5))
+#: steps are tried at many whole numbers: they differ at a few only
+_MANY = tuple((k, 3 * k + 1, 5 * k + 2, 7 * k + 3) for k in range(1, 61))
+_WHOLE = (
+    (5, 3, 2, 4),
+    (3, 5, 8, 6),
+    (7, 2, 4, 3),
+    (4, 9, 11, 7),
+    (9, 4, 6, 2),
+    (2, 7, 5, 8),
+    (6, 1, 3, 5),
+    (5, 12, 3, 9),
+)
 
 
-def _points(count: int, whole: bool) -> list[list[Any]]:
+def _points(count: int, whole: bool, steps: bool) -> list[list[Any]]:
     import sympy
 
-    grid: Any = _WHOLE if whole else _GRID
+    grid: Any = _MANY if steps else _WHOLE if whole else _GRID
     shift = 0 if whole else sympy.Rational(1, 1009)
     return [[sympy.Rational(row[k % 4]) + k // 4 * (1 if whole else shift) for k in range(count)] for row in grid]
 
@@ -189,22 +200,24 @@ def _at_points(left: Any, right: Any) -> bool | None:
     import sympy
 
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-    of_integers = (sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial, sympy.Mod)
+    steps = left.has(*(rounding := (sympy.floor, sympy.ceiling, sympy.Mod))) or right.has(*rounding)
+    of_integers = (sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial, *rounding)
     for whole in (True,) if left.has(*of_integers) or right.has(*of_integers) else (False, True):
-        compared = 0
-        for values in _points(len(symbols), whole):
+        compared = zeros = 0
+        for values in _points(len(symbols), whole, steps):
             point = dict(zip(symbols, values, strict=True))
             if not (_is_real_there(left, point) and _is_real_there(right, point)):
                 continue
-            same = _same(_value(left, point), _value(right, point))
+            found = _value(left, point), _value(right, point)
+            same = _same(*found)
             if same is None:
                 continue
             if not same:
                 return False
-            compared += 1
-            if compared == ENOUGH_POINTS + len(symbols):
+            compared, zeros = compared + 1, zeros + (found[0] == 0)
+            if compared - zeros == ENOUGH_POINTS + len(symbols) and not steps:
                 return True
-        if compared >= ENOUGH_POINTS:
+        if compared - zeros >= ENOUGH_POINTS or compared == zeros >= ENOUGH_POINTS:
             return True
     return None
 
@@ -245,6 +258,8 @@ def _value(expression: Any, point: dict[Any, Any]) -> Any:
 
     if expression.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative):
         expression, point = expression.subs(point).doit(), {}
+    elif point and expression.has(sympy.factorial, sympy.binomial):  # evalf loses all digits of their quotients
+        expression, point = expression.subs(point), {}
     found = expression.evalf(DIGITS, subs=point) if point else expression.evalf(DIGITS)
     parts = []
     for part in found.as_real_imag():

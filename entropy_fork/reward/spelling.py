@@ -83,6 +83,15 @@ def signs_of_other_scripts(text: str) -> str:
     return "".join(str(unicodedata.decimal(sign)) if sign.isdecimal() else sign for sign in text)
 
 
+_ENDS = re.compile(r"^(?:\s|\\[,;:! ]|~|\\q?quad(?![a-zA-Z]))+|(?:\s|(?<!\\)\\[,;:!]|~|\\q?quad)+$")
+
+
+@_rule((r"\,42\;", "42"), (r"42\quad", "42"))
+def space_at_the_ends(text: str) -> str:
+    r"""Space at the ends goes, in all its spellings."""
+    return _ENDS.sub("", text).strip()
+
+
 _WRAPPED = [
     re.compile(pattern, re.DOTALL)
     for pattern in (
@@ -90,6 +99,7 @@ _WRAPPED = [
         r"\\\((.+?)\\\)",        r"\\\[(.+?)\\\]", r'"([^"]+)"', r"``(.+?)''", r"'([^']+)'",
     )
 ]  # fmt: skip
+_MARKS = (*"*_`$\"'", r"\boxed", r"\fbox", r"\[", r"\(")
 _WHOLE_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
 
 
@@ -100,6 +110,7 @@ def marks_around(text: str) -> str:
     for _ in range(4):
         before = text
         hidden = text.replace(r"\$", "\ue000")
+        hidden = hidden.rstrip(" .,;") if hidden.startswith(_MARKS) else hidden
         for pattern in _WRAPPED:
             if match := pattern.fullmatch(hidden):
                 hidden = match[1].strip()
@@ -246,11 +257,11 @@ def abbreviations(text: str) -> str:
     return _HALF_DAY.sub(lambda match: (match[1] + match[2]).lower(), text)
 
 
-_TAIL = re.compile(r"(?:\s|\\quad|\\\\|\\text\s*\{\s*[.,;:]?\s*\}|(?<![.])[.](?![.])|[,;:])+$")
+_TAIL = re.compile(r"(?:\s|\\quad|\\\\|\\text\s*\{\s*[.,;:]?\s*\}|[.,;:])+$")
 _FULL_STOP = re.compile(r"[.。]\s*\}$")
 
 
-@_rule(("25.", "25"), ("42,", "42"), (r"42\text{.}", "42"), (r"\text{Tuesday.}", r"\text{Tuesday}"), (r"42\quad", "42"))
+@_rule(("25.", "25"), ("42,", "42"), (r"42\text{.}", "42"), (r"\text{Tuesday.}", r"\text{Tuesday}"))
 def full_stop(text: str) -> str:
     r"""A full stop, a comma or space at the end goes."""
     if text.endswith("..."):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 _TABLE = {
     "length": "m meter meters metre metres 米 1; km kilometer kilometers kilometre kilometres 千米 公里 1000; "
-    "dm decimeter decimeters 分米 1/10; cm centimeter centimeters centimetre centimetres 厘米 1/100; mm millimeter millimeters "
-    "millimetre millimetres 毫米 1/1000; nm nanometer nanometers 1/1000000000; in inch inches 127/5000; ft foot feet "
-    "381/1250; yd yds yard yards 1143/1250; mi mile miles 201168/125",
+    "dm decimeter decimeters 分米 1/10; cm centimeter centimeters centimetre centimetres 厘米 1/100; "
+    "mm millimeter millimeters millimetre millimetres 毫米 1/1000; nm nanometer nanometers 1/1000000000; "
+    "in inch inches 127/5000; ft foot feet 381/1250; yd yds yard yards 1143/1250; mi mile miles 201168/125",
     "mass": "g gram grams 克 1; kg kilogram kilograms 千克 公斤 1000; mg milligram milligrams 1/1000; "
     "lb lbs pound pounds 45359237/100000; oz ounce ounces 45359237/1600000; ton tons tonne tonnes 吨 1000000",
     "time": "s sec secs second seconds 秒 1; ms millisecond milliseconds 1/1000; min mins minute minutes 分 分钟 60; "
@@ -123,12 +123,12 @@ def unit_of(tokens: list[str]) -> Unit | None:
         else:
             if word[:2] in _NAMED_POWERS and word[2:] in UNITS:  # 平方厘米
                 named, word = _NAMED_POWERS[word[:2]], word[2:]
-            kind, one = _kind(word)
-            if kind is None:
+            what, one = _kind_of(word)
+            if what is None:
                 return None
             power, at = _power(tokens, at)
             power *= named * sign
-            for part, exponent in _PRODUCTS.get(kind, {kind: 1}).items():
+            for part, exponent in _PRODUCTS.get(what, {what: 1}).items():
                 powers[part] += exponent * power
             factor *= one**power
             named, found = 1, True
@@ -138,7 +138,7 @@ def unit_of(tokens: list[str]) -> Unit | None:
     return Unit((), Fraction(1), "") if empty and not known else Unit(known, factor, " ".join(tokens))
 
 
-def _kind(word: str) -> tuple[str | None, Fraction]:
+def _kind_of(word: str) -> tuple[str | None, Fraction]:
     if word in UNITS:
         return UNITS[word]
     plural = word.isascii() and word.isalpha() and len(word) > 3 and word.endswith("s") and not word.endswith("ss")

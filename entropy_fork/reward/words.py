@@ -18,7 +18,7 @@ _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth el
 ORDINAL_WORDS = {word: value for value, word in enumerate(_ORDINALS.split(), 1)}
 
 #: words that scale the number before them
-SCALES = {
+SCALES: dict[str, int | Fraction] = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "score": 20, "gross": 144, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8,
     "hundreds": 100, "thousands": 10**3, "millions": 10**6, "billions": 10**9, "dozens": 12,
