@@ -1,4 +1,4 @@
-"""What the reward costs: answers per second, the longest time of an answer that is made to hang, the peak of memory.
+"""What the reward costs: answers per second, its parts, the longest time of a hanging answer, the peak of memory.
 
     python benchmarks/reward.py
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -82,6 +82,48 @@ def throughput(count: int) -> Table:
     return table
 
 
+def opinion(count: int) -> Table:
+    """Processor time of the parts of a comparison, in this process, and of math-verify's own comparison beside them."""
+    import logging
+
+    from math_verify import verify
+
+    from entropy_fork.reward.grader import grade
+    from entropy_fork.reward.reading import read
+    from entropy_fork.reward.second_opinion import agree
+    from entropy_fork.reward.spelling import spelled
+    from entropy_fork.reward.values import value_of
+
+    logging.disable(logging.CRITICAL)  # math-verify warns that its limits are off
+    table = Table(
+        "answers", "spelling and reading", "parsing", "values at points", "math-verify's comparison", "all, without it",
+        title="milliseconds of processor time per answer",
+    )  # fmt: skip
+    start = 5000
+    for kind, (answer, truth) in list(KINDS.items())[2:]:
+        for right in (True, False):
+            numbers = range(start, start + count)
+            texts = [(answer(i if right else i + count), truth(i)) for i in numbers]
+            grade(*texts[0])
+            readings, reading = _timed(
+                lambda texts=texts: [tuple(read(spelled(text)) for text in pair) for pair in texts]
+            )
+            values, parsing = _timed(lambda made=readings: [tuple(value_of(side) for side in pair) for pair in made])
+            _, points = _timed(lambda made=values: [agree(*pair) for pair in made])
+            _, verified = _timed(lambda made=values: [verify(b, a, timeout_seconds=None) for a, b in made])
+            spent = (reading, parsing, points, verified, reading + parsing + points)
+            name = f"{kind}, {'right' if right else 'wrong'}"
+            table.add_row(name, *(f"{1000 * seconds / count:.2f}" for seconds in spent))
+            start += 2 * count
+    logging.disable(logging.NOTSET)
+    return table
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    begin = time.process_time()
+    return work(), time.process_time() - begin
+
+
 def worst_times() -> Table:
     """Clock seconds and processor seconds for each answer that would hang or need too much memory."""
     table = Table("answer", "seconds", "processor seconds", "stopped", title=f"limit: {TIMEOUT} processor seconds")
@@ -139,10 +181,11 @@ def main(
     count: Annotated[int, typer.Option(help="plain answers to score; of the slower kinds a twentieth")] = 8192,
     memory_seconds: Annotated[float, typer.Option(help="processor seconds for the answer that needs gigabytes")] = 10,
 ) -> None:
-    """Print three tables."""
+    """Print four tables."""
     console = Console()
     console.print(f"{PROCESSES} processes compare")
     console.print(throughput(count))
+    console.print(opinion(max(20, count // 80)))
     console.print(worst_times())
     console.print(memory(memory_seconds))
 

@@ -161,11 +161,13 @@ def _differ(left: Any, right: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------------- points
 
 # Values of the variables, point by point. They are no round numbers, so that nothing is equal by accident. Some are
-# negative, some within the unit circle, some large: each function has points at which it is a real number.
+# negative, some within the unit circle, some far out: |x-50| is 50-x at all points near zero.
 _GRID = (
     ("0.7310", "0.4177", "0.2893", "0.6101"),
-    ("2.3179", "1.2711", "3.1931", "1.7389"),
     ("-0.6173", "-0.3719", "-0.8311", "-0.2237"),
+    ("2417.31", "1913.73", "3119.57", "2803.19"),
+    ("-1873.9", "-2311.3", "-1447.1", "-2039.7"),
+    ("2.3179", "1.2711", "3.1931", "1.7389"),
     ("7.1303", "5.3299", "11.4107", "6.2713"),
     ("-2.7193", "1.9391", "-1.4173", "3.3331"),
     ("1.6097", "-2.2307", "0.5527", "-0.7877"),
