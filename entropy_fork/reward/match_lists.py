@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from entropy_fork.reward.convention import Convention
 from entropy_fork.reward.matching import Decision, by_kind, match, rule
@@ -60,6 +62,8 @@ def lists(left: Reading, right: Reading, convention: Convention) -> Decision | N
         )
     if "{}" in (left.shape, right.shape):
         return Decision(False, "a set is no list in brackets")
+    if any("[" in side.shape or "]" in side.shape for side in (left, right)) and not all(ordered):
+        return Decision(False, "a list is no interval")
     if len(left.items) == 2 and all(ordered) and _brackets(left) != _brackets(right):
         return Decision(False, "other brackets")
     return _in_order(left, right, convention)
@@ -108,8 +112,8 @@ def _list_and_one(left: Reading, right: Reading, convention: Convention) -> Deci
     if pair is None:
         return None
     several, one = pair
-    if isinstance(one, Exact) and one.grouped and not several.shape:
-        return _in_any_order(several, _regrouped(one), convention)
+    if isinstance(one, Exact) and one.grouped and not several.shape and (regrouped := _regrouped(one)) is not None:
+        return _in_any_order(several, regrouped, convention)
     if isinstance(one, Matrix):
         vector = [row[0] for row in one.rows] if all(len(row) == 1 for row in one.rows) else list(one.rows[0])
         if len(vector) * len(one.rows) not in (len(vector), len(one.rows) ** 2) or several.shape not in (
@@ -128,12 +132,15 @@ def _list_and_one(left: Reading, right: Reading, convention: Convention) -> Deci
     return None
 
 
-def _regrouped(number: Exact) -> Listed:
-    value = int(number.number.value)
+def _regrouped(number: Exact) -> Listed | None:
+    """``100,200`` as a list; None if a part would begin with zero, as in 1,000."""
+    rest = int(number.number.value)
     parts: list[Reading] = []
-    while value:
-        value, rest = divmod(value, 1000)
-        parts.append(Exact(str(rest), Number(number.number.value * 0 + rest)))
+    while rest:
+        rest, part = divmod(rest, 1000)
+        if rest and part < 100:
+            return None
+        parts.append(Exact(str(part), Number(Fraction(part))))
     return Listed("", tuple(parts))
 
 
@@ -189,6 +196,5 @@ def texts(left: Reading, right: Reading, convention: Convention) -> Decision | N
     """Words are compared letter by letter, without case."""
     if not any(isinstance(side, Text) for side in (left, right)):
         return None
-    spelled = [" ".join(side.text.replace("\\", " \\").lower().split()) for side in (left, right)]
-    squeezed = ["".join(each.split()) for each in spelled]
-    return Decision(squeezed[0] == squeezed[1] and bool(squeezed[0]), "texts")
+    ours, theirs = (re.sub(r"(?<!\w) | (?!\w)", "", side.text.lower()) for side in (left, right))
+    return Decision(ours == theirs and bool(ours), "texts")

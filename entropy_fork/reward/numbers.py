@@ -132,7 +132,7 @@ def _scientific(head: Number, tokens: list[str], spaced: bool) -> Number | None:
     match = re.fullmatch(r"\\cdot\s*10\^\{?\(?([+-]?\d+)\)?\}?", text)
     if match is None and not spaced:
         match = re.fullmatch(r"[eE]([+-]?\d+)", text)
-        if match and text[0] == "e" and head.value != 1 and not head.digits and re.fullmatch(r"[+-]\d", match[1]):
+        if match and text[0] == "e" and head.value != 1 and not head.digits and re.fullmatch(r"[+-][1-4]", match[1]):
             return None  # 2e-1 is two times e, minus 1
     if match is None or len(match[1]) > 6 or abs(int(match[1])) > MAX_EXPONENT:
         return None

@@ -32,7 +32,17 @@ from entropy_fork.reward.readings import (
     SetOf,
     Text,
 )
-from entropy_fork.reward.tokens import Tokens, Unreadable, group_end, split, strip, tokens_of, without_spaces, word_of
+from entropy_fork.reward.tokens import (
+    Tokens,
+    Unreadable,
+    group_end,
+    in_one_piece,
+    split,
+    strip,
+    tokens_of,
+    without_spaces,
+    word_of,
+)
 from entropy_fork.reward.units import Unit, unit_of
 from entropy_fork.reward.words import (
     AND,
@@ -77,16 +87,14 @@ def _without_commas(text: str) -> str:
 def read_tokens(tokens: Tokens, grouped: bool = False) -> Reading:
     """Read tokens by the first of :data:`READERS` that knows them."""
     tokens = strip(tokens)
-    text = "".join(word_of(token) or token for token in without_spaces(tokens))
+    text = in_one_piece(tokens)
     if not tokens:
         return Text("", False)
     for reader in READERS:
         found = reader(tokens, text)
         if found is not None:
             return Exact(found.text, found.number, grouped) if grouped and isinstance(found, Exact) else found
-    letters = any(word_of(token) for token in tokens)
-    spaced = " ".join(word_of(token) or token for token in without_spaces(tokens))
-    return Text(spaced, letters)
+    return Text(text, any(word_of(token) for token in tokens))
 
 
 _DEPTH = [0]
@@ -210,6 +218,11 @@ def _relation(tokens: list[str], text: str) -> Reading | None:
         return None
     if not all(parts):
         return Text(text, False)
+    if "\\approx" in signs and "=" not in signs[signs.index("\\approx") :]:
+        place = signs.index("\\approx")  # 2\sqrt{2} \approx 2.83 says the first, x \approx 2.83 the second
+        if place or len(without_spaces(parts[0])) > 1 or not parts[0][0].isalpha():
+            return _inner(tokens[: tokens.index("\\approx")])
+        signs = ["=" if sign == "\\approx" else sign for sign in signs]
     return Related(text, tuple(_inner(part) for part in parts), tuple(_SIGNS[sign] for sign in signs))
 
 

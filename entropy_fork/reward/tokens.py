@@ -165,6 +165,16 @@ def group_end(tokens: Tokens, at: int) -> int:
     raise Unreadable("a bracket is not closed")
 
 
+def in_one_piece(tokens: Tokens) -> str:
+    """Tokens as text without spaces, except between two numbers and between two words: ``10 20`` is not ``1020``."""
+    made = ""
+    for token in without_spaces(tokens):
+        word = word_of(token) or token
+        apart = (made[-1:].isdigit() and word[0].isdigit()) or (made[-1:].isalpha() and token.startswith("\\text{"))
+        made += " " * apart + word
+    return made
+
+
 def word_of(token: str) -> str | None:
     r"""The word of a token ``\text{word}``, in lower case; None for another token."""
     return token[6:-1].lower() if token.startswith("\\text{") else None
