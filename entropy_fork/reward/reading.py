@@ -146,7 +146,7 @@ def _choice(tokens: list[str], text: str) -> Reading | None:
         rest = []
     if strip(rest) and (strip(rest)[0] in (",", ";") or word_of(strip(rest)[0]) in AND):
         return None
-    if match[1] and rest and rest[0] != " ":
+    if match[1] and rest and (rest[0] != " " or (match[1].islower() and strip(rest)[:1] == ["("])):
         return None  # (a)(b) is a product
     if match[2] and rest and rest[0] != " ":
         return None  # A:B is a ratio

@@ -170,22 +170,23 @@ def groups_of_digits(text: str) -> str:
 
 
 _LAYOUT = re.compile(
-    r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|middle|[bB]igg?[lrm]?|mleft|mright|"
+    r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|"
     r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|it|rm|em|centering|null|relax|mathstrut|strut)(?![a-zA-Z])"
 )
+_STRETCHED = re.compile(r"\\(?:m?left|m?right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*")
 _SPACE = re.compile(r"(?<!\\)\\[,;:! \n\t]|~|\\(?:thin|en|med|thick|negthin|)space(?![a-zA-Z])|\\enskip(?![a-zA-Z])"
                     r"|\\(?:hspace|vspace|phantom|hphantom)\*?\{[^{}]*\}|[\s\x00-\x1f]+")  # fmt: skip
 
 
 @_rule(
     (r"\displaystyle 42", "42"),
-    (r"\left( 1,\,2 \right)", "( 1, 2 )"),
+    (r"\left(1,\,2\right)", "(1, 2)"),
     (r"\Large 42", "42"),
     (r"6\!\cdot\!7", r"6 \cdot 7"),
 )
 def layout(text: str) -> str:
     r"""Sizes, stretched brackets and kinds of space become plain brackets and one space."""
-    text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
+    text = _STRETCHED.sub("", re.sub(r"\\(?:left|right)\s*\.", " ", text))
     text = _SPACE.sub(" ", _LAYOUT.sub(" ", text))
     return re.sub(r" +", " ", text).strip()
 
