@@ -62,6 +62,8 @@ def lists(left: Reading, right: Reading, convention: Convention) -> Decision | N
         )
     if "{}" in (left.shape, right.shape):
         return Decision(False, "a set is no list in brackets")
+    if any(not side.shape and side.joined_by == "or" for side in (left, right)):
+        return Decision(False, "one or the other is no pair")
     if any("[" in side.shape or "]" in side.shape for side in (left, right)) and not all(ordered):
         return Decision(False, "a list is no interval")
     if len(left.items) == 2 and all(ordered) and _brackets(left) != _brackets(right):

@@ -229,7 +229,7 @@ def formulas(left: Reading, right: Reading, convention: Convention) -> Decision 
     ours, theirs = value_of(left), value_of(right)
     if ours is None or theirs is None:
         return None
-    if ours == theirs and not ours.has(_nonsense()):
+    if ours == theirs and not ours.has(*_nonsense()):
         return Decision(True, "the same expression")
     for decimal, other in ((left, theirs), (right, ours)):
         if isinstance(decimal, Exact) and decimal.number.digits >= ROUNDED_DIGITS and not other.free_symbols:

@@ -39,7 +39,9 @@ def set_of(reading: Reading) -> tuple[Any, str] | None:
             return None if any(value is None for value in values) else (sympy.FiniteSet(*values), "")
         if len(reading.items) == 2 and set(reading.shape) <= set("()[]") and reading.shape:
             low, high = map(_number, reading.items)
-            return None if low is None or high is None else (_interval(low, high, *reading.shape), "")
+            if low is None or high is None or not low < high:
+                return None  # (4, 3) is a point
+            return _interval(low, high, *reading.shape), ""
         if not reading.shape and reading.joined_by in ("or", "and", ",") and len(reading.items) <= 10:
             sign = "cup" if reading.joined_by == "or" else "cap"
             if all(

@@ -270,7 +270,9 @@ sys.stdin = io.StringIO({request!r} + chr(10))
 judge.serve(2048)
 """,
     )
-    assert result.stdout.splitlines() == ["ready", '[[false, false, true, "text would have become code"], false]'], result.stderr
+    assert result.stdout.splitlines() == ["ready", '[[false, false, true, "text would have become code"], false]'], (
+        result.stderr
+    )
     assert not (tmp_path / "canary").exists()
 
 
