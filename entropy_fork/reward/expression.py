@@ -268,6 +268,11 @@ class _Writer:
             return _symbol(self._with_index(f"{token}{{{text}}}"))
         if token == "\\Gamma" and self.peek() == "(":
             return f"({self.inner(self.group())}-1)!"
+        if token in ("\\angle", "\\triangle"):
+            begin = self.at
+            while _is_letter(self.peek()) and self.peek().isupper():
+                self.at += 1
+            return _symbol(self._with_index(token + "".join(self.tokens[begin : self.at])))
         if token in ("C", "P", "A") and (pair := self._index_and_power()):
             return _chosen(token, *pair)
         if token in ("C", "P") and self.peek() == "(" and (pair := self._two_numbers()):
@@ -323,6 +328,8 @@ class _Writer:
     def command(self) -> str:
         token = self.peek()
         self.at += 1
+        if token == "\\frac" and (name := self.derivative()):
+            return _symbol(name)
         if token == "\\frac" or token == "\\binom":
             return f"{token}{{{self.argument()}}}{{{self.argument()}}}"
         if token == "\\sqrt":
@@ -356,6 +363,14 @@ class _Writer:
             self.at -= 1
             return self.matrix(token)
         raise Unreadable(f"{token} is no part of an expression")
+
+    def derivative(self) -> str:
+        r"""The name of ``\frac{dy}{dx}``, which is no quotient of products; empty for another fraction."""
+        match = re.match(r"\{d([a-zA-Z]?)\}\{d([a-zA-Z])\}", "".join(self.tokens[self.at : self.at + 8]))
+        if match is None:
+            return ""
+        self.at += 6 + len(match[1])
+        return f"derivative of {match[1]} by {match[2]}"
 
     def function(self, name: str) -> str:
         base = power = ""

@@ -103,7 +103,7 @@ def _constants(left: Any, right: Any) -> bool | None:
     near = _same(_value(left, {}), _value(right, {}))
     if not near:
         return near
-    return not _differ(left, right)
+    return left.doit() == right.doit() or not _differ(left, right)
 
 
 def exact_value(expression: Any) -> Fraction | None:
@@ -202,13 +202,14 @@ def _at_points(left: Any, right: Any) -> bool | None:
     import sympy
 
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    parts = _real_parts(left) + _real_parts(right)
     steps = left.has(*(rounding := (sympy.floor, sympy.ceiling, sympy.Mod))) or right.has(*rounding)
     of_integers = (sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial, *rounding)
     for whole in (True,) if left.has(*of_integers) or right.has(*of_integers) else (False, True):
         compared = zeros = 0
         for values in _points(len(symbols), whole, steps):
             point = dict(zip(symbols, values, strict=True))
-            if not (_is_real_there(left, point) and _is_real_there(right, point)):
+            if not _is_real_there(parts, point):
                 continue
             found = _value(left, point), _value(right, point)
             same = _same(*found)
@@ -224,23 +225,30 @@ def _at_points(left: Any, right: Any) -> bool | None:
     return None
 
 
-def _is_real_there(expression: Any, point: dict[Any, Any]) -> bool:
-    """Whether no root or logarithm of a negative number is in it. An expression with i is taken as it is."""
+def _real_parts(expression: Any) -> list[tuple[Any, Any]]:
+    """Roots as base and power, and logarithms as argument and None. An expression with i is taken as it is."""
     import sympy
 
     if expression.has(sympy.I):
-        return True
+        return []
+    found = []
     for part in sympy.preorder_traversal(expression):
         if isinstance(part, sympy.Pow) and not part.exp.is_Integer:
-            power = _value(part.exp, point)
+            found.append((part.base, part.exp))
+        elif isinstance(part, sympy.log):
+            found.append((part.args[0], None))
+    return [(base, power) for base, power in found if base.free_symbols or (power is not None and power.free_symbols)]
+
+
+def _is_real_there(parts: list[tuple[Any, Any]], point: dict[Any, Any]) -> bool:
+    """Whether no part is a root or logarithm of a negative number at a point."""
+    for base, exponent in parts:
+        if exponent is not None and exponent.free_symbols:
+            power = _value(exponent, point)
             if power is not None and power.imag == 0 and power.real == int(power.real):
                 continue
-            base = _value(part.base, point)
-        elif isinstance(part, sympy.log):
-            base = _value(part.args[0], point)
-        else:
-            continue
-        if base is None or base.imag != 0 or base.real < 0:
+        value = _value(base, point)
+        if value is None or value.imag != 0 or value.real < 0:
             return False
     return True
 

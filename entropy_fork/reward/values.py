@@ -41,7 +41,18 @@ def parsed(latex: str) -> Any:
         raise
     except Exception:  # antlr and latex2sympy2_extended raise the class Exception itself
         return None
+    if isinstance(found, Basic) and ("\\sqrt[" in latex or "^{\\frac" in latex):
+        return found.replace(_is_odd_root, _real_root)
     return found if isinstance(found, (Basic, MatrixBase)) else None
+
+
+def _is_odd_root(part: Any) -> bool:
+    """Whether it is a cube root, or another odd one, of a negative number: that is a real number here."""
+    return bool(part.is_Pow and part.exp.is_Rational and part.exp.q > 1 and part.exp.q % 2 and part.base.is_negative)
+
+
+def _real_root(part: Any) -> Any:
+    return (-1) ** part.exp.p * (-part.base) ** part.exp
 
 
 def value_of(reading: Reading) -> Any:
