@@ -116,10 +116,12 @@ def _mixed(whole: Fraction, part: Number | None) -> Number | None:
 def _repeating(tokens: list[str]) -> Number | None:
     r"""``0.\overline{3}``, ``0.1\dot{6}``, ``0.333\ldots``."""
     text = "".join(tokens).replace("\\ldots", "...")
+    if len(text) > 100:
+        return None
     match = re.fullmatch(r"(\d+)\.(\d*)\\(?:overline|dot)\{?(\d+)\}?(?:\.\.\.)?", text) or re.fullmatch(
         r"(\d+)\.(\d*?)(\d+?)\3{2,}\.\.\.", text
     )
-    if match is None or len(text) > 100:
+    if match is None:
         return None
     whole, before, again = match.groups()
     value = Fraction(int(whole + before + again) - int(whole + before), (10 ** len(again) - 1) * 10 ** len(before))

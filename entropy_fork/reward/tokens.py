@@ -137,7 +137,11 @@ def depth_change(token: str) -> int:
 
 
 def split(tokens: Tokens, at: Collection[str]) -> tuple[list[list[str]], list[str]]:
-    """The parts between the tokens ``at`` that stand outside of brackets, and those tokens."""
+    """The parts between the tokens ``at`` that stand outside of brackets, and those tokens.
+
+    Raises:
+        Unreadable: a bracket is not opened or not closed.
+    """
     parts: list[list[str]] = [[]]
     found: list[str] = []
     depth = 0
@@ -156,7 +160,11 @@ def split(tokens: Tokens, at: Collection[str]) -> tuple[list[list[str]], list[st
 
 
 def group_end(tokens: Tokens, at: int) -> int:
-    """The place of the bracket that closes the one at ``at``."""
+    """The place of the bracket that closes the one at ``at``.
+
+    Raises:
+        Unreadable: no bracket closes it.
+    """
     depth = 0
     for place in range(at, len(tokens)):
         depth += depth_change(tokens[place])
