@@ -58,7 +58,7 @@ def grade(
 
 def _say(graded: Any, why: bool, pair_too: bool = False) -> None:
     from entropy_fork.common.foreign_text import visible
-    from entropy_fork.reward.pairs import SIGNS
+    from entropy_fork.reward.pairs import SIGNS, reading_of
 
     words = SIGNS[graded.verdict.equal] if pair_too else ("equal" if graded.verdict.equal else "not equal")
     line = f"{words}\t{visible(graded.answer)}\t{visible(graded.truth)}" if pair_too else words
@@ -67,11 +67,4 @@ def _say(graded: Any, why: bool, pair_too: bool = False) -> None:
     typer.echo(f"{line}{': ' * (not pair_too) or chr(9)}{visible(graded.verdict.why)}" if why else line)
     if why and not pair_too:
         for name, text in (("answer", graded.answer), ("truth", graded.truth)):
-            typer.echo(f"  {name:<7}{visible(pairs_reading(text))}")
-
-
-def pairs_reading(text: str) -> str:
-    """How a text is read, in one line."""
-    from entropy_fork.reward.pairs import reading_of
-
-    return reading_of(text)
+            typer.echo(f"  {name:<7}{visible(reading_of(text))}")

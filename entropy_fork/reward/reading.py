@@ -35,6 +35,7 @@ from entropy_fork.reward.readings import (
 from entropy_fork.reward.tokens import (
     Tokens,
     Unreadable,
+    deepest,
     group_end,
     in_one_piece,
     split,
@@ -55,13 +56,17 @@ from entropy_fork.reward.words import (
     number_in_words,
 )
 
-MAX_ITEMS, MAX_SIGNS = 200, 3
+#: more items, signs of plus or minus, or brackets within brackets are not read
+MAX_ITEMS, MAX_SIGNS, MAX_NESTED = 200, 3, 40
 
 
 def read(text: str) -> Reading:
     """Read a spelled text."""
     try:
-        return read_tokens(tokens_of(_without_commas(text)), grouped=_GROUPED.search(text) is not None)
+        tokens = tokens_of(_without_commas(text))
+        if deepest(tokens) > MAX_NESTED:
+            raise Unreadable("brackets are nested too deep")
+        return read_tokens(tokens, grouped=_GROUPED.search(text) is not None)
     except (Unreadable, RecursionError):
         return Text("".join(text.split()).lower(), False)
 
@@ -97,20 +102,6 @@ def read_tokens(tokens: Tokens, grouped: bool = False) -> Reading:
     return Text(text, any(word_of(token) for token in tokens))
 
 
-_DEPTH = [0]
-
-
-def _inner(tokens: Tokens) -> Reading:
-    """Read a part. Raise Unreadable if parts are nested too deep."""
-    _DEPTH[0] += 1
-    try:
-        if _DEPTH[0] > 30:
-            raise Unreadable("brackets are nested too deep")
-        return read_tokens(tokens)
-    finally:
-        _DEPTH[0] -= 1
-
-
 def _environment(tokens: list[str], text: str) -> Reading | None:
     r"""``\begin{pmatrix}…``, ``\begin{cases}…``, also in brackets."""
     while len(tokens) > 2 and tokens[0] in ("(", "[", "{", "\\{") and group_end(tokens, 0) == len(tokens) - 1:
@@ -121,7 +112,7 @@ def _environment(tokens: list[str], text: str) -> Reading | None:
     inner = tokens[1:-1]
     if kind in ("array", "tabular") and inner[:1] == ["{"]:
         inner = inner[group_end(inner, 0) + 1 :]
-    rows = tuple(tuple(_inner(cell) for cell in row) for row in rows_of(inner))
+    rows = tuple(tuple(read_tokens(cell) for cell in row) for row in rows_of(inner))
     if kind in ("cases", "aligned", "align", "gathered", "rcases"):
         flat = [cell for row in rows for cell in row]
         if all(len(row) == 1 for row in rows):
@@ -150,7 +141,7 @@ def _choice(tokens: list[str], text: str) -> Reading | None:
         return None  # (a)(b) is a product
     if match[2] and rest and rest[0] != " ":
         return None  # A:B is a ratio
-    content = _inner(rest) if strip(rest) else None
+    content = read_tokens(rest) if strip(rest) else None
     return Choice(text, (match[1] or match[2]).upper(), content)
 
 
@@ -164,10 +155,10 @@ def _list(tokens: list[str], text: str) -> Reading | None:
     if len(items) > MAX_ITEMS or not items:
         return None
     if len(items) == 1:
-        return _inner(items[0])
+        return read_tokens(items[0])
     words = {word_of(sign) for sign in found} & AND
     by = "or" if words & {"or", "或", "或者"} else "and" if words else ","
-    return Listed(text, _with_their_name(_flat([_inner(item) for item in items])), joined_by=by)
+    return Listed(text, _with_their_name(_flat([read_tokens(item) for item in items])), joined_by=by)
 
 
 def _flat(items: Sequence[Reading]) -> list[Reading]:
@@ -207,7 +198,7 @@ def _modulo(tokens: list[str], text: str) -> Reading | None:
             if residue and residue[-1] == "(" and modulus and modulus[-1] == ")":
                 residue, modulus = residue[:-1], modulus[:-1]
             if strip(residue) and modulus and not set(modulus) & set(_SIGNS):
-                return Modulo(text, _inner(residue), _inner(modulus))
+                return Modulo(text, read_tokens(residue), read_tokens(modulus))
     return None
 
 
@@ -221,9 +212,9 @@ def _relation(tokens: list[str], text: str) -> Reading | None:
     if "\\approx" in signs and "=" not in signs[signs.index("\\approx") :]:
         place = signs.index("\\approx")  # 2\sqrt{2} \approx 2.83 says the first, x \approx 2.83 the second
         if place or len(without_spaces(parts[0])) > 1 or not parts[0][0].isalpha():
-            return _inner(tokens[: tokens.index("\\approx")])
+            return read_tokens(tokens[: tokens.index("\\approx")])
         signs = ["=" if sign == "\\approx" else sign for sign in signs]
-    return Related(text, tuple(_inner(part) for part in parts), tuple(_SIGNS[sign] for sign in signs))
+    return Related(text, tuple(read_tokens(part) for part in parts), tuple(_SIGNS[sign] for sign in signs))
 
 
 def _set(tokens: list[str], text: str) -> Reading | None:
@@ -235,7 +226,7 @@ def _set(tokens: list[str], text: str) -> Reading | None:
     parts, signs = split(tokens, {"\\cup", "\\cap", "\\setminus"})
     if not signs or not all(parts):
         return None
-    return SetOf(text, tuple(_inner(part) for part in parts), tuple(sign[1:] for sign in signs))
+    return SetOf(text, tuple(read_tokens(part) for part in parts), tuple(sign[1:] for sign in signs))
 
 
 _PAIRS = {"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle", "{": "}"}
@@ -257,11 +248,11 @@ def _brackets(tokens: list[str], text: str) -> Reading | None:
         for bar in ("\\mid", "|", ":"):
             parts, found = split(inner, {bar})
             if len(found) == 1 and all(parts) and (bar != ":" or _has_relation(parts[1])):
-                name, condition = _inner(parts[0]), _inner(parts[1])
+                name, condition = read_tokens(parts[0]), read_tokens(parts[1])
                 if isinstance(name, Related) and name.signs == ("in",):  # x \in R | x > 3
                     name = name.parts[0]
                 return _named_as(Listed(text, (condition,), "{|}"), name)
-    content = _inner(inner)
+    content = read_tokens(inner)
     if tokens[0] == "{" or (shape in ("()", "[]") and not isinstance(content, Listed)):
         return content if tokens[0] == "{" or not isinstance(content, (Formula, Text)) else None
     items = content.items if isinstance(content, Listed) and not content.shape else (content,)
@@ -288,7 +279,7 @@ def _plus_or_minus(tokens: list[str], text: str) -> Reading | None:
         made = list(tokens)
         for place, sign in zip(places, chosen, strict=True):
             made[place] = "+" if (tokens[place] == "\\pm") == (sign == 1) else "-"
-        items.append(_inner(made))
+        items.append(read_tokens(made))
     return Listed(text, tuple(items), joined_by="±")
 
 
@@ -303,7 +294,7 @@ def _clock(tokens: list[str], text: str) -> Reading | None:
 def _ratio(tokens: list[str], text: str) -> Reading | None:
     """``3:2``, ``a:b:c``."""
     parts, found = split(tokens, {":"})
-    return Ratio(text, tuple(_inner(part) for part in parts)) if found and all(parts) else None
+    return Ratio(text, tuple(read_tokens(part) for part in parts)) if found and all(parts) else None
 
 
 _BASE = re.compile(r"\(?([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\)?(?:_\{?\(?(?:base)?|\\base)([0-9]{1,2}|[a-z]+)\)?\}?")
@@ -329,7 +320,7 @@ def _percent(tokens: list[str], text: str) -> Reading | None:
     r"""``50\%``, ``50 percent``."""
     if tokens[-1] in ("%", "\\%") or word_of(tokens[-1]) in ("percent", "percentage", "pct"):
         amount = strip(tokens[:-1])
-        return Percent(text, _inner(amount)) if amount else None
+        return Percent(text, read_tokens(amount)) if amount else None
     return None
 
 
@@ -350,7 +341,7 @@ def _exact(tokens: list[str], text: str) -> Reading | None:
         return Exact(text, Number(Fraction(value)))
     scale = SCALES.get(word_of(plain[-1]) or "")
     if scale is not None and len(plain) > 1:
-        amount = _inner(plain[: -2 if plain[-2] == "-" else -1])
+        amount = read_tokens(plain[: -2 if plain[-2] == "-" else -1])
         if isinstance(amount, Exact):
             return Exact(
                 text, amount.number._replace(value=amount.number.value * scale, place=amount.number.place * scale)
@@ -383,7 +374,7 @@ def _measured(tokens: list[str], text: str) -> Reading | None:
     if plain[0] in _CURRENCIES or plain[:2] == ["-", "\\$"]:
         sign = ["-"] if plain[0] == "-" else []
         rest = plain[1 + len(sign) :]
-        amount = _inner(sign + rest)
+        amount = read_tokens(sign + rest)
         unit = unit_of([_CURRENCIES[plain[len(sign)]]])
         if isinstance(amount, Measured) and unit is not None and amount.units[0].powers in (unit.powers, ()):
             amount = amount.amounts[0]
@@ -392,10 +383,10 @@ def _measured(tokens: list[str], text: str) -> Reading | None:
         begin = len(plain) - 1 - plain[::-1].index("(")
         inside = unit_of(plain[begin + 1 : -1]) if begin else None
         if inside is not None:
-            amount = _inner(plain[:begin])
+            amount = read_tokens(plain[:begin])
             return Measured(text, (amount,), (inside,)) if _is_amount(amount) else None
     if (word_of(plain[0]) or "") in CURRENCY_WORDS:
-        amount, unit = _inner(plain[1:]), unit_of(plain[:1])
+        amount, unit = read_tokens(plain[1:]), unit_of(plain[:1])
         return Measured(text, (amount,), (unit,)) if unit and _is_amount(amount) else None
     several = _several_amounts(plain, text)
     if several is not None:
@@ -405,7 +396,9 @@ def _measured(tokens: list[str], text: str) -> Reading | None:
             end = [_CURRENCIES.get(token, token) for token in plain[begin:]]
             unit = unit_of(end)
             if unit is not None:
-                amount = _inner(tokens[: _place(tokens, begin)] if plain == without_spaces(tokens) else plain[:begin])
+                amount = read_tokens(
+                    tokens[: _place(tokens, begin)] if plain == without_spaces(tokens) else plain[:begin]
+                )
                 return Measured(text, (amount,), (unit,)) if _is_amount(amount) else None
     return None
 

@@ -2,6 +2,7 @@ r"""From spelled text to tokens: numbers, letters, commands, and the words of a 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Sequence
 
@@ -134,6 +135,11 @@ def depth_change(token: str) -> int:
     if token in OPEN or token.startswith("\\begin"):
         return 1
     return -(token in CLOSE or token.startswith("\\end"))
+
+
+def deepest(tokens: Tokens) -> int:
+    """How many brackets are open at once."""
+    return max(itertools.accumulate(map(depth_change, tokens)), default=0)
 
 
 def split(tokens: Tokens, at: Collection[str]) -> tuple[list[list[str]], list[str]]:
