@@ -152,20 +152,27 @@ def label(text: str) -> str:
 
 
 _GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;: ]|\{,\}|,\\!|\{\\,\}|~|\\ | )\s*\d{3})+(?!\d)")
+_POINT_OF_PYTHON = re.compile(r"(?<=\d)\.(?=\s*[/*^)}])")
 _JOINT = re.compile(r"\\[,;: !]|[{},~\s]")
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 
 
 @_rule(
-    (r"1\,000", "1000"), (r"1{,}000", "1000"), (r"10,\!000", "10000"), ("12 345 678", "12345678"), ("100{,}5", "100.5")
+    (r"1\,000", "1000"),
+    (r"1{,}000", "1000"),
+    (r"10,\!000", "10000"),
+    ("12 345 678", "12345678"),
+    ("100{,}5", "100.5"),
+    ("3./2", "3/2"),
 )
 def groups_of_digits(text: str) -> str:
-    r"""Groups of three digits are one number, and another comma in braces is a decimal point."""
+    r"""Three digits with space or a comma are a group. Another comma in braces is a decimal point."""
     text = re.sub(r"(?<=\d),\\!\s*(?=\d)", "{,}", text)
 
     def joined(match: re.Match[str]) -> str:
         return match[0] if match[0].startswith("0") else _JOINT.sub("", match[0])
 
+    text = _POINT_OF_PYTHON.sub("", text)
     return _DECIMAL_COMMA.sub(".", _GROUPED.sub(joined, text))
 
 
