@@ -61,14 +61,15 @@ MAX_ITEMS, MAX_SIGNS, MAX_NESTED = 200, 3, 40
 
 
 def read(text: str) -> Reading:
-    """Read a spelled text."""
+    """Read a spelled text. What cannot be read is a text, too."""
+    unread = Text("".join(text.split()).lower(), False)
     try:
         tokens = tokens_of(_without_commas(text))
         if deepest(tokens) > MAX_NESTED:
-            raise Unreadable("brackets are nested too deep")
+            return unread
         return read_tokens(tokens, grouped=_GROUPED.search(text) is not None)
     except (Unreadable, RecursionError):
-        return Text("".join(text.split()).lower(), False)
+        return unread
 
 
 _GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
