@@ -176,8 +176,12 @@ _GRID = (
     ("-5.1091", "-7.4219", "-3.6607", "-9.0173"),
     ("3.0119", "2.1791", "1.1321", "0.9187"),
 )
-#: steps are tried at many whole numbers: they differ at a few only
+#: steps are tried at many numbers, since they differ at few only. Half of them are whole
 _MANY = tuple((k, 3 * k + 1, 5 * k + 2, 7 * k + 3) for k in range(1, 61))
+_BETWEEN = tuple((f"{k}.37", f"{3 * k}.61", f"{5 * k}.83", f"{7 * k}.19") for k in range(1, 31))
+
+#: letters that stand for integers where something is rounded
+_INTEGERS = {"k", "l", "m", "n"}
 _WHOLE = (
     (5, 3, 2, 4),
     (3, 5, 8, 6),
@@ -190,12 +194,14 @@ _WHOLE = (
 )
 
 
-def _points(count: int, whole: bool, steps: bool) -> list[list[Any]]:
+def _points(symbols: list[Any], whole: bool, steps: bool) -> list[list[Any]]:
     import sympy
 
-    grid: Any = _MANY if steps else _WHOLE if whole else _GRID
-    shift = 0 if whole else sympy.Rational(1, 1009)
-    return [[sympy.Rational(row[k % 4]) + k // 4 * (1 if whole else shift) for k in range(count)] for row in grid]
+    grid: Any = _WHOLE if whole else _GRID
+    if steps:
+        grid = _MANY if {symbol.name for symbol in symbols} <= _INTEGERS else _MANY + _BETWEEN
+    shift = 1 if whole else sympy.Rational(1, 1009)
+    return [[sympy.Rational(row[k % 4]) + k // 4 * shift for k in range(len(symbols))] for row in grid]
 
 
 def _at_points(left: Any, right: Any) -> bool | None:
@@ -207,7 +213,7 @@ def _at_points(left: Any, right: Any) -> bool | None:
     of_integers = (sympy.Sum, sympy.Product, sympy.factorial, sympy.binomial, *rounding)
     for whole in (True,) if left.has(*of_integers) or right.has(*of_integers) else (False, True):
         compared = zeros = 0
-        for values in _points(len(symbols), whole, steps):
+        for values in _points(symbols, whole, steps):
             point = dict(zip(symbols, values, strict=True))
             if not _is_real_there(parts, point):
                 continue
