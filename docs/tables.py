@@ -23,6 +23,9 @@ from entropy_fork.core.rule import KEYS, Key, Rule  # noqa: E402
 from entropy_fork.core.scores import FIELDS, SCORES, Score  # noqa: E402
 from entropy_fork.core.scoring import OF_ROWS  # noqa: E402
 from entropy_fork.core.tally import METRICS  # noqa: E402
+from entropy_fork.reward.matching import EXAMPLES  # noqa: E402
+from entropy_fork.reward.rules import RULES  # noqa: E402
+from entropy_fork.reward.spelling import SPELLING  # noqa: E402
 from entropy_fork.verl.config.schema import EntropyForkConfig, GuardsConfig, keys  # noqa: E402
 from entropy_fork.verl.scores_of_run import unscorable  # noqa: E402
 
@@ -205,6 +208,33 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
+def spelling() -> str:
+    """A row for each rule of spelling, in their order."""
+    rows = []
+    for number, each in enumerate(SPELLING, 1):
+        examples = ", ".join(f"{_code(before)} → {_code(after)}" for before, after in each.examples)
+        rows.append((f"{number}", _escaped([each.says]), examples))
+    return table(("", "what it does", "examples"), rows)
+
+
+def matching() -> str:
+    """A row for each rule of matching, in their order."""
+    rows = []
+    for number, each in enumerate(RULES, 1):
+        says = (each.__doc__ or "").splitlines()[0].replace("``", "`")
+        pairs = EXAMPLES[each.__name__]
+        examples = ", ".join(
+            f"{_code(answer)} {'=' if equal else '≠'} {_code(truth)}" for answer, truth, equal in pairs
+        )
+        rows.append((f"{number}", says, examples))
+    return table(("", "what it says", "examples"), rows)
+
+
+def _code(text: str) -> str:
+    """Text as code, also with a backtick in it."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "keys": lambda: keys_table(NODES["entropy_fork"]),
     "guards": lambda: keys_table(NODES["entropy_fork_guards"]),
@@ -219,4 +249,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "scores": scores,
     "score-costs": score_costs,
     "fields": score_fields,
+    "spelling": spelling,
+    "matching": matching,
 }

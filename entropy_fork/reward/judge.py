@@ -1,4 +1,4 @@
-"""Run math-verify in child processes that can be stopped, so that time and memory of a comparison are limited.
+"""Compare answers in child processes that can be stopped, so that time and memory of a comparison are limited.
 
 Sooner or later a model in training writes ``9^{9^{9^9}}``. To compare it would take longer than the run, inside one C
 function that no exception and no thread can interrupt. math-verify's own time limits are signals, which work only in a
@@ -30,8 +30,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import IO, Any, NamedTuple
+
+from entropy_fork.reward.convention import STRICT, Convention
 
 #: how much longer than its processor time a comparison may take by the clock
 WALL_FACTOR = 4
@@ -44,10 +45,12 @@ class Verdict(NamedTuple):
     """The result of a comparison."""
 
     equal: bool
-    #: whether math-verify made a mathematical object of the answer
+    #: whether the answer was read as words or as mathematics that math-verify's parser takes
     parseable: bool
     #: whether a limit stopped it, or the answer would have been run as code; then the other two are False
     stopped: bool = False
+    #: the rule that decided, in words
+    why: str = ""
     #: what a scorer that knows half-right answers gave, from 0 to 1; math-verify gives none
     credit: float = 0.0
 
@@ -59,46 +62,12 @@ class JudgeError(RuntimeError):
 # ---------------------------------------------------------------------------------------------------------- the child
 
 
-# Forms that a reader understands and math-verify 0.9 does not read.
-_REWRITES = [
-    (re.compile(r"(?<!\.)\.$"), ""),  # 25.
-    (re.compile(r"(?<=\d)\\[,; ]\s*(?=\d{3}(?!\d))"), ""),  # 1\,000
-    (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$"), r"\1\\times 10^{\2}"),  # 1.5e3
-    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
-    (re.compile("°"), r"^\\circ"),
-]
+def compare(answer: str, truth: str, convention: Convention = STRICT) -> Verdict:
+    """Compare two expressions in this process, without any limit. :mod:`entropy_fork.reward.grader` does it."""
+    from entropy_fork.reward.grader import grade
 
-
-def compare(answer: str, truth: str) -> Verdict:
-    """Compare two expressions with math-verify, in this process and without any limit.
-
-    All of the box is read as LaTeX. By default math-verify would look for any number in a box that is not LaTeX.
-    """
-    from math_verify import parse, verify
-
-    found, wanted = (parse(_boxed(text), _whole_box(), parsing_timeout=None) for text in (answer, truth))
-    parseable = any(not isinstance(expression, str) for expression in found)
-    equal = bool(found and wanted) and verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True)
-    return Verdict(bool(equal), parseable)
-
-
-def _boxed(text: str) -> str:
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text.strip())
-    return f"\\boxed{{{text}}}"
-
-
-@cache
-def _whole_box() -> list[Any]:
-    from latex2sympy2_extended.antlr_parser import PSParser
-    from math_verify import LatexExtractionConfig
-
-    # Hydra pins antlr 4.9. The grammar that latex2sympy2_extended 1.11 has for it is older than the code that reads its
-    # trees and calls this method: without it, every percentage fails.
-    if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
-        PSParser.AtomContext.FUNC_GAMMA = lambda self: None
-    return [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    graded = grade(answer, truth, convention)
+    return Verdict(graded.equal, graded.parseable, graded.stopped, graded.why)
 
 
 # Where sympy makes code of its own text: numbers of variables, and a table of formulas. What these functions compile
@@ -195,16 +164,19 @@ def serve(
     os.dup2(silence, 1)
     os.dup2(silence, 2)  # nobody reads this pipe any more, and a full one would block
     for line in sys.stdin:
-        answer, truth, seconds = json.loads(line)
+        answer, truth, seconds, *switches = json.loads(line)
         refused_before = _refused
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            verdict = (judged or compare)(answer, truth)
+            if judged is not None:
+                verdict = judged(answer, truth)
+            else:
+                verdict = compare(answer, truth, *(Convention(*switches) for _ in switches[:1]))
         except (Exception, RecursionError, MemoryError):
             verdict = Verdict(False, False)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        if _refused > refused_before:
-            verdict = Verdict(False, False, stopped=True)
+        if _refused > refused_before and not verdict.equal:  # sympy tries some ways by compiling, and has others
+            verdict = Verdict(False, False, stopped=True, why="text would have become code")
         last = _address_space() > enough
         replies.write(json.dumps([verdict, last]) + "\n")
         if last:
@@ -256,11 +228,11 @@ class _Child:
                 f"{said[-1] if said else 'it said nothing'}. Is what it imports installed, and memory_mib large enough?"
             )
 
-    def ask(self, answer: str, truth: str, seconds: float) -> tuple[Verdict | None, bool]:
+    def ask(self, answer: str, truth: str, seconds: float, switches: Convention) -> tuple[Verdict | None, bool]:
         """The verdict, None if the process ended for a reason other than a limit; and whether the child can go on."""
         try:
             pipe = self._pipe(self._process.stdin)
-            pipe.write(json.dumps([answer, truth, seconds]).encode() + b"\n")
+            pipe.write(json.dumps([answer, truth, seconds, *switches]).encode() + b"\n")
             pipe.flush()
             line = self._line(time.monotonic() + WALL_FACTOR * seconds)
         except BrokenPipeError:
@@ -269,7 +241,7 @@ class _Child:
             verdict, last = json.loads(line)
             return Verdict(*verdict), not last
         out_of_time = line is None or self._process.wait() == -signal.SIGPROF
-        return Verdict(False, False, stopped=True) if out_of_time else None, False
+        return Verdict(False, False, stopped=True, why="the limit of time") if out_of_time else None, False
 
     def end(self) -> None:
         """End the process and wait for it, so that no zombie is left."""
@@ -317,7 +289,7 @@ class Judges:
         self._closed = False
         atexit.register(self.close)
 
-    def compare(self, answer: str, truth: str, seconds: float) -> Verdict:
+    def compare(self, answer: str, truth: str, seconds: float, convention: Convention = STRICT) -> Verdict:
         """Compare within ``seconds`` of processor time.
 
         Raises:
@@ -326,16 +298,16 @@ class Judges:
         with self._turns:
             # A process can end without fault of the answer (the kernel had no memory left): try a second time.
             for _ in range(2):
-                verdict = self._compare(answer, truth, seconds)
+                verdict = self._compare(answer, truth, seconds, convention)
                 if verdict is not None:
                     return verdict
-        return Verdict(False, False, stopped=True)
+        return Verdict(False, False, stopped=True, why="the process ended twice")
 
-    def _compare(self, answer: str, truth: str, seconds: float) -> Verdict | None:
+    def _compare(self, answer: str, truth: str, seconds: float, convention: Convention) -> Verdict | None:
         child = self._take()
         usable = False
         try:
-            verdict, usable = child.ask(answer, truth, seconds)
+            verdict, usable = child.ask(answer, truth, seconds, convention)
         finally:  # also if this thread is interrupted between question and answer
             if usable:
                 self._idle.append(child)

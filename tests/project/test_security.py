@@ -270,7 +270,8 @@ sys.stdin = io.StringIO({request!r} + chr(10))
 judge.serve(2048)
 """,
     )
-    assert result.stdout.splitlines() == ["ready", "[[false, false, true, 0.0], false]"], result.stderr
+    verdict = '[[false, false, true, "text would have become code", 0.0], false]'
+    assert result.stdout.splitlines() == ["ready", verdict], result.stderr
     assert not (tmp_path / "canary").exists()
 
 
