@@ -38,3 +38,33 @@ def pieces(num_tokens: int, size: int = 2**15) -> Iterator[slice]:
     """Slices of ``size`` tokens that cover all tokens. The default fits into a cache, and torch uses one thread."""
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
+
+
+def groups(group_of_response: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, list[slice]]]:
+    """For each group, its responses and the slices of their tokens. Neighbouring responses share a slice.
+
+    Args:
+        group_of_response: int64, shape (num_responses,): not negative.
+        lengths: int64, shape (num_responses,): tokens per response.
+    """
+    ends = lengths.cumsum(0)
+    order = torch.argsort(group_of_response, stable=True)
+    for members in order.split(torch.bincount(group_of_response).tolist()):
+        if members.numel() == 0:
+            continue
+        breaks = (members.diff() != 1).nonzero().squeeze(1) + 1
+        runs = members.tensor_split(breaks)
+        yield members, [slice(int(ends[run[0]] - lengths[run[0]]), int(ends[run[-1]])) for run in runs]
+
+
+def gather(values: Tensor, tokens: list[slice]) -> Tensor:
+    """The tokens in some slices, one slice after another; a view if there is one slice."""
+    return values[tokens[0]] if len(tokens) == 1 else torch.cat([values[part] for part in tokens])
+
+
+def scatter(target: Tensor, tokens: list[slice], values: Tensor) -> None:
+    """Write what :func:`gather` would read."""
+    start = 0
+    for part in tokens:
+        target[part] = values[start : start + part.stop - part.start]
+        start += part.stop - part.start

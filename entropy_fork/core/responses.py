@@ -6,13 +6,13 @@ Weights always belong to a mini-batch: verl takes a gradient step, and divides t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from entropy_fork.core.factors import factors_of
+from entropy_fork.core.flat import gather, groups, scatter
 from entropy_fork.core.rule import POOLS, Rule, Selector
 from entropy_fork.core.selection import select_tokens, shuffled
 from entropy_fork.core.tally import Pool
@@ -116,8 +116,8 @@ def choose(responses: Responses, pool_of_response: Tensor, rule: Rule) -> Choice
         return Choice(kept, pools, score=score)
     assert score is not None
     factors = torch.empty(kept.shape, dtype=torch.float32)
-    for _, tokens in _groups(pool_of_response, responses.lengths):
-        _scatter(factors, tokens, factors_of(_gather(score, tokens), _gather(kept, tokens), rule))
+    for _, tokens in groups(pool_of_response, responses.lengths):
+        scatter(factors, tokens, factors_of(gather(score, tokens), gather(kept, tokens), rule))
     return Choice(kept, pools, factors, score)
 
 
@@ -137,16 +137,16 @@ def select_in_pools(responses: Responses, pool_of_response: Tensor, selector: Se
     """
     kept = torch.zeros(responses.entropy.numel(), dtype=torch.bool)
     pools = []
-    for members, tokens in _groups(pool_of_response, responses.lengths):
+    for members, tokens in groups(pool_of_response, responses.lengths):
         selection = select_tokens(
-            _gather(responses.ranked_by, tokens),
-            _gather(responses.in_pools, tokens),
+            gather(responses.ranked_by, tokens),
+            gather(responses.in_pools, tokens),
             responses.lengths[members],
             selector,
             responses.order[members],
             responses.seeds[members],
         )
-        _scatter(kept, tokens, selection.kept)
+        scatter(kept, tokens, selection.kept)
         pools.append(Pool(selection.num_tokens, selection.num_kept, selection.threshold))
     return kept, pools
 
@@ -170,18 +170,18 @@ def weigh_mini_batches(responses: Responses, choice: Choice, mini_batch: Tensor,
     if rule.use != "mask":
         return soft_weights(choice, responses.eligible, rule)
     weights = torch.zeros(responses.entropy.numel(), dtype=torch.float32)
-    for members, tokens in _groups(mini_batch, responses.lengths):
+    for members, tokens in groups(mini_batch, responses.lengths):
         # No variable for the weights: it would hold those of one mini-batch while the next ones are computed.
-        _scatter(
+        scatter(
             weights,
             tokens,
             token_weights(
-                _gather(choice.kept, tokens),
-                _gather(responses.eligible, tokens),
+                gather(choice.kept, tokens),
+                gather(responses.eligible, tokens),
                 responses.lengths[members],
                 rule.loss_agg_mode,
                 rule.denominator,
-                None if choice.score is None else _gather(choice.score, tokens),
+                None if choice.score is None else gather(choice.score, tokens),
             ),
         )
     return weights
@@ -200,26 +200,3 @@ def soft_weights(choice: Choice, eligible: Tensor, rule: Rule) -> Tensor:
         assert choice.factors is not None
         weights *= torch.where(choice.factors.isnan(), 1.0, choice.factors)
     return weights
-
-
-def _groups(group_of_response: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, list[slice]]]:
-    """For each group, its responses and the slices of their tokens. Neighbouring responses share a slice."""
-    ends = lengths.cumsum(0)
-    order = torch.argsort(group_of_response, stable=True)
-    for members in order.split(torch.bincount(group_of_response).tolist()):
-        if members.numel() == 0:
-            continue
-        breaks = (members.diff() != 1).nonzero().squeeze(1) + 1
-        runs = members.tensor_split(breaks)
-        yield members, [slice(int(ends[run[0]] - lengths[run[0]]), int(ends[run[-1]])) for run in runs]
-
-
-def _gather(values: Tensor, tokens: list[slice]) -> Tensor:
-    return values[tokens[0]] if len(tokens) == 1 else torch.cat([values[part] for part in tokens])
-
-
-def _scatter(target: Tensor, tokens: list[slice], values: Tensor) -> None:
-    start = 0
-    for part in tokens:
-        target[part] = values[start : start + part.stop - part.start]
-        start += part.stop - part.start

@@ -6,13 +6,13 @@ and :func:`try_out` refuses any other function that does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from entropy_fork.core.flat import pieces, row_slices
+from entropy_fork.core.flat import gather, groups, pieces, row_slices, scatter
 from entropy_fork.core.randomness import drawn
 from entropy_fork.core.scores import FIELDS, Score
 from entropy_fork.core.user_function import in_one_line
@@ -102,32 +102,20 @@ class Tokens:
                 _check_finite(values, eligible[piece])
                 result[piece] = values
             return result
-        for tokens in _windows(self.window, self.lengths):
-            seen = eligible[tokens]
+        for _, tokens in groups(self.window, self.lengths):
+            seen = gather(eligible, tokens)
             if not seen.any():
                 continue
-            everything = bool(seen.all())  # then no copies
-            given = {name: field[tokens] if everything else field[tokens][seen] for name, field in fields.items()}
+            everything = bool(seen.all())  # then no more copies
+            given = {name: gather(field, tokens) for name, field in fields.items()}
+            if not everything:
+                given = {name: values[seen] for name, values in given.items()}
             values = _called(function, given, dtype).to(dtype)
             _check_finite(values)
-            if everything:
-                result[tokens] = values
-            else:
-                part = torch.zeros(seen.numel(), dtype=dtype)
-                part[seen] = values
-                result[tokens] = part
+            if not everything:
+                values = torch.zeros(seen.numel(), dtype=dtype).masked_scatter_(seen, values)
+            scatter(result, tokens, values)
         return result
-
-
-def _windows(window: Tensor, lengths: Tensor) -> Iterator[slice | Tensor]:
-    """Where the tokens of each window are: a slice if they lie together, else their places."""
-    numbers = window.unique()
-    if numbers.numel() <= 1:
-        yield slice(0, int(lengths.sum()))
-        return
-    of_token = window.repeat_interleave(lengths)
-    for number in numbers:
-        yield (of_token == number).nonzero().squeeze(1)
 
 
 def _called(function: Callable[..., Tensor], fields: dict[str, Tensor], dtype: torch.dtype) -> Tensor:

@@ -79,6 +79,10 @@ class BatchFields(Mapping[str, Tensor]):
             self._known[name] = field.values
         return self._known[name]
 
+    def forget(self) -> None:
+        """Free the fields that only a score needs: all but the entropy and the advantage."""
+        self._known = {name: values for name, values in self._known.items() if name in ("entropy", "advantage")}
+
     def __iter__(self) -> Iterator[str]:
         return (name for name, of_verl in VERLS_FIELDS.items() if name in self._known or of_verl in self._batch)
 
@@ -201,6 +205,8 @@ class Masking(ABC):
                 responses = replace(responses, candidates=tokens.where(where_of(rule.where)))
             if rule.needs_score and rule.score != "entropy":
                 responses = replace(responses, score=tokens.score(score_of(rule.score)))
+            if not self.fork_config.observe:
+                fields.forget()
             choice = choose(responses, pool, rule)
             for name in self.fork_config.observe:
                 _observe(name, tokens, responses, choice, pool, rule, metrics)
