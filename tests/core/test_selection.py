@@ -360,3 +360,4 @@ def test_shuffling_is_independent_of_the_draws_of_a_score() -> None:
     shuffled, _ = selection.shuffled(kept.flatten(), None, mask, lengths, seeds)
     same = shuffled.view(rows, 6)[torch.arange(rows), highest].double().mean()
     assert abs(float(same) - 1 / 6) < 0.03
+    assert ((shuffled.view(rows, 6).double().mean(0) - 1 / 6).abs() < 0.03).all(), "nor is a place in the response"
