@@ -103,16 +103,14 @@ class Tokens:
             seen = gather(eligible, tokens)
             if not seen.any():
                 continue
-            everything = bool(seen.all())  # then no copies
+            everything = bool(seen.all())  # then no more copies
             given = {name: gather(field, tokens) for name, field in fields.items()}
             if not everything:
-                given = {name: field[seen] for name, field in given.items()}
+                given = {name: values[seen] for name, values in given.items()}
             values = _called(function, given, dtype).to(dtype)
             _check_finite(values)
             if not everything:
-                part = torch.zeros(seen.numel(), dtype=dtype)
-                part[seen] = values
-                values = part
+                values = torch.zeros(seen.numel(), dtype=dtype).masked_scatter_(seen, values)
             scatter(result, tokens, values)
         return result
 

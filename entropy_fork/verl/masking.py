@@ -79,9 +79,9 @@ class BatchFields(Mapping[str, Tensor]):
             self._known[name] = field.values
         return self._known[name]
 
-    def keep_only(self, *names: str) -> None:
-        """Free the other fields."""
-        self._known = {name: values for name, values in self._known.items() if name in names}
+    def forget(self) -> None:
+        """Free the fields that only a score needs: all but the entropy and the advantage."""
+        self._known = {name: values for name, values in self._known.items() if name in ("entropy", "advantage")}
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, of_verl in VERLS_FIELDS.items() if name in self._known or of_verl in self._batch)
@@ -206,11 +206,11 @@ class Masking(ABC):
             if rule.score != "entropy" and (rule.needs_score or self.fork_config.observe):
                 responses = replace(responses, score=tokens.score(score_of(rule.score)))
             if not self.fork_config.observe:
-                fields.keep_only("entropy", "advantage")
+                fields.forget()
             choice = choose(responses, pool, rule)
             for name in self.fork_config.observe:
                 _observe(name, tokens, responses, choice, pool, rule, metrics)
-        fields.keep_only("entropy", "advantage")
+        fields.forget()
         tally = Tally.of(
             choice.kept,
             responses.entropy,

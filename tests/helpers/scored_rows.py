@@ -97,10 +97,10 @@ class ScoredRows:
         return [token for token in self.all_tokens() if token["eligible"]]
 
 
-def make_batch(seed: int, num_rows: int, eligible: float = 0.85) -> ScoredRows:
+def make_batch(seed: int, num_rows: int, eligible: float = 0.85, longest: int = 13) -> ScoredRows:
     """Random rows: few distinct values, so that ties are common; tokens of p = 1; rows with an advantage of 0."""
     random = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 14, (num_rows,), generator=random).tolist()
+    lengths = torch.randint(1, longest + 1, (num_rows,), generator=random).tolist()
     total = sum(lengths)
 
     def numbers(scale: float) -> Tensor:

@@ -226,7 +226,7 @@ judge.serve(2048)
 """,
     )
     assert result.stdout.splitlines() == [
-        "ready", '[[false, false, false, "", 0.0], false]', '[[true, true, false, ""], false]',
+        "ready", '[[false, false, false, "", 0.0], false]', '[[true, true, false, "", 0.0], false]',
     ], result.stderr  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from entropy_fork.core.scores import SCORES, score_of
 from entropy_fork.core.where import where_of
 from entropy_fork.verl.policy_loss import CLIP_HIGHEST, CLIP_LOWEST
+from entropy_fork.verl.queued_batch import FlatField
 
 NUM_MINI_BATCHES, ROWS, PADDING = 2, 8, 4
 
@@ -259,3 +260,21 @@ def test_matched_random_keeps_as_many_per_response(monkeypatch: pytest.MonkeyPat
             assert sum(at == row for at, _ in chosen) == sum(at == row for at, _ in shuffled)
         eligible = {(row, place) for row in range(16) for place in rows.masks[row].nonzero().flatten().tolist()}
         assert shuffled <= eligible
+
+
+def test_a_field_of_whole_rows_is_cut_to_the_responses() -> None:
+    """verl's worker cuts it by ``response_from_nested``."""
+    from verl.workers.utils.padding import response_from_nested
+
+    prompts, lengths = [2, 1, 4], torch.tensor([3, 1, 5])
+    whole = [
+        torch.arange(float(p + int(n))) + 100 * row for row, (p, n) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    nested = torch.nested.as_nested_tensor(whole, layout=torch.jagged)
+    cut = FlatField(nested.values(), nested.offsets()).at_responses(offsets)
+    expected = [row[p - 1 : -1] for row, p in zip(whole, prompts, strict=True)]
+    assert torch.equal(cut.values, torch.cat(expected))
+    mask = torch.nested.as_nested_tensor([torch.ones(int(n)) for n in lengths], layout=torch.jagged)
+    assert torch.equal(response_from_nested(nested, mask).values(), cut.values)
+    assert torch.equal(cut.offsets, offsets)
