@@ -57,7 +57,7 @@ def groups(group_of_response: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor,
 
 
 def gather(values: Tensor, tokens: list[slice]) -> Tensor:
-    """The tokens in some slices, one slice after another; a view if there is one slice."""
+    """The tokens in some slices, one slice after another, shape (n,); a view if there is one slice."""
     return values[tokens[0]] if len(tokens) == 1 else torch.cat([values[part] for part in tokens])
 
 

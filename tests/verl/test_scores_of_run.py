@@ -120,7 +120,7 @@ def own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
          {"entropy", "log_prob", "rollout_log_prob", "advantage", "sum_pi_squared"}),
         ({"score": "scores_of_a_test:good", "where": "scores_of_a_test:sure"}, {"log_prob", "entropy"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "-",
 )  # fmt: skip
 def test_the_fields_that_a_run_reads(values: dict[str, Any], read: set[str]) -> None:
     assert fields_read(EntropyForkConfig(**values)) == read
@@ -197,7 +197,7 @@ REFUSED = {
     f"score=scores_of_a_test:not_in_this_run{WITHOUT_LOG_PROBS}": "which needs .*log_probs=True",
     "where='ref_log_prob < 0'": r"reads ref_log_prob, which needs a reference policy. .*use_kl_loss=True",
     f"observe=[mismatch]{WITHOUT_LOG_PROBS}": r"score=mismatch reads rollout_log_prob, which needs",
-    "score=gradient_norm actor_rollout_ref.model.use_fused_kernels=True": "reads sum_pi_squared, which needs logits",
+    "score=gradient_norm actor_rollout_ref.model.use_fused_kernels=True": "sum_pi_squared, which needs an engine that",
     "score=scores_of_a_test:squares entropy_fork.entropy=current": "sum_pi_squared, which only the log-prob pass",
     # uses
     "use=clip actor_rollout_ref.actor.policy_loss.loss_mode=gspo": "use=clip is PPO's clip .*loss_mode=vanilla",
