@@ -39,6 +39,8 @@ class Tokens:
         seeds: int64, shape (num_responses,): the seed of each response's draws.
         window: int64, shape (num_responses,): responses with the same number are seen together by a function that looks
             at several tokens: those of a mini-batch.
+        in_order: whether a user's function sees the responses of a window in the order of their seeds, whatever their
+            order here. A sum of floats depends on it in its last bits.
     """
 
     fields: Mapping[str, Tensor]
@@ -46,6 +48,7 @@ class Tokens:
     lengths: Tensor
     seeds: Tensor
     window: Tensor
+    in_order: bool = True
 
     def field(self, name: str) -> Tensor:
         """A field, float, shape (num_tokens,).
@@ -70,7 +73,7 @@ class Tokens:
             if score.same_as:  # the field itself, not a copy
                 values = self.field(score.same_as)
                 return values if values.dtype == torch.float64 else values.to(torch.float32)
-            return self._apply(score.function, score.fields, score.elementwise, torch.float32)
+            return self._apply(score.function, score.fields, score.elementwise, score.is_own, torch.float32)
         except ValueError as error:
             raise ValueError(f"score={score.name}: {error}") from error
 
@@ -81,12 +84,14 @@ class Tokens:
             ValueError: as :meth:`score`, for answers that must be bool.
         """
         try:
-            return self._apply(where.function, where.fields, where.elementwise, torch.bool) & self.eligible.bool()
+            is_own = not where.elementwise
+            found = self._apply(where.function, where.fields, where.elementwise, is_own, torch.bool)
+            return found & self.eligible.bool()
         except ValueError as error:
             raise ValueError(f"where={where.text}: {error}") from error
 
     def _apply(
-        self, function: Callable[..., Tensor], names: Sequence[str], elementwise: bool, dtype: torch.dtype
+        self, function: Callable[..., Tensor], names: Sequence[str], elementwise: bool, is_own: bool, dtype: torch.dtype
     ) -> Tensor:
         fields = {name: self.field(name) for name in names}
         num_tokens = self.eligible.numel()
@@ -99,7 +104,8 @@ class Tokens:
                 _check_finite(values, eligible[piece])
                 result[piece] = values
             return result
-        for _, tokens in groups(self.window, self.lengths):
+        for members, slices in groups(self.window, self.lengths):
+            tokens = self._by_seed(members) if is_own and self.in_order else slices
             seen = gather(eligible, tokens)
             if not seen.any():
                 continue
@@ -113,6 +119,12 @@ class Tokens:
                 values = torch.zeros(seen.numel(), dtype=dtype).masked_scatter_(seen, values)
             scatter(result, tokens, values)
         return result
+
+    def _by_seed(self, members: Tensor) -> list[slice]:
+        """Where the tokens of some responses are, in the order of the responses' seeds."""
+        ends = self.lengths.cumsum(0)
+        ordered = members[torch.argsort(self.seeds[members])].tolist()
+        return [slice(int(ends[row] - self.lengths[row]), int(ends[row])) for row in ordered]
 
 
 def _called(function: Callable[..., Tensor], fields: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -205,7 +217,8 @@ def _made_up() -> Tokens:
         "rollout_log_prob": -surprisal + noise.flip(0),
         "sum_pi_squared": (-entropy).exp(),
     }
-    return Tokens(fields, torch.ones(34, dtype=torch.bool), lengths, torch.arange(5) + 11, torch.zeros(5).long())
+    ours, seeds, window = torch.ones(34, dtype=torch.bool), torch.arange(5) + 11, torch.zeros(5).long()
+    return Tokens(fields, ours, lengths, seeds, window, in_order=False)
 
 
 def _rows_of(tokens: Tokens, rows: Tensor) -> Tokens:
@@ -216,4 +229,5 @@ def _rows_of(tokens: Tokens, rows: Tensor) -> Tokens:
         return torch.cat([parts[row] for row in rows])
 
     fields = {name: taken(values) for name, values in tokens.fields.items()}
-    return Tokens(fields, taken(tokens.eligible), tokens.lengths[rows], tokens.seeds[rows], tokens.window[rows])
+    eligible, window = taken(tokens.eligible), tokens.window[rows]
+    return Tokens(fields, eligible, tokens.lengths[rows], tokens.seeds[rows], window, in_order=False)

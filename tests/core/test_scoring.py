@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from helpers.scored_rows import ScoredRows, make_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from entropy_fork.core.scores import SCORES, Score, score_of
@@ -309,3 +311,25 @@ def test_what_is_said_of_ones_own(own: Callable[..., Score]) -> None:
 
     assert own(documented).sentence == "The user's own score: Half of the entropy."
     assert own(lambda entropy: entropy).sentence == "The user's own score: without a docstring."
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=25)
+def test_a_users_sum_of_floats_is_the_same_to_the_last_bit_in_any_order(seed: int) -> None:
+    """A function sees the responses in the order of their seeds, so that even a plain mean does not depend on ranks."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 90, (40,), generator=random)
+    entropy = torch.rand(int(lengths.sum()), generator=random) * 10 ** torch.randn(1, generator=random)
+    seeds, window = torch.randint(0, 2**62, (40,), generator=random), torch.arange(40) % 2
+    mean = Score("a:b", "The deviation.", "", "", lambda entropy: entropy - entropy.mean(), elementwise=False)
+
+    def scored(rows: torch.Tensor) -> list[torch.Tensor]:
+        parts = entropy.split(lengths.tolist())
+        flat = torch.cat([parts[row] for row in rows])
+        ours = torch.ones(flat.numel(), dtype=torch.bool)
+        tokens = Tokens({"entropy": flat}, ours, lengths[rows], seeds[rows], window[rows])
+        return list(tokens.score(mean).split(lengths[rows].tolist()))
+
+    expected, order = scored(torch.arange(40)), torch.randperm(40, generator=random)
+    for row, values in zip(order.tolist(), scored(order), strict=True):
+        assert torch.equal(values, expected[row])
