@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from entropy_fork.cli.at_work import fail
+from entropy_fork.cli.at_work import at_work, fail
 from entropy_fork.common.errors import EntropyForkError
 
 
@@ -35,19 +35,24 @@ def grade(
     ] = ConventionName.strict,
 ) -> None:
     """Say whether an answer equals a ground truth, as the reward does. Exit status 1: it does not."""
-    from entropy_fork.reward import pairs
-    from entropy_fork.reward.judge import JudgeError
+    from rich.console import Console
 
     if (file is None) == (answer is None or truth is None) or (file is not None and answer is not None):
         fail("write ANSWER and TRUTH, or --file PAIRS.tsv")
-    try:
-        if file is None:
-            graded = pairs.grade_pair(str(answer), str(truth), convention.value)
-            _say(graded, why)
-            raise typer.Exit(0 if graded.verdict.equal else 1)
-        result = pairs.grade_file(file, convention.value)
-    except (EntropyForkError, JudgeError) as error:
-        fail(error)
+    with at_work("grade", Console(emoji=False, stderr=True)):
+        from entropy_fork.reward import pairs
+        from entropy_fork.reward.judge import JudgeError
+
+        try:
+            if file is None:
+                one = pairs.grade_pair(str(answer), str(truth), convention.value)
+            else:
+                result = pairs.grade_file(file, convention.value)
+        except (EntropyForkError, JudgeError) as error:
+            fail(error)
+    if file is None:
+        _say(one, why)
+        raise typer.Exit(0 if one.verdict.equal else 1)
     for graded in result.graded:
         if why or graded.wanted not in (None, pairs.SIGNS[graded.verdict.equal]):
             _say(graded, why, pair_too=True)
