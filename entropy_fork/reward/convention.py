@@ -1,4 +1,4 @@
-"""What is a matter of judgement when two answers are compared: three switches, and what a benchmark sets them to."""
+"""Three switches for what people judge differently when they compare two answers, and what a benchmark sets them to."""
 
 from __future__ import annotations
 

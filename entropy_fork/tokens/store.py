@@ -190,7 +190,7 @@ def read_columns(folder: Path, number: int, *names: str) -> list[np.ndarray]:
 
 
 def known_columns(folder: Path, names: Sequence[str]) -> list[str]:
-    """Those of the columns that have a value for every token of a folder.
+    """The columns that have a value for every token of a folder.
 
     A folder that several versions of this package wrote may have a column in some parts only.
 

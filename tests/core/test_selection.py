@@ -331,7 +331,7 @@ def test_shuffling_keeps_as_many_tokens_of_each_row_and_their_scores(
 
 
 def test_shuffling_draws_uniformly_from_the_pool_and_other_tokens_for_other_seeds() -> None:
-    """Of 8 tokens of the pool in a row of 10, two are kept; each is kept in a quarter of 4000 draws."""
+    """A row of 10 tokens has 8 in the pool, and two of these are kept. Each is kept in a quarter of 4000 draws."""
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1, 1])
     kept = torch.zeros(10, dtype=torch.bool)
     kept[:2] = True

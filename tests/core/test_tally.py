@@ -244,7 +244,7 @@ def test_with_a_mask_they_are_those_of_the_kept_tokens_in_micro_batches_of_any_s
 @given(st.data(), st.integers(0, 30))
 @settings(max_examples=150)
 def test_factors_and_tokens_outside_of_the_pools_are_counted(data: st.DataObject, number: int) -> None:
-    """Of one tally, and of the tallies of its two halves."""
+    """One tally of all tokens says the same as the tallies of two halves together."""
     tokens = [
         (
             eligible := data.draw(st.booleans()),
