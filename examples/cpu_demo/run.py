@@ -93,11 +93,11 @@ def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollo
     ]
 
 
-def build_world(world: Path, console: Console) -> None:
-    """Build the demo's world if it is missing."""
+def build_world(world: Path, console: Console, *settings: str) -> None:
+    """Build the demo's world if it is missing; ``settings`` are further options of ``examples.cpu_demo.build``."""
     console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
     builder = [sys.executable, "-m", "examples.cpu_demo.build"]
-    subprocess.run([*builder, "--output", str(world.absolute())], cwd=REPOSITORY, check=True)
+    subprocess.run([*builder, "--output", str(world.absolute()), *settings], cwd=REPOSITORY, check=True)
 
 
 def train(

@@ -29,8 +29,10 @@ from entropy_fork.common.progress import paused, task
 from entropy_fork.watch.follow import OUTPUT
 from examples.cpu_demo.run import Run, build_world, train
 
-#: answers to each of the held-out problems at a validation
+#: answers to each of the demo's 256 held-out problems at a validation
 ANSWERS = 2
+#: More problems say more than more answers. And verl's bootstrap over a problem's answers takes longer than they do.
+HELD_OUT = {"controls": 512}
 CURVES = {
     "reward": "critic/score/mean",
     "entropy": "actor/entropy",
@@ -122,7 +124,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def train_once(
-    arm: Arm, seed: int, world: Path, folder: Path, steps: int, test_every: int, extra: list[str]
+    arm: Arm, seed: int, world: Path, folder: Path, steps: int, test_every: int, answers: int, extra: list[str]
 ) -> Trained:
     """Make one run. ``metrics.json`` is written only if the log has the metrics of every step."""
     output = folder / f"{arm.name}-seed{seed}"
@@ -134,7 +136,7 @@ def train_once(
             f"demo.dir={world.resolve()}",
             f"data.seed={seed}",
             f"actor_rollout_ref.rollout.seed={seed}",
-            f"actor_rollout_ref.rollout.val_kwargs.n={ANSWERS}",
+            f"actor_rollout_ref.rollout.val_kwargs.n={answers}",
             # the random choices draw with this seed too
             *([] if arm.name == "all" else [f"entropy_fork.seed={seed}"]),
             f"trainer.total_training_steps={steps}",
@@ -281,9 +283,14 @@ def main(
     names = [one.name for one in arms]
     if unknown := set(arm or ()) - set(names):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: the arms are {', '.join(names)}", param_hint="--arm")
-    world = directory / "world"
-    build_world(world, console)
-    folder = directory / f"experiment-{steps}steps"
+    if problems := HELD_OUT.get(question):
+        world, answers = directory / f"world-{problems}", 1
+        build_world(world, console, f"--test-problems={problems}")
+        folder = directory / f"{question}-{steps}steps"
+    else:
+        world, answers = directory / "world", ANSWERS
+        build_world(world, console)
+        folder = directory / f"experiment-{steps}steps"
     every = test_every or max(1, steps // 3)
     keep_to(folder, override or [])
     # All arms of one seed before the next seed: an interrupted experiment has seeds that can be compared.
@@ -296,7 +303,7 @@ def main(
             elif at_most is None or made < at_most:
                 console.rule(f"{one.name} ({one.tokens}), seed {seed}: {' '.join(one.overrides)}")
                 with paused():  # the run shows itself
-                    trained.append(train_once(one, seed, world, folder, steps, every, override or []))
+                    trained.append(train_once(one, seed, world, folder, steps, every, answers, override or []))
                 made += 1
             everything.update(len(trained))
     if not trained:
