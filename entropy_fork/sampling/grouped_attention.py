@@ -28,7 +28,7 @@ def grouped_attention(
 
     Args:
         module: the attention layer.
-        query: (rows, heads, queries, size).
+        query: floating, of the shape (rows, heads, queries, size).
         key: (rows, groups, keys, size), where ``groups`` divides ``heads``.
         value: shaped as ``key``.
         attention_mask: (rows, 1, queries, keys), or None; True or 0.0 where a query sees a key.
