@@ -40,6 +40,8 @@ from examples.research.experiment.tasks import TASKS, Task
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, no_args_is_help=True, add_completion=False)
 OneTask = Annotated[str, typer.Option("--task", help=f"The model and its problems: {', '.join(TASKS)}.")]
+#: of the table on the terminal
+COLUMNS = ("tokens", "seeds", "accuracy, %", "minus `all`", "entropy, nats", "length, tokens", "kept")
 
 
 def one_of(name: str, table: dict[str, Task], option: str) -> Task:
@@ -87,7 +89,7 @@ def run(
     keep_to(folder, override or [])
     runs = wanted(asked, arm or (), seed or range(1, (seeds or asked.seeds) + 1))
     absent = [pair for pair in runs if not (run_folder(folder, *pair) / METRICS_FILE).exists()][:at_most]
-    console.print(estimate(folder, len(absent), on, steps), highlight=False)
+    console.print(estimate(folder, len(absent), on, steps), highlight=False, soft_wrap=True)
     if absent:
         on.build(world, console, asked.problems)
     with progress("runs", len(absent), console=console) as everything:
@@ -113,13 +115,12 @@ def show(folder: Path, task: Task, question: str, console: Console) -> None:
     results.sort(key=lambda one: (arms.index(one.arm), one.seed))
     write_csv(results, folder / f"{question}.csv")
     pages.draw(results, folder / question)
-    title = f"Accuracy (%) after {results[0].steps} steps: mean ± standard deviation over the seeds"
+    title = f"After {results[0].steps} steps: mean ± standard deviation over the seeds"
     shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for head in ("tokens", "seeds", "accuracy", "minus `all`", "entropy", "length", "kept"):
-        shown.add_column(head.replace("`", ""), justify="left" if head == "tokens" else "right", no_wrap=True)
+    for column in COLUMNS:
+        shown.add_column(column.replace("`", ""), justify="left" if column == "tokens" else "right", no_wrap=True)
     for row in pages.arm_rows(results):
-        cells = (row[head] for head in ("tokens", "seeds", "accuracy", "minus `all`", "entropy", "length", "kept"))
-        shown.add_row(*(cell.replace("`", "") for cell in cells))
+        shown.add_row(*(row[column].replace("`", "") for column in COLUMNS))
     console.print(shown)
     console.print(f"{folder}: {question}.csv, {question}.png, {question}.svg", highlight=False, soft_wrap=True)
 

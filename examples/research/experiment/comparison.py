@@ -85,8 +85,8 @@ def headline(words: str, found: Difference) -> str:
     """
     if found.seeds < FEWEST_SEEDS:
         return (
-            f"On {words}, nothing can be said yet: {found.seeds} seeds have both the top 20% by entropy and its "
-            f"matched random control, and an interval needs {FEWEST_SEEDS}."
+            f"On {words}, nothing can be said yet: an interval needs {FEWEST_SEEDS} seeds of the top 20% by entropy "
+            f"and of its matched random control, and {found.seeds} are there."
         )
     low, high = (100 * end for end in found.t)
     numbers = f"{100 * found.mean:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, {found.seeds} seeds"

@@ -49,7 +49,7 @@ def with_spread(values: Iterable[float], digits: int, factor: float = 1.0, sign:
     if not len(known):
         return ""
     deviation = spread(known)
-    return f"{known.mean():{sign}.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
+    return f"{known.mean():{sign},.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:,.{digits}f}")
 
 
 def arm_rows(results: Sequence[Result]) -> list[dict[str, str]]:
@@ -63,13 +63,13 @@ def arm_rows(results: Sequence[Result]) -> list[dict[str, str]]:
         row = {
             "tokens": f"`{arm}`",
             "seeds": str(len(runs)),
-            "accuracy": with_spread(final.values(), 1, 100),
+            "accuracy, %": with_spread(final.values(), 1, 100),
             "by seed": ", ".join(f"{100 * value:.1f}" for value in final.values()),
             "minus `all`": with_spread(paired, 1, 100, "+"),
-            "mean height": with_spread(values["area"].values(), 1, 100),
-            "at equal tokens": with_spread(values["equal_tokens"].values(), 1, 100),
-            "entropy": with_spread(values["entropy"].values(), 3),
-            "length": with_spread(values["response_length"].values(), 1),
+            "mean height, %": with_spread(values["area"].values(), 1, 100),
+            "at equal tokens, %": with_spread(values["equal_tokens"].values(), 1, 100),
+            "entropy, nats": with_spread(values["entropy"].values(), 3),
+            "length, tokens": with_spread(values["response_length"].values(), 1),
             "kept": f"{np.mean([late(one.curves['kept_ratio']) for one in runs]):.3f}",
             "tokens trained on": with_spread([one.tokens[-1] for one in runs], 0),
         }
@@ -88,11 +88,12 @@ def differences(results: Sequence[Result], question: Question) -> str:
     """A row per arm that ``top20`` is compared with, a column per quantity."""
     table = by_arm(results)
     rows = []
-    for arm in (one.name for one in question.arms if one != TOP20 and one.name in table):
+    for arm in (one.name for one in question.arms if one != TOP20):
         found = {name: minus(table, TOP20.name, arm, name) for name in COMPARED}
         row = {"`top20` minus": f"`{arm}`", "seeds": str(found["accuracy"].seeds)}
-        rows.append(row | {COMPARED[name][0]: intervals(one, name) for name, one in found.items()})
-    return markdown(rows) if rows else ""
+        if found["accuracy"].seeds:
+            rows.append(row | {COMPARED[name][0]: intervals(one, name) for name, one in found.items()})
+    return markdown(rows) if rows else "No seed has `top20` and another arm, so there is nothing to compare."
 
 
 def intervals(found: Difference, name: str) -> str:
@@ -100,7 +101,10 @@ def intervals(found: Difference, name: str) -> str:
     _, digits, factor = COMPARED[name]
     if math.isnan(found.mean):
         return ""
-    mean, *ends = (f"{factor * value:+.{digits}f}" for value in (found.mean, *found.bootstrap, *found.t))
+    # + 0.0 makes 0.0 of -0.0
+    mean, *ends = (
+        f"{round(factor * value, digits) + 0.0:+.{digits}f}" for value in (found.mean, *found.bootstrap, *found.t)
+    )
     if math.isnan(found.t[0]):
         return mean
     return f"**{mean}**<br>[{ends[0]}, {ends[1]}]<br>({ends[2]}, {ends[3]})"
@@ -122,7 +126,7 @@ def provenance(results: Sequence[Result]) -> str:
 
 def shares_or_scores(results: Sequence[Result]) -> str:
     """The part of a question that has no headline."""
-    head = ("tokens", "seeds", "accuracy", "by seed", "minus `all`", "entropy", "length", "kept")
+    head = ("tokens", "seeds", "accuracy, %", "by seed", "minus `all`", "entropy, nats", "length, tokens", "kept")
     return f"{markdown(arm_rows(results), head)}\n\n{paragraph(provenance(results))}"
 
 
@@ -140,7 +144,7 @@ def controls(results: Sequence[Result], task: Task, question: Question) -> str:
             paragraph(provenance(results) + about),
             paragraph(f"Missing seeds: {seeds}." if seeds else "No run is missing."),
             markdown(arm_rows(results)),
-            differences(results, question) or "`top20` is not there, so there is nothing to compare.",
+            differences(results, question),
             f"![learning curves on {task.words}: a line for each choice of tokens](evidence/{task.name}.png)",
             f"([{task.name}.csv](evidence/{task.name}.csv), [{task.name}.svg](evidence/{task.name}.svg))",
         ]
