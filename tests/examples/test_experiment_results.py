@@ -277,6 +277,7 @@ def test_the_page_and_its_plots_are_made_from_whatever_is_there(tmp_path: Path) 
     assert {file.name for file in written} == {
         "evidence.md", *(f"{name}.{end}" for name in ("ratios", "scores", "demo") for end in ("png", "svg")),
     }  # fmt: skip
+    assert all(file.stat().st_size > 10_000 for file in written)
     text = page.read_text()
     assert text.count("entropy does not beat matched random tokens: it does worse") == 2, "at the top and in its part"
     before = (tmp_path / "evidence/demo.svg").read_bytes()
