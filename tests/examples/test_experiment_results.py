@@ -113,6 +113,12 @@ def test_runs_that_do_not_say_their_commit_need_it_said(tmp_path: Path) -> None:
 def test_what_is_no_run_of_the_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EntropyForkError, match="there is no arm 'top30'"):
         finished(folder_with(tmp_path / "1", {"top30-seed1": {"metrics": RECORDED, "commit": "abc"}}), DEMO)
+    alone = folder_with(tmp_path / "3", {"top20-seed1": {"metrics": RECORDED, "commit": "abc"}})
+    (alone / "overrides.json").unlink()
+    with pytest.raises(EntropyForkError, match=r"overrides.json is not there: copy it"):
+        finished(alone, DEMO)
+    with pytest.raises(EntropyForkError, match="has no finished run"):
+        experiment.collect(tmp_path / "nowhere", "demo", tmp_path / "demo.csv", None)
     elsewhere = {step: {"val-core/other/acc/mean@1": 0.5} for step in (0, 3)}
     with pytest.raises(EntropyForkError, match="it is no run of the task demo"):
         finished(folder_with(tmp_path / "2", {"top20-seed1": {"metrics": elsewhere, "commit": "abc"}}), DEMO)

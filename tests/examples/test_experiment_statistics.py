@@ -127,6 +127,11 @@ def test_as_many_pairs_as_the_textbooks_say(effect: float) -> None:
     assert powers.power(effect, TEXTBOOK[effect]) >= 0.8 > powers.power(effect, TEXTBOOK[effect] - 1)
 
 
+def test_for_a_tiny_difference_the_count_is_near_that_with_a_known_spread() -> None:
+    for effect in (0.0398, 0.039, 0.001):  # 4,957 pairs by the search, the others without it
+        assert powers.pairs_needed(effect) == pytest.approx((1.959964 + 0.841621) ** 2 / effect**2 + 1.92, rel=2e-4)
+
+
 @pytest.mark.parametrize(("effect", "pairs"), [(1.0, 6), (0.5, 34), (2.0, 3), (1.5, 2)])
 def test_the_power_is_the_share_of_simulated_tests_that_find_the_difference(effect: float, pairs: int) -> None:
     drawn = np.random.default_rng(1).normal(effect, 1.0, size=(40_000, pairs))

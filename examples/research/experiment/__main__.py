@@ -140,8 +140,11 @@ def collect(
     console = Console()
     on, controls = one_of(task, TASKS, "--task"), QUESTIONS["controls"]
     file = into or pages.EVIDENCE / f"{task}.csv"
+    folder = folder or folder_of(on.directory, controls, controls.steps)
+    if not (found := finished(folder, on, made_at)):
+        raise EntropyForkError(f"{folder} has no finished run, that is no ARM-seedSEED/{METRICS_FILE}")
     before = read_csv(file)
-    after = merged(before, finished(folder or folder_of(on.directory, controls, controls.steps), on, made_at))
+    after = merged(before, found)
     write_csv(after, file)
     new = len(after) - len(before)
     console.print(f"{file}: {len(after)} runs, {new} of them new", highlight=False, soft_wrap=True)
@@ -160,11 +163,14 @@ def power(
     arm: Annotated[str, typer.Option(help="One arm.")] = TOP20.name,
     against: Annotated[str, typer.Option(help="The other arm.")] = MATCHED.name,
     sd: Annotated[
-        float | None, typer.Option(help="The standard deviation of the paired differences, in points; not of the CSV.")
+        float | None,
+        typer.Option(min=0.01, help="The standard deviation of the paired differences, in points; not of the CSV."),
     ] = None,
-    points: Annotated[list[float] | None, typer.Option(help="A true difference; may be repeated.")] = None,
-    wanted: Annotated[float, typer.Option("--power", help="The probability to find it.")] = 0.8,
-    level: Annotated[float, typer.Option(help="The probability to find a difference that is not there.")] = 0.05,
+    points: Annotated[list[float] | None, typer.Option(min=0.01, help="A true difference; may be repeated.")] = None,
+    wanted: Annotated[float, typer.Option("--power", min=0.1, max=0.999, help="The probability to find it.")] = 0.8,
+    level: Annotated[
+        float, typer.Option(min=0.0001, max=0.5, help="The probability to find a difference that is not there.")
+    ] = 0.05,
 ) -> None:
     """Say how many seeds a paired comparison of two arms needs, by the size of the difference."""
     console = Console()

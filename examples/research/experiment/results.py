@@ -109,7 +109,8 @@ def result_of(file: Path, task: Task, made_at: str | None) -> Result:
     """Read a run's ``metrics.json``. Its folder is named ARM-seedSEED, and lies beside ``overrides.json``.
 
     Raises:
-        EntropyForkError: the arm is unknown, there is no accuracy, or the run does not say which commit made it.
+        EntropyForkError: the arm is unknown, there is no accuracy, the run does not say which commit made it, or
+            ``overrides.json`` is missing.
     """
     arm, _, seed = file.parent.name.rpartition("-seed")
     if arm not in ARMS:
@@ -123,7 +124,9 @@ def result_of(file: Path, task: Task, made_at: str | None) -> Result:
         raise EntropyForkError(f"{file} has no {task.accuracy}…: it is no run of the task {task.name}")
     if not (commit := saved.get("commit") or made_at):
         raise EntropyForkError(f"{file} does not say which commit made it: add --made-at COMMIT")
-    overrides = json.loads((file.parents[1] / "overrides.json").read_text())
+    if not (beside := file.parents[1] / "overrides.json").exists():
+        raise EntropyForkError(f"{beside} is not there: copy it with the runs, it says what they have in common")
+    overrides = json.loads(beside.read_text())
     every = int(np.flatnonzero(~np.isnan(curves["accuracy"][1:]))[0]) + 1
     settings = settings_of(max(answers), every, overrides)
     return Result(task.name, max(metrics), settings, int(seed), arm, commit, curves)
