@@ -137,19 +137,17 @@ def test_scores_are_compared_at_the_same_share(runs: list[str], tmp_path: Path) 
 def test_the_hours_come_first_and_from_the_runs_that_are_there(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, at_most=0)
-    assert capsys.readouterr().out.startswith("0 runs to make")
     seconds = TASKS["demo"].run_seconds * STEPS / 30
     run(tmp_path, at_most=2)
     first = capsys.readouterr().out.splitlines()[0]
     why = "(a default for two cores, because none is there yet)"
-    assert first == f"2 runs to make, about {2 * seconds / 3600:.1f} h: {seconds:.0f} s each {why}"
+    assert first == f"12 of 12 runs are missing, about {12 * seconds / 3600:.1f} h: {seconds:.0f} s each {why}"
     folder = tmp_path / f"experiment-{STEPS}steps"
     for number, file in enumerate(sorted(folder.glob("*/metrics.json")), 1):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 1200.0 * number}))
     run(tmp_path)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "10 runs to make, about 5.0 h: 1800 s each (mean of the 2 that are there)"
+    assert first == "10 of 12 runs are missing, about 5.0 h: 1800 s each (mean of the 2 that are there)"
 
 
 def test_half_a_run_is_not_taken_for_a_whole_one(

@@ -88,12 +88,13 @@ def run(
     folder, world = folder_of(place, asked, steps), world_of(place, asked)
     keep_to(folder, override or [])
     runs = wanted(asked, arm or (), seed or range(1, (seeds or asked.seeds) + 1))
-    absent = [pair for pair in runs if not (run_folder(folder, *pair) / METRICS_FILE).exists()][:at_most]
-    console.print(estimate(folder, len(absent), on, steps), highlight=False, soft_wrap=True)
-    if absent:
+    absent = [pair for pair in runs if not (run_folder(folder, *pair) / METRICS_FILE).exists()]
+    console.print(estimate(folder, len(absent), len(runs), on, steps), highlight=False, soft_wrap=True)
+    now = absent[:at_most]
+    if now:
         on.build(world, console, asked.problems)
-    with progress("runs", len(absent), console=console) as everything:
-        for done, (one, number) in enumerate(absent, 1):
+    with progress("runs", len(now), console=console) as everything:
+        for done, (one, number) in enumerate(now, 1):
             console.rule(f"{one.name} ({one.tokens}), seed {number}: {' '.join(one.overrides)}")
             every, output = test_every or asked.test_every(steps), run_folder(folder, one, number)
             arguments = command(on, one, number, steps, every, asked.answers, world, output, override or [])
@@ -101,7 +102,7 @@ def run(
                 train_once(arguments, output, steps)
             everything.update(done)
     show(folder, on, question, console)
-    if left := sum(not (run_folder(folder, *pair) / METRICS_FILE).exists() for pair in runs):
+    if left := len(absent) - len(now):
         console.print(f"{left} of {len(runs)} runs are missing: the same command makes them.")
 
 

@@ -107,9 +107,9 @@ def wanted(question: Question, arms: Sequence[str], seeds: Sequence[int]) -> lis
     return [(arm, seed) for seed in seeds for arm in question.arms if not arms or arm.name in arms]
 
 
-def estimate(folder: Path, runs: int, task: Task, steps: int) -> str:
-    """How long so many runs will take, from those that are there."""
+def estimate(folder: Path, missing: int, runs: int, task: Task, steps: int) -> str:
+    """How long the missing ones of so many runs will take, from those that are there."""
     took = [json.loads(file.read_text())["seconds"] for file in sorted(folder.glob(f"*/{METRICS_FILE}"))]
     each = fmean(took) if took else task.run_seconds * steps / 30
     why = f"mean of the {len(took)} that are there" if took else "a default for two cores, because none is there yet"
-    return f"{runs} runs to make, about {runs * each / 3600:.1f} h: {each:.0f} s each ({why})"
+    return f"{missing} of {runs} runs are missing, about {missing * each / 3600:.1f} h: {each:.0f} s each ({why})"
