@@ -7,6 +7,9 @@ PRESET ?= global
 SEED ?= 1
 STEPS ?= 30
 ROLLOUT ?= transformers
+# The task of 'make controls' and 'make evidence', and what to make of it: all, or such as --seed 3.
+TASK ?= demo
+ONLY ?=
 MINUTES ?= 10
 # Versions of verl for 'make versions'. By default the supported ones, and the newest one beyond them.
 VERL ?=
@@ -28,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
+.PHONY: demo smoke ladder controls evidence experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run \
@@ -42,13 +45,23 @@ smoke: $(VENV)/.installed
 ladder: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.policy_gradient_ladder.ladder --seed $(SEED)
 
-# Six shares of tokens by entropy, three seeds each. If interrupted, start it again: it continues.
+# A fifth of the tokens by entropy against its controls, six seeds each, on TASK. It says first how many hours it takes.
+# If interrupted, start it again: it continues. ONLY="--arm matched --seed 3" makes a part of it.
+controls: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m examples.research.experiment run --task $(TASK) $(ONLY)
+
+# Add the finished runs of 'make controls' to the CSV of TASK, and write the tables and plots of docs/lab/evidence.md.
+evidence: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m examples.research.experiment collect --task $(TASK)
+	$(VENV)/bin/python -m examples.research.experiment page
+
+# Six shares of tokens by entropy, three seeds each; it continues too.
 experiment: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m examples.research.experiment
+	$(VENV)/bin/python -m examples.research.experiment run --question ratios
 
 # The highest fifth by six scores, a matched random fifth and all tokens, three seeds each; it continues too.
 scores: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m examples.research.experiment --question scores
+	$(VENV)/bin/python -m examples.research.experiment run --question scores
 
 # Three tiers of tests. Each prints its time, and its limit on two idle cores. Unit tests run in two processes of one
 # thread each, file by file. Real runs of main_ppo run one at a time.

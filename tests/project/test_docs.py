@@ -360,7 +360,9 @@ def test_every_file_and_every_option_of_a_script_exists(page: Path) -> None:
             assert (REPOSITORY / place).is_file(), f"{place} in: {line}"
         scripts = re.findall(r"python3? ((?:benchmarks|examples)/[\w/]+\.py)([^;|]*)", line)
         for module, arguments in re.findall(r"python3? -m (examples\.[\w.]+)([^;|]*)", line):
-            scripts.append((module.replace(".", "/") + ".py", arguments))
+            place = module.replace(".", "/")
+            is_package = (REPOSITORY / place).is_dir()
+            scripts.append((f"{place}/__main__.py" if is_package else f"{place}.py", arguments))
         for script, arguments in scripts:
             source = (REPOSITORY / script).read_text()
             for option in re.findall(r"\s--([a-z][\w-]*)", arguments):
