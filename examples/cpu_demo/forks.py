@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from examples.cpu_demo.rollouts import Rollout, roll_out
 from examples.cpu_demo.world import ChoiceKind, find_choices
+from examples.tiny_world import Rollout, roll_out
 
 KIND_STYLE = {
     ChoiceKind.OPERATION: "bold white on red",
