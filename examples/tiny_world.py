@@ -42,6 +42,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.progress import task, track
 from entropy_fork.reward import compute_score
 
@@ -477,6 +478,8 @@ def command(world: World) -> Callable[..., None]:
             report = build(world, output, settings, console, overwrite=overwrite)
         except BuildMismatchError as error:
             raise typer.BadParameter(f"{error}; choose another --output or pass --overwrite") from error
+        except EntropyForkError as error:
+            raise SystemExit(str(error)) from None
         if report is None:
             console.print(f"{output} is already built with these settings.")
         else:

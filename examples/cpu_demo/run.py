@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from entropy_fork.common.cores import waiting_passively
 from entropy_fork.watch.follow import OUTPUT, steps_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ACCURACY = "val-core/cpu_demo/acc/mean@"  # and the number of answers to each question
+ACCURACY = re.compile(r"val-core/.+/acc/mean@\d+")  # of a data source, with the number of answers to each question
 PHASES = {
     "generation and reward": "timing_s/gen",
     "old log-probs, entropies": "timing_s/old_log_prob",
@@ -131,7 +132,7 @@ def train(
 
 def accuracy_of(values: dict[str, float]) -> float | None:
     """The held-out accuracy in a step's metrics; None if the step had no validation."""
-    return next((value for name, value in values.items() if name.startswith(ACCURACY)), None)
+    return next((value for name, value in values.items() if ACCURACY.fullmatch(name)), None)
 
 
 def show(run: Run, output: Path, preset: str, console: Console) -> None:

@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 from entropy_fork.data.generated import known_tasks, seed_of
 from entropy_fork.reward.reasoning_gym import PREFIX, ground_truth_of
+from examples.cpu_demo.world import Choice
 
 TASK = "number_sorting"
 DATA_SOURCE = PREFIX + TASK
@@ -120,14 +121,6 @@ class ChoiceKind(str, Enum):
     """What is chosen."""
 
     NUMBER = "number"
-
-
-class Choice(NamedTuple):
-    """The characters ``response[start:end]`` that were chosen."""
-
-    start: int
-    end: int
-    kind: ChoiceKind
 
 
 def find_choices(response: str) -> list[Choice]:

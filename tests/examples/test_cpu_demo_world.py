@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from entropy_fork.tokens.store import AnswerTokens, write_manifest, write_part
-from examples import tiny_world
-from examples.cpu_demo import build, forks, picture, world
+from examples import tiny_forks, tiny_world
+from examples.cpu_demo import build, picture, world
 
 QUIET = Console(quiet=True)
 SHORT = build.Settings(
@@ -246,7 +246,9 @@ def test_a_foreign_directory_is_refused_and_overwriting_replaces_it(tmp_path, mo
         tiny_world.build(build.WORLD, output, SHORT, QUIET)
     assert (output / "precious").exists()
 
-    monkeypatch.setattr(tiny_world, "build_into", lambda _, folder, *__: (folder / tiny_world.MANIFEST).write_text("{}"))
+    monkeypatch.setattr(
+        tiny_world, "build_into", lambda _, folder, *__: (folder / tiny_world.MANIFEST).write_text("{}")
+    )
     tiny_world.build(build.WORLD, output, SHORT, QUIET, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
     assert [path.name for path in output.iterdir()] == [tiny_world.MANIFEST]
@@ -257,7 +259,7 @@ def test_entropies_match_the_model_one_rollout_at_a_time(built):
     model = AutoModelForCausalLM.from_pretrained(built / "model").eval()
     texts = [r"First +5=12. Last *3=36. \boxed{36}", "Begin 3"]
     batch = [tiny_world.Rollout(tokenizer.encode("User:\n"), tokenizer.encode(text), text) for text in texts]
-    together = forks.response_entropies(model, batch, tokenizer.pad_token_id)
+    together = tiny_forks.response_entropies(model, batch, tokenizer.pad_token_id)
     for rollout, entropies in zip(batch, together, strict=True):
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         log_probs = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
@@ -270,7 +272,7 @@ def test_choices_land_on_the_tokens_that_make_them(built):
     tokenizer = load_tokenizer(built)
     text = r"First +5=12. Then *3=36. Last -4=32. \boxed{32}"
     rollout = tiny_world.Rollout([], tokenizer.encode(text), text)
-    labelled = forks.label_tokens(tokenizer, rollout, [0.0] * len(rollout.response_ids))
+    labelled = tiny_forks.label_tokens(tokenizer, world.find_choices, rollout, [0.0] * len(rollout.response_ids))
     assert [token.text for token in labelled if token.kind is not None] == ["First", " +5", " Then", " *3", " Last"]
 
 
