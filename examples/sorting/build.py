@@ -34,7 +34,7 @@ are the brackets that open and close the list.
 class Settings(tiny_world.Settings):
     """All settings that the result depends on."""
 
-    hint_rate: float = 0.75
+    hint_rate: float = 0.7
     format: int = FORMAT
 
 

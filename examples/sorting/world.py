@@ -21,8 +21,8 @@ from examples.cpu_demo.world import Choice
 TASK = "number_sorting"
 DATA_SOURCE = PREFIX + TASK
 
-COUNT = 7
-VALUES = range(1, 50)
+COUNT = 6
+VALUES = range(1, 21)
 
 OPTIONS: dict[str, Any] = {
     "min_numbers": COUNT,

@@ -144,8 +144,8 @@ def test_a_choice_is_one_token_and_the_same_in_prompt_and_answer(built):
     def tokens(text: str) -> list[str]:
         return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
 
-    assert tokens(r"Sort 28,3,15, ascending, in \boxed{}.")[2:5] == ["28,", "3,", "15,"]
-    assert tokens(r"\boxed{[28,3,15]}") == ["\\boxed{[", "28,", "3,", "15", "]}"]
+    assert tokens(r"Sort 18,3,15, ascending, in \boxed{}.")[2:5] == ["18,", "3,", "15,"]
+    assert tokens(r"\boxed{[18,3,15]}") == ["\\boxed{[", "18,", "3,", "15", "]}"]
 
 
 @pytest.mark.process
