@@ -94,10 +94,11 @@ def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollo
     ]
 
 
-def build_world(world: Path, console: Console, *settings: str) -> None:
-    """Build the demo's world if it is missing; ``settings`` are further options of ``examples.cpu_demo.build``."""
-    console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
-    builder = [sys.executable, "-m", "examples.cpu_demo.build"]
+def build_world(world: Path, console: Console, *settings: str, task: str = "cpu_demo") -> None:
+    """Build the world of a task if it is missing; ``settings`` are further options of ``examples.TASK.build``."""
+    words = {"cpu_demo": "the demo"}.get(task, task)
+    console.print(f"looking at the world of {words}", highlight=False)  # build.py imports torch before it says anything
+    builder = [sys.executable, "-m", f"examples.{task}.build"]
     subprocess.run([*builder, "--output", str(world.absolute()), *settings], cwd=REPOSITORY, check=True)
 
 

@@ -39,6 +39,10 @@ def build_demo(world: Path, console: Console, problems: int | None) -> None:
     build_world(world, console, *([] if problems is None else [f"--test-problems={problems}"]))
 
 
+def build_sorting(world: Path, console: Console, problems: int | None) -> None:
+    build_world(world, console, *([] if problems is None else [f"--test-problems={problems}"]), task="sorting")
+
+
 TASKS = {
     task.name: task
     for task in [
@@ -51,6 +55,16 @@ TASKS = {
             overrides=(),
             accuracy="val-core/cpu_demo/acc/mean@",
             run_seconds=260.0,
+        ),
+        Task(
+            name="sorting",
+            words="sorting six numbers",
+            directory=Path(".demo/sorting"),
+            build=build_sorting,
+            recipe="sorting_cpu",
+            overrides=(),
+            accuracy="val-core/reasoning_gym/number_sorting/acc/mean@",
+            run_seconds=260.0,  # the demo's: no run of this task has been timed, and its answers are shorter
         ),
     ]
 }
