@@ -274,8 +274,10 @@ def summary(report: Report) -> Table:
 
 def main(
     output: Annotated[Path, typer.Option(help="Directory to create, with model/, train.parquet and test.parquet.")],
-    base: Annotated[Path, typer.Option(help="The fetched model. If it is missing, it is fetched.")] = Path("models")
-    / MODEL,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The fetched model. If it is missing, it is fetched. Default: beside the output."),
+    ] = None,
     seed: int = Settings.seed,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the supervised warm-up.")] = Settings.steps,
     batch_size: Annotated[int, typer.Option(min=1)] = Settings.batch_size,
@@ -302,7 +304,7 @@ def main(
         direct_rate=direct_rate,
     )
     try:
-        report = build(output, base, settings, console, overwrite=overwrite)
+        report = build(output, base or output.parent / "model", settings, console, overwrite=overwrite)
     except BuildMismatchError as error:
         raise typer.BadParameter(f"{error}; choose another --output or pass --overwrite") from error
     except EntropyForkError as error:
