@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from dataclasses import replace
@@ -22,6 +21,8 @@ import pyarrow.parquet as pq
 import torch
 import typer
 from helpers.gguf_wheel import write_wheel
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entropy_fork.models.fetch import MODELS, fetch
@@ -99,7 +100,8 @@ def test_no_question_of_the_warm_up_is_trained_on_or_held_out(world: Path, tmp_p
     assert len(set(messages)) == len(messages)
     for row in (*warmup, *train, *test):
         assert row["data_source"] == "reasoning_gym/chain_sum"
-        assert json.loads(row["reward_model"]["ground_truth"])
+        direct = build.solution(row["prompt"][0]["content"], direct=True)
+        assert direct == f"\\boxed{{{row['reward_model']['ground_truth']}}}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.parquet", "train.parquet"]
     assert train == rows(world / "train.parquet")
     assert test == rows(world / "test.parquet")
@@ -255,3 +257,18 @@ def test_a_finished_run_shows_its_table_again(tmp_path: Path, monkeypatch: pytes
         r"kept share of tokens\W+0\.2002",
     ):
         assert re.search(line, shown), shown
+
+
+def test_the_recipe_is_the_demos_with_smaller_batches() -> None:
+    import verl.trainer.main_ppo as main_ppo
+
+    with initialize_config_dir(str(Path(main_ppo.__file__).parent / "config"), version_base=None):
+        small, config = (compose("ppo_trainer", [f"+recipe={name}"]) for name in ("demo_cpu", "smollm2_cpu"))
+    actor, data = config.actor_rollout_ref.actor, config.data
+    assert data.train_batch_size == 2 * actor.ppo_mini_batch_size < small.data.train_batch_size
+    longest = data.max_prompt_length + data.max_response_length
+    assert longest <= actor.ppo_max_token_len_per_gpu == config.actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu
+    assert config.trainer.save_freq == config.trainer.test_freq == config.trainer.total_training_steps / 2
+    assert config.data.train_files == ".demo/smollm2/world/train.parquet"
+    for same in ("algorithm", "entropy_fork", "cpu_platform", "reward.custom_reward_function"):
+        assert OmegaConf.select(config, same) == OmegaConf.select(small, same)
