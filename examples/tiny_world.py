@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from entropy_fork.common.cores import share_cores, waiting_passively
 
@@ -67,6 +67,8 @@ CHAT_TEMPLATE = (
 )
 
 IGNORED_LABEL = -100
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -337,14 +339,14 @@ def write_parquet(world: World, problems: list[Problem], split: str, path: Path)
     Dataset.from_list(rows).to_parquet(path)
 
 
-def is_built(output: Path, settings: Settings) -> bool:
-    """Whether `output` is the finished build with these settings; raises if it is anything else."""
+def is_built(output: Path, checksum: str) -> bool:
+    """Whether `output` is the finished build of the settings with this checksum; raises if it is anything else."""
     if not output.exists():
         return False
     manifest = output / MANIFEST
     if not manifest.is_file():
-        raise BuildMismatchError(f"{output} exists but is no finished build of a tiny world")
-    if json.loads(manifest.read_text())["checksum"] != settings.checksum:
+        raise BuildMismatchError(f"{output} exists but is no finished build of a world")
+    if json.loads(manifest.read_text())["checksum"] != checksum:
         raise BuildMismatchError(f"{output} was built with other settings")
     return True
 
@@ -360,23 +362,32 @@ def put_in_place(finished: Path, output: Path) -> None:
         finished.rename(output)
 
 
-def build(
-    world: World, output: Path, settings: Settings, console: Console, *, overwrite: bool = False
-) -> Report | None:
-    """Build the world at `output`, or return None if it already stands there."""
+def build_once(output: Path, checksum: str, write: Callable[[Path], Made], *, overwrite: bool = False) -> Made | None:
+    """Let `write` fill a temporary folder, and rename it to `output`; or return None if that stands there already."""
     output = output.absolute()
-    if not overwrite and is_built(output, settings):
+    if not overwrite and is_built(output, checksum):
         return None
     output.parent.mkdir(parents=True, exist_ok=True)
     workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.new.", dir=output.parent))
     try:
-        with task(f"the world of the {world.name}", console=console):
-            report = build_into(world, workspace, settings, console)
+        report = write(workspace)
         workspace.chmod(0o755)
         put_in_place(workspace, output)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     return report
+
+
+def build(
+    world: World, output: Path, settings: Settings, console: Console, *, overwrite: bool = False
+) -> Report | None:
+    """Build the world at `output`, or return None if it already stands there."""
+
+    def write(folder: Path) -> Report:
+        with task(f"the world of the {world.name}", console=console):
+            return build_into(world, folder, settings, console)
+
+    return build_once(output, settings.checksum, write, overwrite=overwrite)
 
 
 def build_into(world: World, folder: Path, settings: Settings, console: Console) -> Report:
