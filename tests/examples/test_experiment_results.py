@@ -18,6 +18,7 @@ from examples.research.experiment import __main__ as experiment
 from examples.research.experiment import page as pages
 from examples.research.experiment.arms import QUESTIONS
 from examples.research.experiment.comparison import by_arm, common_tokens, headline, minus, missing, of_question
+from examples.research.experiment.power import pairs_needed
 from examples.research.experiment.results import CURVES, Result, finished, merged, read_csv, settings_of, write_csv
 from examples.research.experiment.statistics import Difference, difference
 from examples.research.experiment.tasks import TASKS
@@ -279,23 +280,40 @@ def test_the_page_and_its_plots_are_made_from_whatever_is_there(tmp_path: Path) 
         (tmp_path / f"evidence/{name}.csv").write_text((pages.EVIDENCE / f"{name}.csv").read_text())
     page.write_text(pages.PAGE.read_text())
     write_csv(every_run(gain=-0.1), tmp_path / "evidence/demo.csv")
-    written = pages.write(page)
+    guide = tmp_path / "is_it_working.md"
+    guide.write_text(pages.GUIDE.read_text())
+    written = pages.write(page, guide)
     assert {file.name for file in written} == {
-        "evidence.md", *(f"{name}.{end}" for name in ("ratios", "scores", "demo") for end in ("png", "svg")),
+        "evidence.md", "is_it_working.md",
+        *(f"{name}.{end}" for name in ("ratios", "scores", "demo") for end in ("png", "svg")),
     }  # fmt: skip
     assert all(file.stat().st_size > 10_000 for file in written)
     text = page.read_text()
     assert text.count("entropy does not beat matched random tokens: it does worse") == 2, "at the top and in its part"
+    assert "| `matched` | the demo's order of operations | 6 seeds |" in guide.read_text()
     before = (tmp_path / "evidence/demo.svg").read_bytes()
     pages.draw(of_question(read_csv(tmp_path / "evidence/demo.csv"), CONTROLS), tmp_path / "evidence/demo")
     assert (tmp_path / "evidence/demo.svg").read_bytes() == before, "the same runs make the same file"
 
 
+def test_the_seeds_of_a_spread_are_those_of_the_power_command() -> None:
+    """A row per arm with three seeds or more; the numbers are those of ``power``'s own test."""
+    runs = of_question(every_run(), CONTROLS)
+    row = cells(pages.seeds_needed({"demo": runs}))["matched"]
+    spread = minus(by_arm(runs), "top20", "matched", "accuracy").spread
+    assert row[-5:] == [str(pairs_needed(points / 100 / spread)) for points in (1, 2, 3, 5, 10)]
+    assert "no spread is known" in pages.seeds_needed({"demo": of_question(every_run(seeds=2), CONTROLS)})
+
+
 def test_no_table_of_the_page_is_typed_by_hand() -> None:
-    """The page is what its CSV files say: ``python -m examples.research.experiment page`` changes nothing."""
+    """The pages are what the CSV files say: ``python -m examples.research.experiment page`` changes nothing."""
+    made, places = pages.parts(pages.EVIDENCE), set()
+    for page in (pages.PAGE, pages.GUIDE):
+        text = page.read_text(encoding="utf-8")
+        assert pages.filled(text, made) == text
+        places |= {place[1] for place in pages.PLACE.findall(text)}
+    assert places == set(made)
     text = pages.PAGE.read_text(encoding="utf-8")
-    assert pages.filled(text, pages.parts(pages.EVIDENCE)) == text
-    assert {place[1] for place in pages.PLACE.findall(text)} == set(pages.parts(pages.EVIDENCE))
     prose = pages.PLACE.sub("", text)
     assert "±" not in "".join(line for line in prose.splitlines() if line.startswith("|"))
 

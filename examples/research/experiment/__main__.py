@@ -153,7 +153,7 @@ def collect(
 
 @app.command()
 def page() -> None:
-    """Write the tables of docs/lab/evidence.md and its plots, from the CSV files that are there."""
+    """Write the tables of docs/lab/evidence.md and its plots, and the guide's table of seeds, from the CSV files."""
     for file in pages.write():
         Console().print(str(file.relative_to(pages.REPOSITORY)), highlight=False, soft_wrap=True)
 

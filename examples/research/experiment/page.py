@@ -1,6 +1,6 @@
-"""Write docs/lab/evidence.md's tables, and its plots, from the CSV files beside it.
+"""Write docs/lab/evidence.md's tables, and its plots, from the CSV files beside it; and the guide's table of seeds.
 
-The page has a place for each part: ``<!-- made: NAME -->``, what was made, ``<!-- end: NAME -->``.
+A page has a place for each part: ``<!-- made: NAME -->``, what was made, ``<!-- end: NAME -->``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from entropy_fork.common.output_folder import write_whole
 from examples.cpu_demo.run import REPOSITORY
 from examples.research.experiment.arms import ALL, ARMS, MATCHED, QUESTIONS, TOP20, Question
 from examples.research.experiment.comparison import by_arm, common_tokens, headline, minus, missing, of_question
+from examples.research.experiment.power import pairs_needed
 from examples.research.experiment.results import Result, read_csv
-from examples.research.experiment.statistics import Difference, Floats, late, spread
+from examples.research.experiment.statistics import FEWEST_SEEDS, Difference, Floats, late, spread
 from examples.research.experiment.tasks import TASKS, Task
 
 PAGE = REPOSITORY / "docs/lab/evidence.md"
+GUIDE = REPOSITORY / "docs/guide/is_it_working.md"
 EVIDENCE = PAGE.with_suffix("")
 PLACE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 TITLES = {
@@ -156,6 +158,21 @@ def verdict(results: Sequence[Result], task: Task) -> str:
     return headline(task.words, minus(by_arm(results), TOP20.name, MATCHED.name, "accuracy"))
 
 
+def seeds_needed(runs: Mapping[str, Sequence[Result]]) -> str:
+    """How many seeds show which difference, for each spread that is known: a row per task and arm."""
+    rows = []
+    for name, results in runs.items():
+        table = by_arm(results)
+        for arm in table:
+            found = minus(table, TOP20.name, arm, "accuracy")
+            if arm != TOP20.name and found.seeds >= FEWEST_SEEDS:
+                row = {"`top20` minus": f"`{arm}`", "on": TASKS[name].words, "s measured on": f"{found.seeds} seeds"}
+                row["s, points"] = f"{100 * found.spread:.1f}"
+                sizes = {f"δ = {points}": str(pairs_needed(points / 100 / found.spread)) for points in (1, 2, 3, 5, 10)}
+                rows.append(row | sizes)
+    return markdown(rows) if rows else "No two arms have three seeds yet, so no spread is known."
+
+
 def arms_table(question: Question) -> str:
     """What the arms are."""
     command = {arm: " ".join(f"`{word}`" for word in arm.overrides) for arm in question.arms}
@@ -174,6 +191,7 @@ def parts(evidence: Path) -> dict[str, str]:
     }
     made["headlines"] = "\n\n".join(paragraph(f"**{verdict(runs[name], task)}**") for name, task in TASKS.items())
     made["arms"] = arms_table(question)
+    made["power"] = seeds_needed(runs)
     made["controls"] = "\n\n".join(
         f"### On {task.words}\n\n{controls(runs[name], task, question)}" for name, task in TASKS.items()
     )
@@ -189,11 +207,13 @@ def filled(page: str, made: Mapping[str, str]) -> str:
     return PLACE.sub(lambda place: f"{place[1]}\n{made[place[2]]}\n\n{place[3]}", page)
 
 
-def write(page: Path = PAGE) -> list[Path]:
-    """Write the tables of the page and the plots beside it. Returns the files that it has written."""
+def write(page: Path = PAGE, guide: Path = GUIDE) -> list[Path]:
+    """Write the tables of both pages and the plots beside the first. Returns the files that it has written."""
     evidence = page.with_suffix("")
-    write_whole(page, filled(page.read_text(encoding="utf-8"), parts(evidence)))
-    written = [page]
+    written = [page, guide]
+    made = parts(evidence)
+    for file in written:
+        write_whole(file, filled(file.read_text(encoding="utf-8"), made))
     for name in ("ratios", "scores", *TASKS):
         results = of_question(read_csv(evidence / f"{name}.csv"), QUESTIONS.get(name, QUESTIONS["controls"]))
         if results:
