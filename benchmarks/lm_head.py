@@ -50,6 +50,24 @@ def heads() -> tuple[Head, Head | None, Head]:
     )
 
 
+def make_model(device: str, dtype: str, hidden: int, layers: int, vocabulary: int = VOCABULARY) -> Any:
+    """A Qwen3 with random weights and an LM head of its own; a hidden size of 4096 makes Qwen3-8B's layers."""
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 128, num_key_value_heads=max(1, hidden // 512), head_dim=128,
+        tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    with torch.device(device):
+        return Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+
+
+def kept_tokens(tokens: int, share: float, device: str) -> Tensor:
+    """A random share of the tokens: bool, shape (tokens,)."""
+    kept = torch.zeros(tokens, dtype=torch.bool, device=device)
+    kept[torch.randperm(tokens, device=device)[: round(share * tokens)]] = True
+    return kept
+
+
 class Step:
     """A gradient step on random tokens, of which ``kept`` have a weight.
 
@@ -116,20 +134,13 @@ def main(
 ) -> None:
     """Measure, print the table, write CSV and plot."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 128, num_key_value_heads=max(1, hidden // 512), head_dim=128,
-        tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
-    with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+    model = make_model(device, dtype, hidden, layers)
     batch = torch.randint(VOCABULARY, (1, tokens), device=device)
     dense, fused, sparse = heads()
     steps: dict[str, Step] = {}
     ratios = ratio or list(RATIOS)
     for share in ratios:
-        kept = torch.zeros(tokens, dtype=torch.bool, device=device)
-        kept[torch.randperm(tokens, device=device)[: round(share * tokens)]] = True
+        kept = kept_tokens(tokens, share, device)
         steps[f"kept rows, ρ = {share}"] = Step(model, batch, sparse, kept.nonzero().squeeze(1), kept)
         if share == ratios[0]:
             steps = {"dense": Step(model, batch, dense, None, kept), **steps}
