@@ -289,7 +289,7 @@ def test_every_file_and_every_option_of_a_script_exists(page: Path) -> None:
         for place in re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]+\.\w+", line):
             assert (REPOSITORY / place).is_file(), f"{place} in: {line}"
         scripts = re.findall(r"python3? ((?:benchmarks|examples)/[\w/]+\.py)([^;|]*)", line)
-        for module, arguments in re.findall(r"python3? -m (examples\.[\w.]+)([^;|]*)", line):
+        for module, arguments in re.findall(r"python3? -m ((?:examples|benchmarks)\.[\w.]+)([^;|]*)", line):
             scripts.append((module.replace(".", "/") + ".py", arguments))
         for script, arguments in scripts:
             source = (REPOSITORY / script).read_text()
