@@ -128,6 +128,8 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --editable ".[cpu,dev,docs]"
+	$(VENV)/bin/pip install --quiet --editable ".[reasoning-gym]" \
+		|| echo "reasoning-gym is not installed (it needs a C compiler), so its tests are skipped"
 	touch $@
 
 # vLLM installs wheels of torchvision, torchaudio and torchcodec that do not fit a CPU build of torch, and then its own

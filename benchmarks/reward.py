@@ -1,4 +1,4 @@
-"""What the reward costs: answers per second, the longest time of an answer that is made to hang, the peak of memory.
+"""What the reward costs: answers per second, its parts, the longest time of a hanging answer, the peak of memory.
 
     python benchmarks/reward.py
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -57,7 +57,12 @@ PATHOLOGICAL = {
     "900 decimals": "0." + "1" * 900,
     "set of 90 roots": r"\{" + ",".join(rf"\sqrt{{{i}}}" for i in range(90)) + r"\}",
     "gigabytes": "2^{2^{36}}",
+    "binomial of numbers": r"\binom{30000000}{15000000}",
 }
+
+
+#: an equation that sympy expands, and the ground truth beside it
+LARGE = ("(x+1)^{9000}+x=1", "x=1")
 
 
 def throughput(count: int) -> Table:
@@ -80,6 +85,48 @@ def throughput(count: int) -> Table:
             start += number
         table.add_row(kind, *(f"{rate:,.0f}" for rate in rates))
     return table
+
+
+def opinion(count: int) -> Table:
+    """Processor time of the parts of a comparison, in this process, and of math-verify's own comparison beside them."""
+    import logging
+
+    from math_verify import verify
+
+    from entropy_fork.reward.grader import grade
+    from entropy_fork.reward.reading import read
+    from entropy_fork.reward.second_opinion import agree
+    from entropy_fork.reward.spelling import spelled
+    from entropy_fork.reward.values import value_of
+
+    logging.disable(logging.CRITICAL)  # math-verify warns that its limits are off
+    table = Table(
+        "answers", "reading", "parsing", "values", "(math-verify)", "sum without it",
+        title="milliseconds of processor time per answer; in brackets what math-verify's comparison would take",
+    )  # fmt: skip
+    start = 5000
+    for kind, (answer, truth) in list(KINDS.items())[2:]:
+        for right in (True, False):
+            numbers = range(start, start + count)
+            texts = [(answer(i if right else i + count), truth(i)) for i in numbers]
+            grade(*texts[0])
+            readings, reading = _timed(
+                lambda texts=texts: [tuple(read(spelled(text)) for text in pair) for pair in texts]
+            )
+            values, parsing = _timed(lambda made=readings: [tuple(value_of(side) for side in pair) for pair in made])
+            _, points = _timed(lambda made=values: [agree(*pair) for pair in made])
+            _, verified = _timed(lambda made=values: [verify(b, a, timeout_seconds=None) for a, b in made])
+            spent = (reading, parsing, points, verified, reading + parsing + points)
+            name = f"{kind}, {'right' if right else 'wrong'}"
+            table.add_row(name, *(f"{1000 * seconds / count:.2f}" for seconds in spent))
+            start += 2 * count
+    logging.disable(logging.NOTSET)
+    return table
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    begin = time.process_time()
+    return work(), time.process_time() - begin
 
 
 def worst_times() -> Table:
@@ -107,8 +154,8 @@ def _children_seconds(pool: judge.Judges) -> float:
 
 
 def memory(seconds: float) -> Table:
-    """The largest resident size of a process while it compares an answer that needs gigabytes."""
-    table = Table("memory_mib", "peak, MiB", "seconds", "stopped by the timer", title="2^{2^{36}}, resident memory")
+    """The largest resident size of a process while it compares an answer that fills memory."""
+    table = Table("memory_mib", "peak, MiB", "seconds", "stopped by the timer", title=f"{LARGE[0]}, resident memory")
     for memory_mib in track("limits of memory", (72, 128, 256, MEMORY_MIB, 4096)):
         pool = judge.Judges(1, memory_mib)
         pool.compare("x", "y", seconds)
@@ -125,7 +172,7 @@ def memory(seconds: float) -> Table:
         watcher = threading.Thread(target=watch)
         watcher.start()
         begin = time.perf_counter()
-        verdict = pool.compare("2^{2^{36}}", "2.5", seconds)
+        verdict = pool.compare(*LARGE, seconds)
         table.add_row(
             f"{memory_mib}", f"{peak}", f"{time.perf_counter() - begin:.1f}", "yes" if verdict.stopped else "no"
         )
@@ -137,12 +184,13 @@ def memory(seconds: float) -> Table:
 
 def main(
     count: Annotated[int, typer.Option(help="plain answers to score; of the slower kinds a twentieth")] = 8192,
-    memory_seconds: Annotated[float, typer.Option(help="processor seconds for the answer that needs gigabytes")] = 10,
+    memory_seconds: Annotated[float, typer.Option(help="processor seconds for the answer that fills memory")] = 10,
 ) -> None:
-    """Print three tables."""
+    """Print four tables."""
     console = Console()
     console.print(f"{PROCESSES} processes compare")
     console.print(throughput(count))
+    console.print(opinion(max(20, count // 80)))
     console.print(worst_times())
     console.print(memory(memory_seconds))
 

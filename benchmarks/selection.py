@@ -73,11 +73,11 @@ def main(
     reference = sum(next(iter(best.values())))
     table = Table(title=f"{total:,} tokens, {responses:,} responses, {torch.get_num_threads()} threads")
     for column in (what.rstrip("s"), *(f"{stage}, s" for stage in STAGES), "relative", "kept"):
-        table.add_column(column, justify="left" if column == what.rstrip("s") else "right")
+        table.add_column(column, justify="left" if column == what.rstrip("s") else "right", no_wrap=True)
     for name, seconds in best.items():
         share = f"{sum(seconds) / reference:.2f}"
         table.add_row(name, *(f"{value:.2f}" for value in seconds), share, f"{kept[name]:.4f}")
-    console = Console()
+    console = Console(width=100)
     console.print(table)
     console.print(f"peak memory {_peak_gib():.2f} GiB, of which {before:.2f} for the batch itself and Python")
 

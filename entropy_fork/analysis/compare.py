@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from entropy_fork.analysis.mark_top import TopRatio, find_top, top_masks
-from entropy_fork.analysis.order_statistics import order_statistics, percentile_ranks
-from entropy_fork.analysis.summary import PERCENTILES
+from entropy_fork.analysis.order_statistics import PERCENTILES, order_statistics, percentile_ranks
 from entropy_fork.analysis.texts import check_complete, digest
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.evaluation.answer_store import is_evaluation

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+#: the percentiles that tables and files have
+PERCENTILES = (1, *range(5, 100, 5), 99)
+
 _HALF = 1 << 16
 
 

@@ -12,18 +12,20 @@ from typing import Any
 
 from entropy_fork.analysis import plots
 from entropy_fork.analysis.summary import PAPER, summarise
+from entropy_fork.analysis.token_scores import TOP
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.foreign_text import spreadsheet_cell
 from entropy_fork.common.installing import why_missing
 from entropy_fork.common.output_folder import write_whole
 from entropy_fork.common.progress import task
+from entropy_fork.core.scores import Score
 from entropy_fork.evaluation.results import TextTable
 from entropy_fork.tokens.store import parts
 
 SUMMARY, COMPARISON, FIGURES = "summary.json", "comparison.json", "figures"
 
-#: how many tokens of highest and of lowest entropy are printed; the CSV has all of them
-PRINTED = 20
+#: how many tokens of highest and of lowest entropy are printed, and how many words of a score; the CSV has all of them
+PRINTED, PRINTED_WORDS = 20, 4
 
 
 def check_installed() -> None:
@@ -33,12 +35,16 @@ def check_installed() -> None:
         raise EntropyForkError(why_missing(missing, "analysis"))
 
 
-def summarise_and_write(folder: Path, min_count: int) -> dict[str, Any]:
+def summarise_and_write(
+    folder: Path, min_count: int, scores: Sequence[Score] = (), top_ratio: float = TOP
+) -> dict[str, Any]:
     """Summarise a folder of tokens, write the results beside them, and show how far this is.
 
     Args:
         folder: of tokens, complete.
         min_count: how often a token must have been seen to be in the tables of highest and lowest entropy.
+        scores: scores that the user asked for, beside the built-in ones.
+        top_ratio: ρ of the overlap between a score and the entropy.
 
     Returns:
         What :func:`~entropy_fork.analysis.summary.summarise` returns.
@@ -47,7 +53,7 @@ def summarise_and_write(folder: Path, min_count: int) -> dict[str, Any]:
         EntropyForkError: the folder cannot be summarised.
     """
     with task("summary", len(parts(folder))) as shown:
-        summary = summarise(folder, min_count, advance=shown.advance)
+        summary = summarise(folder, min_count, advance=shown.advance, scores=scores, scores_top_ratio=top_ratio)
     with task("figures"):
         write_summary(summary, folder)
     return summary
@@ -62,6 +68,12 @@ def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
         for low, high, count in zip(edges, edges[1:], summary["histogram"]["tokens"], strict=False)
     ]
     percentiles = [{"percentile": q, "entropy": value} for q, value in summary["percentiles"].items()]
+    scores = [
+        {key: value for key, value in row.items() if key not in ("percentiles", "words")}
+        | {f"percentile_{q}": value for q, value in row["percentiles"].items()}
+        for row in summary["scores"]
+    ]
+    words = [{"score": row["score"], **word} for row in summary["scores"] for word in row["words"]]
     for name, rows in (
         ("tokens_highest", summary["highest"]),
         ("tokens_lowest", summary["lowest"]),
@@ -70,6 +82,8 @@ def write_summary(summary: Mapping[str, Any], folder: Path) -> None:
         ("positions", summary["positions"]),
         ("kinds", summary["cells"]),
         ("steps", summary["steps"]),
+        ("scores", scores),
+        ("scores_words", words),
     ):
         _write_csv(rows, folder / f"{name}.csv")
     plots.save(plots.of_summary(summary), folder / FIGURES)
@@ -113,12 +127,26 @@ def summary_tables(summary: Mapping[str, Any], printed: int = PRINTED) -> list[t
     tables.append(("by part of the answer", _sums_table("part", parts)))
     if summary["steps"]:
         tables.append(("by training step", _sums_table("step", [(str(row["step"]), row) for row in summary["steps"]])))
+    top = f"top {summary['scores_top_ratio']:.4g}"
+    tables.append((f"scores, and how far they agree with the entropy in their {top}", _scores_table(summary["scores"])))
     for end in ("highest", "lowest"):
         tokens = [(plots.shown(row["piece"]), row) for row in summary[end][:printed]]
         title = f"{end} mean entropy, of the {summary['seen_often']:,} tokens seen {summary['min_count']} times or more"
         if tokens:
             tables.append((title, _sums_table("token", tokens)))
     return tables
+
+
+def _scores_table(scores: Sequence[Mapping[str, Any]]) -> TextTable:
+    header = ["score", "mean", "50%", "80%", "99%", "overlap", "rank correlation", "highest words"]
+    rows = []
+    for row in scores:
+        correlation = row["rank_correlation_with_entropy"]
+        words = "  ".join(plots.shown(word["piece"]) for word in row["words"][:PRINTED_WORDS])
+        values = (row["mean"], *(row["percentiles"][q] for q in ("50", "80", "99")))
+        agreement = [f"{row['overlap_with_entropy']:.1%}", "–" if correlation is None else f"{correlation:.2f}"]
+        rows.append([plots.shown(row["score"]), *(f"{value:.4g}" for value in values), *agreement, words or "–"])
+    return TextTable(header, rows)
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[tuple[str, TextTable]]:

@@ -1,7 +1,8 @@
 """Statistics of the tokens of one folder (arXiv 2506.01939, section 3), computed one part at a time.
 
-Sums and counts are kept per entropy bin, token, place in the answer and kind of text, so that memory does not grow with
-the number of tokens. Percentiles are exact (``order_statistics.py``).
+Sums and counts are kept per entropy bin, token, place in the answer and kind of text, so that their memory does not
+grow with the number of tokens. Percentiles are exact (``order_statistics.py``). What is said about other scores than
+the entropy needs all tokens in memory (``token_scores.py``).
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from entropy_fork.analysis.order_statistics import order_statistics, percentile_ranks
+from entropy_fork.analysis.order_statistics import PERCENTILES, order_statistics, percentile_ranks
 from entropy_fork.analysis.parts_of_text import KINDS, SECTIONS, kinds_of_tokens, sections_of_tokens
 from entropy_fork.analysis.texts import check_complete
+from entropy_fork.analysis.token_scores import TOP, summarise_scores
 from entropy_fork.common.errors import EntropyForkError
+from entropy_fork.core.scores import Score
 from entropy_fork.tokens.store import AnswerTokens, parts, read_columns, read_manifest, read_part
 
 #: The shares of tokens below these entropies (nats) are counted. The paper gives the first one.
 BELOW = (0.01, 0.1, 0.5, 1.0)
-PERCENTILES = (1, *range(5, 100, 5), 99)
 BIN_WIDTH = 0.05
 #: the paper's tables have tokens "seen more than 100 times"
 MIN_COUNT, NUM_TOKENS, POSITION_BINS = 101, 100, 50
@@ -74,6 +76,8 @@ def summarise(
     num_tokens: int = NUM_TOKENS,
     position_bins: int = POSITION_BINS,
     advance: Callable[[], None] = lambda: None,
+    scores: Sequence[Score] = (),
+    scores_top_ratio: float = TOP,
 ) -> dict[str, Any]:
     """Summarise one folder, as a dict that JSON can write.
 
@@ -84,14 +88,18 @@ def summarise(
             that no token is in both.
         position_bins: number of bins into which an answer is divided.
         advance: called after each part.
+        scores: scores that the user asked for, beside the built-in ones.
+        scores_top_ratio: ρ of the overlap between a score and the entropy.
 
     Returns:
         manifest; answers, tokens, mean_entropy; share_below (nats → share); percentiles (q → nats, the smallest entropy
         that at least q% of tokens do not exceed); histogram (edges, counts); highest, lowest (tokens by mean entropy);
-        positions, kinds, sections, cells (kind × section), steps: tokens, mean_entropy and fork_share of each.
+        positions, kinds, sections, cells (kind × section), steps: tokens, mean_entropy and fork_share of each; and what
+        :func:`~entropy_fork.analysis.token_scores.summarise_scores` returns.
 
     Raises:
-        EntropyForkError: it is not a folder of tokens, it is unfinished, or an entropy is not finite.
+        EntropyForkError: it is not a folder of tokens, it is unfinished, an entropy is not finite, or one of ``scores``
+            fails.
     """
     manifest = read_manifest(folder)
     check_complete(folder, manifest)
@@ -148,6 +156,7 @@ def summarise(
         ],
         **cells,
         "steps": [{"step": int(step), **row} for step, row in zip(steps, by_step.rows(steps), strict=True)],
+        **summarise_scores(folder, pieces, min_count, scores, scores_top_ratio),
     }
 
 

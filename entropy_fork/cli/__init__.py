@@ -15,6 +15,8 @@ from entropy_fork.cli.analyze import analyze, compare
 from entropy_fork.cli.at_work import fail
 from entropy_fork.cli.data import data_app
 from entropy_fork.cli.evaluate import compare_evaluations, evaluate
+from entropy_fork.cli.grade import grade
+from entropy_fork.cli.model import model_app
 from entropy_fork.cli.preflight import OVERRIDES, doctor, plan
 from entropy_fork.cli.report import report
 from entropy_fork.cli.temperatures import temperatures
@@ -66,6 +68,8 @@ app.command()(report)
 app.command()(temperatures)
 app.command(context_settings=OVERRIDES)(plan)
 app.command(context_settings=OVERRIDES)(doctor)
+app.command()(grade)
 app.command()(watch)
 app.command()(version)
 app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")

@@ -54,6 +54,7 @@ def analyze(
     tensor_parallel: options.TensorParallel = 1,
     vllm: options.VllmArguments = None,
     min_count: options.MinCount = 101,
+    score: options.Scores = None,
 ) -> None:
     """Measure entropy, log-prob and rank of every response token; show distribution, forks, words and parts."""
     from rich.console import Console
@@ -65,9 +66,11 @@ def analyze(
         results.check_installed()
         from entropy_fork.analysis.analyze import AnalysisSettings
         from entropy_fork.analysis.analyze import analyze as analyze_tokens
+        from entropy_fork.analysis.token_scores import ALWAYS, named_scores
         from entropy_fork.evaluation.engines import SamplingSettings, parse_arguments
         from entropy_fork.evaluation.evaluate import EvaluationSettings
 
+        scores = named_scores(score or [], ALWAYS)
         answering = None
         if prompts:
             sampling = SamplingSettings(1.0 if temperature is None else temperature, top_p, top_k, max_tokens, seed)
@@ -80,7 +83,7 @@ def analyze(
             batch_tokens, merged, tokenizer,
         )  # fmt: skip
         analyze_tokens(settings, console)
-        summary = results.summarise_and_write(output, min_count)
+        summary = results.summarise_and_write(output, min_count, scores, top_ratio)
     print_tables(console, results.summary_tables(summary))
     print_written(console, f"{output / results.SUMMARY}, *.csv, {results.FIGURES}/")
 

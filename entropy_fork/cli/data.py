@@ -36,6 +36,10 @@ def data_list() -> None:
         place = " ".join(part for part in (source.hub, source.config or source.file) if part)
         use = source.use if source.test_split is None else f"{source.use}, {source.test_split}"
         table.add_row(source.name, source.title, place, source.rows, use, source.license)
+    table.add_row(
+        "reasoning_gym", "generated: see 'entropy-fork data tasks'", "not there, but on PyPI", "any number",
+        "train, test", "Apache-2.0",
+    )  # fmt: skip
     Console(emoji=False).print(table)
 
 
@@ -45,8 +49,9 @@ def data_prepare(
         list[str],
         typer.Argument(
             metavar="SOURCE|FILE...",
-            help="Names from 'entropy-fork data list'; 'benchmarks' means all evaluation sets. With --question and "
-            "--answer: your own files or folders (parquet, JSON lines, JSON, CSV).",
+            help="Names from 'entropy-fork data list'; 'benchmarks' means all evaluation sets. reasoning_gym generates "
+            "questions, see --task. With --question and --answer: your own files or folders (parquet, JSON lines, "
+            "JSON, CSV).",
         ),
     ],
     output: Annotated[
@@ -59,7 +64,10 @@ def data_prepare(
         str | None, typer.Option(metavar="COLUMN", help="Your own files: the column with the right answer.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Your own files: the name of the data set, of its folder and its metrics.")
+        str | None,
+        typer.Option(
+            help="Your own files: the name of the data set, its folder and its metrics. reasoning_gym: of the folder."
+        ),
     ] = None,
     template: Annotated[
         str | None,
@@ -69,9 +77,29 @@ def data_prepare(
         Split | None, typer.Option(help="What the rows are for, and which split of the hub is taken.")
     ] = None,
     holdout: Annotated[
-        int, typer.Option(min=0, help="Draw this many rows at random, and write them to test.parquet instead.")
+        int,
+        typer.Option(
+            min=0,
+            help="Draw this many rows at random, and write them to test.parquet instead. reasoning_gym: as many more "
+            "questions of each task.",
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draw of --holdout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw of --holdout. reasoning_gym: of the questions.")] = 0,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="reasoning_gym: a task from 'entropy-fork data tasks'; may be repeated."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="reasoning_gym: questions of each task for training. Default: 1000.")
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="TASK.OPTION=VALUE",
+            help="reasoning_gym: how difficult a task is, such as chain_sum.max_digits=1; may be repeated.",
+        ),
+    ] = None,
     local: Annotated[
         Path | None, typer.Option("--from", help="A local file or folder of the source; the hub is then not asked.")
     ] = None,
@@ -87,11 +115,24 @@ def data_prepare(
     console = Console(emoji=False, stderr=True)
     with at_work("data prepare", console):
         from entropy_fork.common.progress import paused
+        from entropy_fork.data.generated import NAME, Wanted, prepare_generated, read_options
         from entropy_fork.data.prepare import Form, check_free, prepare
         from entropy_fork.data.read import from_files, from_hub
-        from entropy_fork.data.sources import for_evaluation, named, own_source
+        from entropy_fork.data.sources import folder_name, for_evaluation, named, own_source
         from entropy_fork.data.template import INSTRUCTION, asks_for_a_box
 
+        if NAME in names or task or size or options:
+            not_for_it = {
+                "--question": question, "--answer": answer, "--split": split, "--from": local, "--limit": limit,
+                "--revision": revision != "main",
+            }  # fmt: skip
+            _refuse_others(names, [option for option, given in not_for_it.items() if given], task)
+            wanted = Wanted(
+                tuple(dict.fromkeys(task or [])), size or 1000, holdout, seed, read_options(options or [], task or []),
+                INSTRUCTION if template is None else template, folder_name(name or NAME),
+            )  # fmt: skip
+            _say_what_was_generated(output / wanted.name, prepare_generated(wanted, output, console, overwrite))
+            return
         own = _own_columns(question, answer, name)
         if own is not None:
             if local is not None:
@@ -127,6 +168,57 @@ def data_prepare(
                 rows = from_files(source, paths) if paths else from_hub(source, revision)
             manifest = prepare(source, rows, output, console, limit=limit, overwrite=overwrite, form=form)
             _say_what_was_written(output / source.name, manifest)
+
+
+@data_app.command("tasks")
+def data_tasks(
+    task: Annotated[str | None, typer.Argument(help="Show this task's options, and one of its questions.")] = None,
+) -> None:
+    """List the tasks of reasoning-gym, of which 'data prepare reasoning_gym' generates questions."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    console = Console(emoji=False)
+    with at_work("data tasks", Console(emoji=False, stderr=True)):
+        from entropy_fork.common.foreign_text import visible
+        from entropy_fork.data.generated import example_of, known_tasks, options_of
+
+        if task is None:
+            table = Table(Column("task", no_wrap=True), Column("kind", no_wrap=True), "options")
+            for name, (dataset, _) in known_tasks().items():
+                table.add_row(name, dataset.__module__.split(".")[1], ", ".join(options_of(name)))
+        else:
+            table = Table("option", "default")
+            for option, value in options_of(task).items():
+                table.add_row(f"{task}.{option}", repr(value))
+            entry = example_of(task)
+    console.print(table)
+    if task is not None:
+        typer.echo(f"{visible(entry['question'].strip(), kept=chr(10))}\nanswer: {visible(str(entry['answer']))}")
+
+
+def _refuse_others(names: list[str], surplus: list[str], tasks: list[str] | None) -> None:
+    """Refuse what does not go together with questions that are generated."""
+    if names != ["reasoning_gym"]:
+        raise EntropyForkError(
+            "--task, --size and --set are for reasoning_gym, which is prepared in a call of its own: write "
+            "'entropy-fork data prepare reasoning_gym --task TASK'"
+        )
+    if surplus:
+        raise EntropyForkError(f"{surplus[0]} is not for reasoning_gym, whose questions are generated: leave it out")
+    if not tasks:
+        raise EntropyForkError(
+            "reasoning_gym needs --task TASK, such as --task chain_sum; 'entropy-fork data tasks' lists them"
+        )
+
+
+def _say_what_was_generated(folder: Path, manifest: dict[str, Any]) -> None:
+    for name, told in manifest["tasks"].items():
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in told["dropped"].items())
+        counts = " and ".join(f"{told[use]:,} for {use}" for use in ("train", "test") if use in told)
+        typer.echo(f"{name}: {counts} of {told['drawn']:,} questions ({dropped or 'none dropped'})")
+    for told in manifest["files"].values():
+        typer.echo(f"{folder / told['file']}: {told['rows']:,} rows (seed {manifest['seed']})")
 
 
 def _own_columns(question: str | None, answer: str | None, name: str | None) -> tuple[str, str, str] | None:

@@ -35,7 +35,8 @@ Engine = Annotated[EngineName, typer.Option(help="What generates the answers. au
 ChatTemplate = Annotated[
     str | None,
     typer.Option(
-        help="The template of the training: 'paper', a Jinja file or Jinja text. Default: the tokenizer's own."
+        help="The template of the training: 'paper', 'worked', a Jinja file or Jinja text. Default: the "
+        "tokenizer's own."
     ),
 ]
 Tokenizer = Annotated[
@@ -52,4 +53,12 @@ VllmArguments = Annotated[
 ]
 MinCount = Annotated[
     int, typer.Option(min=1, help="The tables of highest and lowest entropy show tokens seen this often or more.")
+]
+Scores = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--score",
+        metavar="NAME",
+        help="A score to show beside the built-in ones: a function of yours, package.module:function. May be repeated.",
+    ),
 ]

@@ -39,6 +39,14 @@ def report(
         int, typer.Option(min=1, help="Answers per folder that the page shows, evenly spread. Figures use all answers.")
     ] = 200,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Forking tokens",
+    score: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="The score that the tokens are marked by at first: a built-in one, or a function of yours, "
+            "package.module:function; may be repeated. Default: that of the run, or the entropy.",
+        ),
+    ] = None,
 ) -> None:
     """Write one self-contained HTML file: coloured tokens, figures and tables of the analyses, training curves."""
     from rich.console import Console
@@ -56,6 +64,7 @@ def report(
             figures=figures,
             answers=answers,
             title=title,
+            scores=score or [],
         )
         page.write(settings, shown.say)
     typer.echo(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")

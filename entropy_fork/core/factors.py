@@ -76,7 +76,7 @@ def _mapped(values: Tensor, rule: Rule) -> Tensor:
 
 def _by_rank(values: Tensor, low: float, high: float) -> Tensor:
     """From ``low`` for the lowest value to ``high`` for the highest. Equal values share the middle of their ranks."""
-    scores = values.numpy()
+    scores = (values if values.dtype == torch.float64 else values.to(torch.float32)).numpy()  # numpy has no bfloat16
     ordered = np.sort(scores)
     below, upto = np.searchsorted(ordered, scores, "left"), np.searchsorted(ordered, scores, "right")
     middle = (below + upto - 1) / 2 / max(1, scores.size - 1) if scores.size > 1 else np.full(1, 0.5)
@@ -125,7 +125,7 @@ def clip_bounds(factors: Tensor, score: Tensor, rule: Rule, low: float, high: fl
         factor = factors[piece].double()
         treated = ~factor.isnan()
         if rule.map == "dcpo":
-            inverse = score[piece].double().exp()  # 1/p
+            inverse = score[piece].double().exp().clamp(max=1e300)  # 1/p; an infinite one times a low of 0 is no number
             bottom = 0.5 + 0.5 * (1 - 4 * low * inverse).clamp(min=0.0).sqrt()
             top = (0.5 + 0.5 * (1 + 4 * high * inverse).sqrt()).clamp(max=DCPO_HIGHEST)
         else:

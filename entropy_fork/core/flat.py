@@ -44,21 +44,20 @@ def groups(group_of_response: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor,
     """For each group, its responses and the slices of their tokens. Neighbouring responses share a slice.
 
     Args:
-        group_of_response: int64, shape (num_responses,): the number of each response's group.
+        group_of_response: int64, shape (num_responses,): the number of each response's group, any number.
         lengths: int64, shape (num_responses,): tokens per response.
     """
     ends = lengths.cumsum(0)
     order = torch.argsort(group_of_response, stable=True)
-    for members in order.split(torch.bincount(group_of_response).tolist()):
-        if members.numel() == 0:
-            continue
+    _, sizes = group_of_response.unique(return_counts=True)
+    for members in order.split(sizes.tolist()):
         breaks = (members.diff() != 1).nonzero().squeeze(1) + 1
         runs = members.tensor_split(breaks)
         yield members, [slice(int(ends[run[0]] - lengths[run[0]]), int(ends[run[-1]])) for run in runs]
 
 
 def gather(values: Tensor, tokens: list[slice]) -> Tensor:
-    """The values in these slices, shape (n,): without a copy if there is one slice."""
+    """The tokens in some slices, one slice after another, shape (n,); a view if there is one slice."""
     return values[tokens[0]] if len(tokens) == 1 else torch.cat([values[part] for part in tokens])
 
 

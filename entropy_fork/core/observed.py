@@ -17,11 +17,11 @@ SAMPLE = 2**17
 
 
 def overlap(responses: Responses, kept: Tensor, pool_of_response: Tensor, selector: Selector) -> float:
-    """The share of the kept tokens that another score would keep too.
+    """The share of the kept tokens of the pools that another score would keep too.
 
     Args:
         responses: of the batch, with the other score.
-        kept: bool, shape (num_tokens,): what is kept.
+        kept: bool, shape (num_tokens,): what is kept. Tokens that are in no pool are not compared.
         pool_of_response: int64, shape (num_responses,): as for ``kept``.
         selector: as for ``kept``; the highest are compared if it looks at no score.
 
@@ -31,6 +31,7 @@ def overlap(responses: Responses, kept: Tensor, pool_of_response: Tensor, select
     if selector.select in BLIND:
         selector = replace(selector, select="top")
     other, _ = select_in_pools(responses, pool_of_response, selector)
+    kept = kept & responses.in_pools.bool()
     count = int(torch.count_nonzero(kept))
     return int(torch.count_nonzero(kept & other)) / count if count else float("nan")
 

@@ -8,6 +8,8 @@ like any other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
 import torch
@@ -61,6 +63,26 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.group)
         return [part[: int(size)].cpu() for part, size in zip(parts, sizes, strict=True)]
+
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """A context for code that may fail on one rank alone: then all ranks raise, and none waits for another.
+
+        All ranks must enter it, and the code in it must call no collective.
+
+        Raises:
+            ValueError: this rank's own, or one that names a rank that failed.
+        """
+        error = None
+        try:
+            yield
+        except ValueError as raised:
+            error = raised
+        failed = torch.cat(self.gather(torch.tensor([error is not None], dtype=torch.uint8))).nonzero().flatten()
+        if error is not None:
+            raise error
+        if failed.numel() > 0:
+            raise ValueError(f"rank {int(failed[0])} of {self.size} has failed in this mini-batch; see its own message")
 
     def sum_counts(self, counts: Counts) -> Counts:
         """The sum of the counts of all ranks. All ranks must call this."""

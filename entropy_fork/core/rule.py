@@ -3,7 +3,7 @@
 This is the one place for the words. :data:`KEYS` has a sentence for each key and for each value. The trainer's log,
 ``entropy-fork plan``, ``entropy-fork doctor`` and the reference page take their words from it. :class:`Selector` and
 :class:`Rule` refuse values that have no meaning and values that do not go together. Nothing is computed here: a new
-value of ``select`` also needs its score in ``selection.py``.
+value of ``select`` also needs its ranks in ``selection.py``. The scores are in ``scores.py``.
 
 Each sentence of a value starts with a verb whose subject is the run ("Keeps the tokens with the highest entropy.").
 :meth:`Rule.describe` uses the part before the first colon. Where a sentence names a key in backticks that is a number
@@ -12,6 +12,7 @@ or a score, ``describe`` writes its value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,17 +81,18 @@ KEYS: tuple[Key, ...] = (
         "drop",
         {
             "drop": "Drops the tokens that are in no pool.",
-            "keep": "Trains on the tokens that are in no pool: so the rule only says what to leave out of the pools.",
+            "keep": "Trains on the tokens that are in no pool as well: only tokens of a pool can be dropped.",
         },
     ),
     Key(
         "control",
-        "Whether to shuffle the selection, to tell which tokens apart from how many in which response.",
+        "Whether to move the kept tokens of each response to random places in it. If the run learns as well with it, "
+        "only the number of tokens in each response mattered, not which.",
         "none",
         {
-            "none": "Keeps these tokens themselves.",
-            "matched_random": "Shuffles the choice within each response: as many tokens as the score would keep there, "
-            "drawn from the seed `seed`.",
+            "none": "Leaves the choice of tokens as it is.",
+            "matched_random": "Shuffles the choice within each response, from the seed `seed`: as many tokens as the "
+            "score would keep, at random places.",
         },
     ),
     Key(
@@ -98,7 +100,7 @@ KEYS: tuple[Key, ...] = (
         "What is done with the kept tokens.",
         "mask",
         {
-            "mask": "Trains on no other token: the others weigh 0.",
+            "mask": "Trains on the kept tokens only: the others weigh 0.",
             "weight": "Weighs each kept token by the `map` of its score: the others weigh 1.",
             "advantage": "Changes the advantage of each kept token by the `map` of its score: the others keep verl's.",
             "clip": "Multiplies the clip range of each kept token by the `map` of its score: the others keep verl's.",
@@ -112,14 +114,19 @@ KEYS: tuple[Key, ...] = (
             "linear": "Maps the `score` s to `map_offset` + `map_slope`·s.",
             "exponential": "Maps the `score` s to `map_offset` + `map_slope`·exp(`map_rate`·s).",
             "clipped": "Maps the `score` s to `map_offset` + `map_slope`·s, within `map_low` and `map_high`.",
-            "range": "Maps the lowest `score` of a pool to `map_low`, the highest to `map_high`, others in between.",
-            "rank": "Maps the lowest `score` of a pool to `map_low`, the highest to `map_high`, others by rank.",
-            "dcpo": "Maps the surprisal to the clip range of DCPO: wider for unlikely tokens, only with use=clip.",
+            "range": "Maps the lowest kept `score` of a pool to `map_low`, the highest to `map_high`, "
+            "and the others along a line.",
+            "rank": "Maps the lowest kept `score` of a pool to `map_low`, the highest to `map_high`, "
+            "and the others by their rank.",
+            "dcpo": "Maps the surprisal to the clip range of DCPO: wider for unlikely tokens. Needs use=clip and "
+            "score=surprisal.",
         },
     ),
-    Key("map_offset", "The factor of a score of 0, in `linear` and `clipped`; what `exponential` adds to.", 0.0),
-    Key("map_slope", "How much a score of 1 adds, in `linear` and `clipped`; the factor of the exponential.", 1.0),
-    Key("map_rate", "The rate in the exponent of `exponential`: below 0, high scores get small factors.", -1.0),
+    Key("map_offset", "What the map adds: in `linear` and `clipped` it is the factor of a score of 0.", 0.0),
+    Key("map_slope", "What multiplies the score in `linear` and `clipped`, and the exponential in `exponential`.", 1.0),
+    Key(
+        "map_rate", "What multiplies the score in the exponent of `exponential`: below 0, high scores count less.", -1.0
+    ),
     Key("map_low", "The lowest factor of `clipped`; in `range` and `rank` the factor of the lowest score.", 0.0),
     Key("map_high", "The highest factor of `clipped`; in `range` and `rank` the factor of the highest score.", 2.0),
     Key(
@@ -137,7 +144,7 @@ KEYS: tuple[Key, ...] = (
         "multiply",
         {
             "multiply": "Multiplies the advantage by the factor.",
-            "add": "Adds the factor to the advantage: at most |A| / `add_limit`.",
+            "add": "Adds the factor, at most |A|/`add_limit`, to the advantage.",
         },
     ),
     Key("add_limit", "The κ of `combine=add`: the factor is at most |A|/κ. 0 sets no limit.", 2.0),
@@ -202,7 +209,9 @@ KEYS: tuple[Key, ...] = (
     ),
     Key("final_ratio", "The share ρ at step `schedule_steps` and after, in (0, 1].", 1.0),
     Key("schedule_steps", "The step at which ρ reaches `final_ratio`, at least 2. A constant ρ needs none.", 0),
-    Key("seed", "The seed of the draws of `select=random`, `score=random` and `control=matched_random`.", 0),
+    Key(
+        "seed", "The seed of all draws: `select=random`, `score=random`, `control=matched_random`, the field `draw`.", 0
+    ),
     Key(
         "loss_agg_mode",
         "How verl makes one loss of the losses of all tokens. The key is verl's: `actor.loss_agg_mode`.",
@@ -473,6 +482,9 @@ class Rule:
                 f"use={self.use} is written into the batch before verl cuts it into micro-batches; write "
                 f"pool=mini_batch, batch or response"
             )
+        for name in ("map_offset", "map_slope", "map_rate", "map_low", "map_high"):
+            if has_effect(name, self.values) and not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if self.map == "dcpo" and (self.use, self.score) != ("clip", "surprisal"):
             raise ValueError("map=dcpo is a clip range made of the surprisal; write use=clip score=surprisal")
         if self.map == "clipped" and self.map_low > self.map_high:
@@ -539,6 +551,8 @@ class Rule:
             unseen += ["select", "ties"]
         for key in KEYS:
             value = values[key.name]
+            if key.name == "score" and value != key.default and has_effect("score", values):
+                said.append((f"score={value}", _ranking(value)))
             is_usual = key.name in USUAL and value == key.default
             if key.values and has_effect(key.name, values) and not is_usual and key.name not in unseen:
                 said.append((f"{key.name}={value}", _with_values(key.values[value], values)))
@@ -563,7 +577,16 @@ class Rule:
             rest = f": the other {_percent(1 - share)} weigh 0" if share < 1.0 else ""
             return f"Trains on {part}{when}{rest}."
         what = {"weight": "weight", "advantage": "advantage", "clip": "clip range"}[self.use]
-        return f"Trains on all response tokens and gives {part}{when} another {what}."
+        whose = "each of them" if share == 1.0 and not self.where else part
+        return f"Trains on all response tokens and gives {whose}{when} another {what}."
+
+
+def _ranking(score: str) -> str:
+    """What the tokens are ranked by, as a sentence about the run."""
+    if score not in SCORES:
+        return f"Ranks tokens by a function of the user's: {score}."
+    sentence = SCORES[score].sentence
+    return f"Ranks tokens by {sentence[0].lower()}{sentence[1:]}"
 
 
 def _percent(share: float) -> str:

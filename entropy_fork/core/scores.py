@@ -29,9 +29,9 @@ FIELDS: Mapping[str, str] = {
     "position": "The number of tokens before the token in its response.",
     "length": "The number of tokens of the token's response.",
     "ref_log_prob": "The log-probability of the token under the reference policy, in nats.",
-    "rollout_log_prob": "The log-probability of the token in the rollout engine, which may round otherwise, in nats.",
-    "sum_pi_squared": "Σπ², the sum of the squared probabilities of all tokens that could have come next.",
-    "draw": "A number in [0, 1), drawn for each token from `seed`, the step, and who its response is.",
+    "rollout_log_prob": "The log-probability of the token in the rollout engine, which may round differently, in nats.",
+    "sum_pi_squared": "Σπ², the sum of the squared probabilities of all tokens of the vocabulary at its position.",
+    "draw": "A random number in [0, 1), drawn anew at each step; the same on any number of ranks and after a resume.",
 }
 
 #: the fields that depend on the policy. With ``entropy=current`` they are the current policy's.
@@ -85,7 +85,7 @@ def fields_read_by(function: Callable[..., Any]) -> tuple[str, ...]:
     unknown = [
         str(p)
         for p in parameters
-        if p.name not in FIELDS and (p.default is p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or (p.name not in FIELDS and p.default is p.empty)
     ]
     names = tuple(p.name for p in parameters if p.name in FIELDS)
     if unknown or not names:
@@ -144,7 +144,7 @@ _BUILT_IN = (
     ),
     Score(
         "surprisal",
-        "The surprisal: how unlikely the token was that was drawn.",
+        "The surprisal: how unlikely the drawn token was.",
         "−ln p",
         "Shannon (1948)",
         lambda log_prob: -log_prob,
@@ -166,7 +166,7 @@ _BUILT_IN = (
     ),
     Score(
         "open_gradient",
-        "The size of the advantage at open choices: a stand-in for the gradient's size.",
+        "The size of the advantage times the entropy: an estimate of the gradient's size.",
         "|A|·H",
         "GMTS, arXiv 2608.30632, at a ratio of 1 and without a KL term",
         lambda advantage, entropy: advantage.abs() * entropy,
@@ -182,7 +182,7 @@ _BUILT_IN = (
     ),
     Score(
         "rsi",
-        "The relative surprisal: how unlikely the token was, relative to what the entropy lets expect.",
+        "The relative surprisal: how unlikely the token was, compared with a typical token at its position.",
         f"−ln p / max(H, {LEAST_ENTROPY:g})",
         "RSI-S, arXiv 2606.31575",
         lambda log_prob, entropy: -log_prob / entropy.clamp(min=LEAST_ENTROPY),
@@ -196,7 +196,7 @@ _BUILT_IN = (
     ),
     Score(
         "mismatch",
-        "The mismatch: how differently the rollout engine and the trainer see the token.",
+        "The mismatch: how far apart the log-probabilities of the rollout engine and of the trainer are.",
         "|ln p − ln p of the rollout|",
         "the log-probability gap of training and inference engines",
         lambda log_prob, rollout_log_prob: (log_prob - rollout_log_prob).abs(),
@@ -211,7 +211,7 @@ _BUILT_IN = (
     ),
     Score(
         "random",
-        "The random number: drawn for each token anew at each step.",
+        "The random number: drawn anew for each token at each step.",
         "uniform in [0, 1)",
         "a control",
         lambda draw: draw,

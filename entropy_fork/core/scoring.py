@@ -15,6 +15,7 @@ from torch import Tensor
 from entropy_fork.core.flat import gather, groups, pieces, row_slices, scatter
 from entropy_fork.core.randomness import drawn
 from entropy_fork.core.scores import Score
+from entropy_fork.core.user_function import in_one_line
 from entropy_fork.core.where import Where
 
 #: the fields that follow from the lengths of the responses and their seeds
@@ -38,6 +39,8 @@ class Tokens:
         seeds: int64, shape (num_responses,): the seed of each response's draws.
         window: int64, shape (num_responses,): responses with the same number are seen together by a function that looks
             at several tokens: those of a mini-batch.
+        in_order: whether a user's function sees the responses of a window in the order of their seeds, whatever their
+            order here. A sum of floats depends on it in its last bits.
     """
 
     fields: Mapping[str, Tensor]
@@ -45,6 +48,7 @@ class Tokens:
     lengths: Tensor
     seeds: Tensor
     window: Tensor
+    in_order: bool = True
 
     def field(self, name: str) -> Tensor:
         """A field, float, shape (num_tokens,).
@@ -65,14 +69,13 @@ class Tokens:
             ValueError: the function fails, does not return one float for each token, or returns one for an eligible
                 token that is not finite. The message names the score.
         """
-        if score.same_as:  # the field itself, not a copy
-            values = self.field(score.same_as)
-            return values if values.dtype == torch.float64 else values.to(torch.float32)
         try:
-            values = self._apply(score.function, score.fields, score.elementwise, torch.float32)
+            if score.same_as:  # the field itself, not a copy
+                values = self.field(score.same_as)
+                return values if values.dtype == torch.float64 else values.to(torch.float32)
+            return self._apply(score.function, score.fields, score.elementwise, score.is_own, torch.float32)
         except ValueError as error:
             raise ValueError(f"score={score.name}: {error}") from error
-        return values
 
     def where(self, where: Where) -> Tensor:
         """Which eligible tokens are in a pool at all: bool, shape (num_tokens,).
@@ -81,12 +84,14 @@ class Tokens:
             ValueError: as :meth:`score`, for answers that must be bool.
         """
         try:
-            return self._apply(where.function, where.fields, where.elementwise, torch.bool) & self.eligible.bool()
+            is_own = not where.elementwise
+            found = self._apply(where.function, where.fields, where.elementwise, is_own, torch.bool)
+            return found & self.eligible.bool()
         except ValueError as error:
             raise ValueError(f"where={where.text}: {error}") from error
 
     def _apply(
-        self, function: Callable[..., Tensor], names: Sequence[str], elementwise: bool, dtype: torch.dtype
+        self, function: Callable[..., Tensor], names: Sequence[str], elementwise: bool, is_own: bool, dtype: torch.dtype
     ) -> Tensor:
         fields = {name: self.field(name) for name in names}
         num_tokens = self.eligible.numel()
@@ -94,26 +99,32 @@ class Tokens:
         eligible = self.eligible.bool()
         if elementwise:
             for piece in pieces(num_tokens):
-                values = _called(function, {name: field[piece] for name, field in fields.items()}, dtype)
+                given = {name: field[piece] for name, field in fields.items()}
+                values = _called(function, given, dtype).to(result.dtype)
                 _check_finite(values, eligible[piece])
                 result[piece] = values
             return result
-        for _, tokens in groups(self.window, self.lengths):
+        for members, slices in groups(self.window, self.lengths):
+            tokens = self._by_seed(members) if is_own and self.in_order else slices
             seen = gather(eligible, tokens)
             if not seen.any():
                 continue
-            everything = bool(seen.all())  # then no copies
+            everything = bool(seen.all())  # then no more copies
             given = {name: gather(field, tokens) for name, field in fields.items()}
             if not everything:
-                given = {name: field[seen] for name, field in given.items()}
-            values = _called(function, given, dtype)
+                given = {name: values[seen] for name, values in given.items()}
+            values = _called(function, given, dtype).to(dtype)
             _check_finite(values)
             if not everything:
-                part = torch.zeros(seen.numel(), dtype=dtype)
-                part[seen] = values.to(dtype)
-                values = part
+                values = torch.zeros(seen.numel(), dtype=dtype).masked_scatter_(seen, values)
             scatter(result, tokens, values)
         return result
+
+    def _by_seed(self, members: Tensor) -> list[slice]:
+        """Where the tokens of some responses are, in the order of the responses' seeds."""
+        ends = self.lengths.cumsum(0)
+        ordered = members[torch.argsort(self.seeds[members])].tolist()
+        return [slice(int(ends[row] - self.lengths[row]), int(ends[row])) for row in ordered]
 
 
 def _called(function: Callable[..., Tensor], fields: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -121,7 +132,7 @@ def _called(function: Callable[..., Tensor], fields: dict[str, Tensor], dtype: t
     try:
         values = function(**fields)
     except Exception as error:  # whatever a user's function raises
-        raise ValueError(f"it raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"it raised {in_one_line(error)}") from error
     if not isinstance(values, Tensor) or values.shape != expected:
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(f"it must return a tensor with one value per token, shape {tuple(expected)}, and gave {got}")
@@ -206,7 +217,8 @@ def _made_up() -> Tokens:
         "rollout_log_prob": -surprisal + noise.flip(0),
         "sum_pi_squared": (-entropy).exp(),
     }
-    return Tokens(fields, torch.ones(34, dtype=torch.bool), lengths, torch.arange(5) + 11, torch.zeros(5).long())
+    ours, seeds, window = torch.ones(34, dtype=torch.bool), torch.arange(5) + 11, torch.zeros(5).long()
+    return Tokens(fields, ours, lengths, seeds, window, in_order=False)
 
 
 def _rows_of(tokens: Tokens, rows: Tensor) -> Tokens:
@@ -217,4 +229,5 @@ def _rows_of(tokens: Tokens, rows: Tensor) -> Tokens:
         return torch.cat([parts[row] for row in rows])
 
     fields = {name: taken(values) for name, values in tokens.fields.items()}
-    return Tokens(fields, taken(tokens.eligible), tokens.lengths[rows], tokens.seeds[rows], tokens.window[rows])
+    eligible, window = taken(tokens.eligible), tokens.window[rows]
+    return Tokens(fields, eligible, tokens.lengths[rows], tokens.seeds[rows], window, in_order=False)

@@ -125,7 +125,10 @@ def select_tokens(
     if not everything:
         finite |= ~mask
     if not finite.all():
-        raise ValueError("the entropy of a response token is not finite: the policy's logits are broken at this step")
+        raise ValueError(
+            "the score of a response token is not finite: if it is the entropy, the policy's logits are broken at this "
+            "step"
+        )
 
     if selector.select in BLIND:
         if row_seeds is None:

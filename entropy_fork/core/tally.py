@@ -33,7 +33,8 @@ METRICS: Mapping[str, str] = {
     "kept_ratio_negative": "The share that was kept of the tokens with an advantage below 0.",
     "responses_without_kept": "The share of the responses in which no token was kept.",
     "overlap_with_old": "With `entropy=current`: the share of the kept tokens that the old entropies keep too.",
-    "overlap_with_SCORE": "With `observe`: the share of the kept tokens that SCORE in the place of `score` keeps too.",
+    "overlap_with_SCORE": "With `observe`: the share of the kept tokens of the pools that SCORE in the place of "
+    "`score` keeps too.",
     "rank_correlation_with_SCORE": "With `observe`: Spearman's correlation of SCORE and `score` over the response "
     "tokens (over a sample of at most 2^17).",
     "responses": "With random draws: the number of responses that have a token in the response mask.",

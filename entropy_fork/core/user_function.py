@@ -15,6 +15,13 @@ def is_import_path(text: str) -> bool:
     return IMPORT_PATH.fullmatch(text) is not None
 
 
+def in_one_line(error: BaseException) -> str:
+    """The class and the message of an error that a user's code raised, in one line of at most 300 characters."""
+    message = "".join(letter if letter.isprintable() else " " for letter in f"{type(error).__name__}: {error}")
+    line = " ".join(message.split())
+    return line if len(line) <= 300 else f"{line[:299]}…"
+
+
 def load_function(path: str, key: str) -> Callable[..., Any]:
     """Import a function.
 
@@ -28,9 +35,9 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises; a script may end itself
         raise ValueError(
-            f"{key}={path}: the module {module_name} cannot be imported ({type(error).__name__}: {error}). It must be "
+            f"{key}={path}: the module {module_name} cannot be imported ({in_one_line(error)}). It must be "
             f"installed, or in the folder that the run starts in, in every process that selects"
         ) from error
     function = getattr(module, name, None)

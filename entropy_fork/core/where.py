@@ -30,6 +30,9 @@ OPERATORS: Mapping[type, Callable[..., Any]] = {
 #: the longest expression
 LONGEST = 500
 
+#: how deep an expression may be nested. Python could parse more, but not compute it with little of its stack left.
+DEEPEST = 50
+
 #: the largest number in an expression
 HIGHEST = 1e30
 
@@ -85,16 +88,31 @@ def check_where(text: str) -> None:
 def _parsed(text: str) -> Where:
     if len(text) > LONGEST:
         raise ValueError(f"it has {len(text)} characters; write at most {LONGEST}, or your own function")
+    if not text.isascii():  # Python reads other letters as the ASCII ones that they look like
+        raise ValueError(f"{next(letter for letter in text if not letter.isascii())!r} is no ASCII character")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError("it cannot be read") from None
+    if _depth(tree) > DEEPEST:
+        raise ValueError(
+            f"it is nested too deeply; nest at most {DEEPEST} parts in each other, or write your own function"
+        )
     names: list[str] = []
     if not _check(tree, names):
         raise ValueError("it is a number, not a condition; compare it with another number")
     if not names:
         raise ValueError(f"it looks at no field; the fields are {', '.join(FIELDS)}")
     return Where(text, tuple(dict.fromkeys(names)), lambda **fields: _evaluate(tree, fields))
+
+
+def _depth(tree: ast.expr) -> int:
+    """How many operators and operands are nested in each other, counted without recursion."""
+    level, depth = [tree], 0
+    while level:
+        children = [child for node in level for child in ast.iter_child_nodes(node)]
+        level, depth = [child for child in children if isinstance(child, ast.expr)], depth + 1
+    return depth
 
 
 def _check(node: ast.AST, names: list[str]) -> bool:

@@ -268,13 +268,8 @@ def own_source(name: str, question: str, answer: str, use: str = TRAIN) -> Sourc
     Raises:
         EntropyForkError: the name is no name of a folder.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise EntropyForkError(
-            f"--name {name!r} must begin with a letter or a digit, and have letters, digits, _, - and . only: it "
-            f"names a folder, and the metrics of validation"
-        )
     return Source(
-        name=name,
+        name=folder_name(name),
         title="your own",
         hub="",
         split="",
@@ -285,6 +280,20 @@ def own_source(name: str, question: str, answer: str, use: str = TRAIN) -> Sourc
         answer=(answer,),
         own=True,
     )
+
+
+def folder_name(name: str) -> str:
+    """The name itself, if it can name a folder.
+
+    Raises:
+        EntropyForkError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise EntropyForkError(
+            f"--name {name!r} must begin with a letter or a digit, and have letters, digits, _, - and . only: it "
+            f"names a folder, and the metrics of validation"
+        )
+    return name
 
 
 def for_evaluation(source: Source) -> Source:

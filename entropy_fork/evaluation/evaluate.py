@@ -35,6 +35,7 @@ from entropy_fork.evaluation.questions import Question, checksum, read_questions
 from entropy_fork.evaluation.statistics import BenchmarkSummary, summarise_benchmark
 from entropy_fork.evaluation.tokenizer import load_tokenizer, tokenizer_checksum
 from entropy_fork.reward import compute_score
+from entropy_fork.reward.convention import convention_of
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -293,7 +294,8 @@ def _answer(
     def scored(generated: Generated) -> ScoredAnswer:
         job, question = generated.job, questions[generated.job.question]
         text = tokenizer.decode(generated.token_ids, skip_special_tokens=True)
-        reward = compute_score(question.data_source, text, question.ground_truth)
+        source = question.data_source
+        reward = compute_score(source, text, question.ground_truth, convention=convention_of(source))
         return ScoredAnswer(
             job.question,
             job.sample,

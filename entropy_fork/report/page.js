@@ -20,10 +20,31 @@
   // The columns of an answer; entropy_fork/report/packed_answers.py: pack writes them.
   async function unpack(answer) {
     const buffer = await inflated(answer.data);
-    const n = answer.tokens;
+    const n = answer.tokens, { advantage, scores } = folderOf(answer);
     const words = (column) => new Uint32Array(buffer, column * 4 * n, n);
-    const bytes = (column) => new Uint8Array(buffer, 16 * n + column * n, n);
-    return { word: words(0), entropy: words(1), surprise: words(2), rank: words(3), first: bytes(0), selected: bytes(1) };
+    const bytes = (column) => new Uint8Array(buffer, (advantage ? 20 : 16) * n + column * n, n);
+    return {
+      word: words(0), entropy: words(1), surprise: words(2), rank: words(3),
+      advantage: advantage ? new Int32Array(buffer, 16 * n, n) : null,
+      selected: bytes(0), firsts: scores.map((_, place) => bytes(1 + place)),
+    };
+  }
+
+  // For each score of a pool its thresholds, and how many of the kept tokens the entropy keeps too; packed_answers.py: pack_pool writes them.
+  async function tablesOf(pool) {
+    if (!pool.tables) {
+      const buffer = await inflated(pool.data), stops = data.ratios.length;
+      const count = data.folders[pool.folder].scores.length;
+      pool.tables = Array.from({ length: count }, (_, place) => {
+        let sum = 0;
+        const grown = new Int32Array(buffer, 4 * (count * (stops + 1) + place * stops), stops);
+        return {
+          threshold: new Float32Array(buffer, 4 * place * (stops + 1), stops + 1),
+          shared: Array.from(grown, (value) => (sum += value)),
+        };
+      });
+    }
+    return pool.tables;
   }
 
   // ---- text ---------------------------------------------------------------------------------------------------------
@@ -53,6 +74,13 @@
   }
 
   const decimal = (units) => (units * data.unit).toFixed(4);
+  const signed = (text) => text.replace("-", "\u2212");
+  const unitOf = (score) => (score.unit ? ` ${score.unit}` : "");
+  // The entropy has four digits behind the point. So have other nats, unless they are so small that nothing would be left.
+  function amount(value, score) {
+    const isFixed = score.unit === "nats" && (score.name === "entropy" || value === 0 || Math.abs(value) >= 0.001);
+    return signed(isFixed ? value.toFixed(4) : String(Number(value.toPrecision(4))));
+  }
   function percent(probability) {
     if (probability >= 0.99995) return ">99.99%";
     return probability >= 0.0001 ? `${(probability * 100).toPrecision(4)}%` : `${(probability * 100).toExponential(2)}%`;
@@ -61,6 +89,7 @@
   // ---- the list of answers ------------------------------------------------------------------------------------------
 
   const poolOf = (answer) => data.pools[answer.pool];
+  const folderOf = (answer) => data.folders[poolOf(answer).folder];
 
   async function textOf(answer) {
     if (answer.text === undefined) {
@@ -143,17 +172,16 @@
   async function show(index) {
     const mine = ++asked;
     const answer = data.answers[index];
-    const columns = await unpack(answer);
+    const [columns, tables] = await Promise.all([unpack(answer), tablesOf(poolOf(answer))]);
     if (mine !== asked) return;
     hide();
-    current = { index, answer, ...columns, spans: [] };
+    current = { index, answer, tables, ...columns, spans: [] };
     const view = document.createDocumentFragment();
     for (let i = 0; i < answer.tokens; i++) {
       const span = document.createElement("span");
       span.className = "token";
       span.dataset.i = i;
       fill(span, data.vocabulary.pieces[columns.word[i]]);
-      span.style.setProperty("--h", Math.min(1, (columns.entropy[i] * data.unit) / data.full).toFixed(3));
       current.spans.push(span);
       view.append(span);
     }
@@ -169,6 +197,7 @@
     at("pool-name").textContent = poolOf(answer).step === null ? "of all tokens of the folder in this page" : "of all tokens of its step in this page";
     at("reader").hidden = false;
     mark();
+    tint();
     recolour();
   }
 
@@ -182,9 +211,30 @@
     at("answer-title").replaceChildren();
   }
 
+  // The score that is chosen: its place among those of the folder, and what is known about it.
+  function chosen() {
+    const folder = folderOf(current.answer), number = Number(at("by").value);
+    const place = folder.scores.indexOf(number);
+    return { place, score: data.scores[number], first: current.firsts[place], table: current.tables[place] };
+  }
+
+  // The colours of the tokens. The page has the entropy itself; of another score it has between which stops of the slider a token is.
+  function tint() {
+    if (!current) return;
+    const { place, score, first, table } = chosen(), { spans, entropy } = current;
+    for (let i = 0; i < spans.length; i++) {
+      const value = place === 0 ? entropy[i] * data.unit : table.threshold[first[i] + 1];
+      const share = (value - score.low) / (score.full - score.low || 1);
+      spans[i].style.setProperty("--h", Math.max(0, Math.min(1, share)).toFixed(3));
+    }
+    at("legend-start").textContent = signed(String(score.low));
+    at("legend-end").textContent = signed(String(score.full)) + unitOf(score);
+    at("about").textContent = [score.sentence, folderOf(current.answer).run].filter(Boolean).map(visible).join(" ");
+  }
+
   function recolour() {
     if (!current) return;
-    const stop = Number(at("ratio").value), { answer, spans, first, selected } = current;
+    const stop = Number(at("ratio").value), { answer, spans, selected } = current, { place, score, first, table } = chosen();
     const pool = poolOf(answer), mode = at("colour").value;
     let kept = 0, trained = 0;
     for (let i = 0; i < spans.length; i++) {
@@ -202,16 +252,22 @@
     const known = selected.some((value) => value <= SELECTED);
     at("counts").textContent =
       `${pool.step === null ? "all shown" : `step ${pool.step}`}: ${number(pool.num_kept[stop])} of ${number(pool.num_tokens)} tokens, ` +
-      `τ = ${pool.threshold[stop].toFixed(4)} nats · this answer: ${number(kept)} of ${number(answer.tokens)} (${share(kept, answer.tokens)})` +
+      `τ = ${amount(table.threshold[stop + 1], score)}${unitOf(score)} · this answer: ${number(kept)} of ${number(answer.tokens)} (${share(kept, answer.tokens)})` +
       (known ? ` · selected when written: ${number(trained)} (${share(trained, answer.tokens)})` : "");
     at("colour").querySelector("[value=trained]").disabled = !known;
+    const correlation = pool.correlation[place];
+    at("agreement").hidden = place === 0;
+    at("agreement").textContent =
+      `${share(table.shared[stop], pool.num_kept[stop])} of the top ${ratio} by ${visible(score.name)} are in the top ${ratio} by entropy` +
+      ` · rank correlation with the entropy: ${correlation === null ? "–" : signed(correlation.toFixed(2))}`;
     if (here >= 0) detail(here);
   }
 
   // ---- one token ----------------------------------------------------------------------------------------------------
 
   function detail(i) {
-    const { answer, spans, word, entropy, surprise, rank, first, selected } = current;
+    const { answer, spans, word, entropy, surprise, rank, advantage, selected } = current;
+    const { place: column, score, first, table } = chosen();
     const stop = Number(at("ratio").value);
     spans[here]?.classList.remove("here");
     here = i;
@@ -221,6 +277,8 @@
       ["token", `${JSON.stringify(visible(data.vocabulary.pieces[word[i]]).slice(0, 200))} (id ${data.vocabulary.ids[word[i]]})`],
       ["entropy", `${decimal(entropy[i])} nats`],
       ["probability", `${percent(probability)} (log-prob ${surprise[i] ? "−" : ""}${decimal(surprise[i])})`],
+      ...(advantage ? [["advantage", signed(decimal(advantage[i]))]] : []),
+      ...(column === 0 ? [] : [[visible(score.name), within(table.threshold[first[i] + 1], table.threshold[first[i]], score)]]),
       ["rank", rank[i] === 0 ? "not computed" : rank[i] === 1 ? "0 (the likeliest)" : `${rank[i] - 1} (so many were likelier)`],
       ["position", `${number(i + 1)} of ${number(answer.tokens)}`],
       [`top ${at("ratio-value").textContent}`, first[i] <= stop ? "kept" : "dropped"],
@@ -234,6 +292,11 @@
     }));
     at("info").hidden = false;
     place(spans[i].getClientRects()[0] ?? spans[i].getBoundingClientRect());
+  }
+
+  function within(low, high, score) {
+    const [from, to] = [amount(low, score), amount(high, score)];
+    return (from === to ? from : `${from} to ${to}`) + unitOf(score);
   }
 
   function place(token) {
@@ -297,18 +360,30 @@
     at("step-field").hidden = !found.length;
   }
 
+  let picked = null; // the name of the score that the reader chose
+  function scores() {
+    const folder = data.folders[Number(at("folder").value)];
+    choices(at("by"), folder.scores.map((number) => [String(number), data.scores[number].name + (number === folder.own ? " (this run\u2019s)" : "")]));
+    at("by").value = folder.scores.find((number) => data.scores[number].name === picked) ?? folder.chosen;
+  }
+
   function move(by) {
     const index = listed[listed.indexOf(current?.index) + by];
     if (index !== undefined) show(index);
   }
 
-  choices(at("folder"), data.folders.map((name, index) => [String(index), name]));
+  choices(at("folder"), data.folders.map((folder, index) => [String(index), folder.name]));
   at("folder-field").hidden = data.folders.length < 2;
   steps();
+  scores();
   at("ratio").max = data.ratios.length - 1;
   at("ratio").value = data.ratios.indexOf(0.2);
-  at("legend-end").textContent = `${data.full} nats`;
-  at("folder").addEventListener("change", () => { steps(); list(); });
+  at("folder").addEventListener("change", () => { steps(); scores(); list(); });
+  at("by").addEventListener("change", () => {
+    picked = data.scores[Number(at("by").value)].name;
+    tint();
+    recolour();
+  });
   for (const id of ["step", "sort"]) at(id).addEventListener("change", list);
   at("search").addEventListener("input", list);
   at("picker").addEventListener("submit", (event) => event.preventDefault());

@@ -23,11 +23,14 @@ from entropy_fork.analysis import plots
 from entropy_fork.analysis.compare import compare
 from entropy_fork.analysis.results import check_installed, comparison_tables, summary_tables
 from entropy_fork.analysis.summary import MIN_COUNT, NUM_TOKENS, summarise
+from entropy_fork.analysis.token_scores import named_scores
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.installing import why_missing
 from entropy_fork.common.output_folder import write_whole
+from entropy_fork.core.scores import Score
 from entropy_fork.report import curves, packed_answers, steps
 from entropy_fork.report.figures import PageFigure, data_uri, file_name, write_files
+from entropy_fork.tokens.store import read_manifest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +75,8 @@ class ReportSettings:
         figures: a folder to which the figures are written as SVG and PNG as well; None for none.
         answers: the page shows at most this many answers of each folder. The figures use all answers.
         title: title of the page.
+        scores: scores that the user asked for: built-in names, or import paths of a user's own. The first one is chosen
+            when the page is opened.
     """
 
     output: Path
@@ -83,6 +88,7 @@ class ReportSettings:
     figures: Path | None = None
     answers: int = 200
     title: str = "Forking tokens"
+    scores: Sequence[str] = ()
 
 
 def write(settings: ReportSettings, note: Callable[[str], None] = lambda _: None) -> Path:
@@ -104,9 +110,12 @@ def write(settings: ReportSettings, note: Callable[[str], None] = lambda _: None
             "there is nothing to report: write --tokens FOLDER (of 'entropy-fork analyze', or of a run with "
             "entropy_fork.dump_every), --run NAME=DIR (a folder of tensorboard files) or --compare FOLDER twice"
         )
+    if settings.scores and not settings.tokens:
+        raise EntropyForkError("--score chooses what the tokens are ranked by: write --tokens FOLDER, or no --score")
     check_installed()
     if settings.runs and find_spec("tensorboard") is None:
         raise EntropyForkError(why_missing(["tensorboard"], "analysis"))
+    scores = named_scores(settings.scores)
     runs = {}
     for name, (_, folder) in zip(_distinct([name for name, _ in settings.runs]), settings.runs, strict=True):
         note(f"reading the curves of {name}")
@@ -115,14 +124,16 @@ def write(settings: ReportSettings, note: Callable[[str], None] = lambda _: None
     folders = []
     for name, folder in zip(names, settings.tokens, strict=True):
         note(f"reading the tokens of {name}")
-        folders.append((name, packed_answers.chosen_answers(folder, settings.answers)))
-    data = packed_answers.packed_folders(folders) if folders else None
+        answers = packed_answers.chosen_answers(folder, settings.answers)
+        folders.append(packed_answers.Folder(name, answers, read_manifest(folder)))
+    data = packed_answers.packed_folders(folders, scores) if folders else None
     sections = []
     slugs = _distinct([file_name(name) or "folder" for name in names])  # for file names, and for links in the page
     for name, slug, folder in zip(names, map(file_name, slugs), settings.tokens, strict=True):
         note(f"summarising the tokens of {name}")
         suffix = "" if len(folders) == 1 else f": {name}"
-        sections += [_entropy_section(slug, folder, suffix, settings.min_count), *_steps_section(slug, folder, suffix)]
+        sections.append(_entropy_section(slug, folder, suffix, settings.min_count, scores))
+        sections += _steps_section(slug, folder, suffix)
     if settings.compare:
         note("comparing checkpoints")
         sections.append(_comparison_section(settings.compare, settings.top_ratio))
@@ -153,8 +164,8 @@ CAPTIONS = {
 }
 
 
-def _entropy_section(slug: str, folder: Path, suffix: str, min_count: int) -> Section:
-    summary = summarise(folder, min_count)
+def _entropy_section(slug: str, folder: Path, suffix: str, min_count: int, scores: Sequence[Score]) -> Section:
+    summary = summarise(folder, min_count, scores=scores)
     tables = [PageTable(table.header, table.rows, title) for title, table in summary_tables(summary, NUM_TOKENS)]
     return Section(f"entropy-{slug}", f"Entropy{suffix}", "", _page_figures(plots.of_summary(summary), slug), tables)
 

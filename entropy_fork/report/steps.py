@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entropy_fork.report.figures import PageFigure, axes, file_name, step_axis
-from entropy_fork.tokens.store import parts, read_part
+from entropy_fork.tokens.store import parts, read_answer_columns, read_part
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,10 +66,7 @@ def read_steps(folder: Path) -> Steps | None:
 
 
 def _steps(folder: Path) -> list[int]:
-    import pyarrow.parquet as pq
-
-    files = [folder / "answers" / f"part-{number:05d}.parquet" for number in parts(folder)]
-    found = {step for file in files for step in pq.read_table(file, columns=["step"]).column("step").to_pylist()}
+    found = {step for number in parts(folder) for step in read_answer_columns(folder, number, "step")[0]}
     return sorted(step for step in found if step is not None)
 
 

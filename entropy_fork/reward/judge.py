@@ -1,4 +1,4 @@
-"""Run math-verify in child processes that can be stopped, so that time and memory of a comparison are limited.
+"""Compare answers in child processes that can be stopped, so that time and memory of a comparison are limited.
 
 Sooner or later a model in training writes ``9^{9^{9^9}}``. To compare it would take longer than the run, inside one C
 function that no exception and no thread can interrupt. math-verify's own time limits are signals, which work only in a
@@ -28,9 +28,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import IO, Any, NamedTuple
+
+from entropy_fork.reward.convention import STRICT, Convention
 
 #: how much longer than its processor time a comparison may take by the clock
 WALL_FACTOR = 4
@@ -43,10 +45,14 @@ class Verdict(NamedTuple):
     """The result of a comparison."""
 
     equal: bool
-    #: whether math-verify made a mathematical object of the answer
+    #: whether the answer was read as words or as mathematics that math-verify's parser takes
     parseable: bool
     #: whether a limit stopped it, or the answer would have been run as code; then the other two are False
     stopped: bool = False
+    #: the rule that decided, in words
+    why: str = ""
+    #: what a scorer that knows half-right answers gave, from 0 to 1; math-verify gives none
+    credit: float = 0.0
 
 
 class JudgeError(RuntimeError):
@@ -56,46 +62,12 @@ class JudgeError(RuntimeError):
 # ---------------------------------------------------------------------------------------------------------- the child
 
 
-# Forms that a reader understands and math-verify 0.9 does not read.
-_REWRITES = [
-    (re.compile(r"(?<!\.)\.$"), ""),  # 25.
-    (re.compile(r"(?<=\d)\\[,; ]\s*(?=\d{3}(?!\d))"), ""),  # 1\,000
-    (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(r"^(-?\d+(?:\.\d+)?)[eE]([+-]?\d+)$"), r"\1\\times 10^{\2}"),  # 1.5e3
-    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
-    (re.compile("°"), r"^\\circ"),
-]
+def compare(answer: str, truth: str, convention: Convention = STRICT) -> Verdict:
+    """Compare two expressions in this process, without any limit. :mod:`entropy_fork.reward.grader` does it."""
+    from entropy_fork.reward.grader import grade
 
-
-def compare(answer: str, truth: str) -> Verdict:
-    """Compare two expressions with math-verify, in this process and without any limit.
-
-    All of the box is read as LaTeX. By default math-verify would look for any number in a box that is not LaTeX.
-    """
-    from math_verify import parse, verify
-
-    found, wanted = (parse(_boxed(text), _whole_box(), parsing_timeout=None) for text in (answer, truth))
-    parseable = any(not isinstance(expression, str) for expression in found)
-    equal = bool(found and wanted) and verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True)
-    return Verdict(bool(equal), parseable)
-
-
-def _boxed(text: str) -> str:
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text.strip())
-    return f"\\boxed{{{text}}}"
-
-
-@cache
-def _whole_box() -> list[Any]:
-    from latex2sympy2_extended.antlr_parser import PSParser
-    from math_verify import LatexExtractionConfig
-
-    # Hydra pins antlr 4.9. The grammar that latex2sympy2_extended 1.11 has for it is older than the code that reads its
-    # trees and calls this method: without it, every percentage fails.
-    if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
-        PSParser.AtomContext.FUNC_GAMMA = lambda self: None
-    return [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
+    graded = grade(answer, truth, convention)
+    return Verdict(graded.equal, graded.parseable, graded.stopped, graded.why)
 
 
 # Where sympy makes code of its own text: numbers of variables, and a table of formulas. What these functions compile
@@ -152,8 +124,23 @@ def _is_harmless() -> bool:
     return False
 
 
-def serve(memory_mib: int) -> None:
-    """Answer the requests on standard input, one line each, until it ends. Runs in the child."""
+def _ready_to_compare() -> None:
+    compare(r"\frac{1}{2}+x", "1")  # imports, and builds the tables of the grammar
+    _refuse_code_from_text()
+
+
+def serve(
+    memory_mib: int,
+    get_ready: Callable[[], None] = _ready_to_compare,
+    judged: Callable[[str, str], Verdict] | None = None,
+) -> None:
+    """Answer the requests on standard input, one line each, until it ends. Runs in the child.
+
+    Args:
+        memory_mib: the limit of its address space.
+        get_ready: called once, within the limit of memory: imports, and refuses code from text from then on.
+        judged: the verdict on an answer and what it is compared with; None: that of :func:`compare`.
+    """
     import logging
     import resource
 
@@ -167,8 +154,7 @@ def serve(memory_mib: int) -> None:
         limit = memory_mib << 20 if hard == resource.RLIM_INFINITY else min(memory_mib << 20, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     logging.disable(logging.CRITICAL)  # math-verify warns at each call that its timeouts are off
-    compare(r"\frac{1}{2}+x", "1")  # imports, and builds the tables of the grammar
-    _refuse_code_from_text()
+    get_ready()
 
     # Caches grow, and near its limit a process would fail the next answer because of earlier ones. So it is replaced
     # when half of the memory that it had left at the start is in use.
@@ -178,16 +164,19 @@ def serve(memory_mib: int) -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)  # nobody reads this pipe any more, and a full one would block
     for line in sys.stdin:
-        answer, truth, seconds = json.loads(line)
+        answer, truth, seconds, *switches = json.loads(line)
         refused_before = _refused
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            verdict = compare(answer, truth)
+            if judged is not None:
+                verdict = judged(answer, truth)
+            else:
+                verdict = compare(answer, truth, *(Convention(*switches) for _ in switches[:1]))
         except (Exception, RecursionError, MemoryError):
             verdict = Verdict(False, False)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        if _refused > refused_before:
-            verdict = Verdict(False, False, stopped=True)
+        if _refused > refused_before and not verdict.equal:  # sympy tries some ways by compiling, and has others
+            verdict = Verdict(False, False, stopped=True, why="text would have become code")
         last = _address_space() > enough
         replies.write(json.dumps([verdict, last]) + "\n")
         if last:
@@ -205,21 +194,23 @@ def _address_space() -> int:
 # --------------------------------------------------------------------------------------------------------- the parent
 
 # The child gets the parent's path, because Ray may have added to it after the start.
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from entropy_fork.reward.judge import serve; serve({})"
-)
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {} import serve; serve({})"
+
+#: the module whose ``serve`` a child runs
+_MATH_VERIFY = "entropy_fork.reward.judge"
 
 
 class _Child:
     """One process, used by one thread at a time."""
 
-    def __init__(self, memory_mib: int) -> None:
+    def __init__(self, memory_mib: int, module: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT.format(memory_mib), json.dumps(sys.path)],
+            [sys.executable, "-c", _BOOT.format(module, memory_mib), json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONHASHSEED": "0"},  # the same verdict in every process
+            # the same verdict in every process; and numpy sets memory aside for each thread
+            env={**os.environ, "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
         )
 
     def wait_until_ready(self) -> None:
@@ -234,14 +225,14 @@ class _Child:
             said = errors.read().decode(errors="replace").strip().splitlines()
             raise JudgeError(
                 f"a process that compares answers ended before it was ready (exit status {self._process.returncode}): "
-                f"{said[-1] if said else 'it said nothing'}. Is math-verify installed, and memory_mib large enough?"
+                f"{said[-1] if said else 'it said nothing'}. Is what it imports installed, and memory_mib large enough?"
             )
 
-    def ask(self, answer: str, truth: str, seconds: float) -> tuple[Verdict | None, bool]:
+    def ask(self, answer: str, truth: str, seconds: float, switches: Convention) -> tuple[Verdict | None, bool]:
         """The verdict, None if the process ended for a reason other than a limit; and whether the child can go on."""
         try:
             pipe = self._pipe(self._process.stdin)
-            pipe.write(json.dumps([answer, truth, seconds]).encode() + b"\n")
+            pipe.write(json.dumps([answer, truth, seconds, *switches]).encode() + b"\n")
             pipe.flush()
             line = self._line(time.monotonic() + WALL_FACTOR * seconds)
         except BrokenPipeError:
@@ -250,7 +241,7 @@ class _Child:
             verdict, last = json.loads(line)
             return Verdict(*verdict), not last
         out_of_time = line is None or self._process.wait() == -signal.SIGPROF
-        return Verdict(False, False, stopped=True) if out_of_time else None, False
+        return Verdict(False, False, stopped=True, why="the limit of time") if out_of_time else None, False
 
     def end(self) -> None:
         """End the process and wait for it, so that no zombie is left."""
@@ -287,17 +278,18 @@ class Judges:
     Args:
         processes: at most this many comparisons at the same time; others wait for their turn.
         memory_mib: address space of one child in MiB.
+        module: the module whose ``serve`` they run.
     """
 
-    def __init__(self, processes: int, memory_mib: int) -> None:
-        self._memory_mib = memory_mib
+    def __init__(self, processes: int, memory_mib: int, module: str = _MATH_VERIFY) -> None:
+        self._memory_mib, self._module = memory_mib, module
         self._turns = threading.Semaphore(processes)
         self._idle: list[_Child] = []
         self._children: set[_Child] = set()
         self._closed = False
         atexit.register(self.close)
 
-    def compare(self, answer: str, truth: str, seconds: float) -> Verdict:
+    def compare(self, answer: str, truth: str, seconds: float, convention: Convention = STRICT) -> Verdict:
         """Compare within ``seconds`` of processor time.
 
         Raises:
@@ -306,16 +298,16 @@ class Judges:
         with self._turns:
             # A process can end without fault of the answer (the kernel had no memory left): try a second time.
             for _ in range(2):
-                verdict = self._compare(answer, truth, seconds)
+                verdict = self._compare(answer, truth, seconds, convention)
                 if verdict is not None:
                     return verdict
-        return Verdict(False, False, stopped=True)
+        return Verdict(False, False, stopped=True, why="the process ended twice")
 
-    def _compare(self, answer: str, truth: str, seconds: float) -> Verdict | None:
+    def _compare(self, answer: str, truth: str, seconds: float, convention: Convention) -> Verdict | None:
         child = self._take()
         usable = False
         try:
-            verdict, usable = child.ask(answer, truth, seconds)
+            verdict, usable = child.ask(answer, truth, seconds, convention)
         finally:  # also if this thread is interrupted between question and answer
             if usable:
                 self._idle.append(child)
@@ -332,7 +324,7 @@ class Judges:
         except IndexError:
             pass
         try:
-            child = _Child(self._memory_mib)
+            child = _Child(self._memory_mib, self._module)
         except OSError as error:
             raise JudgeError(f"a process that compares answers cannot be started: {error}") from error
         self._children.add(child)
@@ -351,16 +343,16 @@ class Judges:
             self._children.pop().end()
 
 
-_pools: dict[tuple[int, int], Judges] = {}
+_pools: dict[tuple[int, int, str], Judges] = {}
 _lock = threading.Lock()
 
 
-def judges(processes: int, memory_mib: int) -> Judges:
-    """The children of this process, of this number and size."""
+def judges(processes: int, memory_mib: int, module: str = _MATH_VERIFY) -> Judges:
+    """The children of this process, of this number, size and module."""
     with _lock:
-        pool = _pools.get((processes, memory_mib))
+        pool = _pools.get((processes, memory_mib, module))
         if pool is None:
-            pool = _pools[processes, memory_mib] = Judges(processes, memory_mib)
+            pool = _pools[processes, memory_mib, module] = Judges(processes, memory_mib, module)
         return pool
 
 

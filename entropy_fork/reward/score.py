@@ -6,9 +6,10 @@ Use it through verl's reward interface, with any reward manager::
     reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.timeout=10      # or memory_mib, processes, max_characters
 
-Two plain numbers are compared here, exactly. math-verify compares everything else (``\\frac{\\sqrt{8}}{2}`` equals
-``\\sqrt2``), in processes with a limit on time and memory, see :mod:`entropy_fork.reward.judge`. So no answer can
-block or end a reward worker, or be run as code. This module imports neither math-verify nor torch.
+Two plain numbers are compared here, exactly. :mod:`entropy_fork.reward.grader` compares everything else
+(``\\frac{\\sqrt{8}}{2}`` equals ``\\sqrt2``), with math-verify, in processes with a limit on time and memory
+(:mod:`entropy_fork.reward.judge`). So no answer can block or end a reward worker, or be run as code. This module
+imports neither math-verify nor torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 from entropy_fork.common.cores import available_cores
 from entropy_fork.common.ground_truth import accepted_answers
+from entropy_fork.reward import reasoning_gym
+from entropy_fork.reward.convention import CONVENTIONS
 from entropy_fork.reward.judge import Verdict, judges
 
 #: processor seconds for one comparison
@@ -100,10 +103,9 @@ def plain_number(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _compare_plain(answer: str, truth: str) -> Verdict | None:
-    """The verdict on two plain numbers; None if math-verify must decide.
+    """The verdict on two plain numbers; None if one could be the other, rounded: then the grader decides.
 
-    math-verify compares integers and fractions exactly, and rounds to six decimals if one side is a decimal. Where this
-    rounding could matter, math-verify decides, so that both ways always give the same verdict.
+    So both ways always give the same verdict.
     """
     if max(len(answer), len(truth)) > _LONGEST_NUMBER:
         return None
@@ -111,9 +113,9 @@ def _compare_plain(answer: str, truth: str) -> Verdict | None:
     if left is None or right is None:
         return None
     difference = abs(left[0] - right[0])
-    if (left[1] or right[1]) and 0 < difference < Fraction(1, 100_000):
+    if left[1] != right[1] and 0 < difference * 100_000 < abs(left[0]) + abs(right[0]):
         return None
-    return Verdict(difference == 0, True)
+    return Verdict(difference == 0, True, why="exact numbers")
 
 
 def compare(
@@ -123,24 +125,25 @@ def compare(
     memory_mib: int = MEMORY_MIB,
     processes: int = PROCESSES,
     max_characters: int = MAX_CHARACTERS,
+    convention: str = "strict",
 ) -> Verdict:
     """Compare the contents of a box with the ground truth; the arguments are those of :func:`compute_score`."""
     answer, truth = answer.strip(), truth.strip()
     if not answer:
-        return Verdict(False, False)
+        return Verdict(False, False, why="nothing in the box")
     if answer == truth:
-        return Verdict(True, True)
+        return Verdict(True, True, why="the same text")
     verdict = _compare_plain(answer, truth)
     if verdict is not None:
         return verdict
     if max(len(answer), len(truth)) > max_characters:
-        return Verdict(False, False)
-    return _judged(answer, truth, timeout, memory_mib, processes)
+        return Verdict(False, False, why="too long to be read")
+    return _judged(answer, truth, timeout, memory_mib, processes, convention)
 
 
 @lru_cache(maxsize=16384)
-def _judged(answer: str, truth: str, timeout: float, memory_mib: int, processes: int) -> Verdict:
-    return judges(processes, memory_mib).compare(answer, truth, timeout)
+def _judged(answer: str, truth: str, timeout: float, memory_mib: int, processes: int, convention: str) -> Verdict:
+    return judges(processes, memory_mib).compare(answer, truth, timeout, CONVENTIONS[convention])
 
 
 def _truths(ground_truth: Any) -> list[str]:
@@ -171,21 +174,25 @@ def compute_score(
     memory_mib: int = MEMORY_MIB,
     processes: int = PROCESSES,
     max_characters: int = MAX_CHARACTERS,
+    convention: str = "strict",
     reward_router_address: str | None = None,
     reward_model_tokenizer: Any = None,
 ) -> dict[str, float]:
     """verl's reward function. May be called by any number of threads.
 
     Args:
-        data_source: of the data row; not used.
+        data_source: of the data row. Rows of ``reasoning_gym/…`` are scored by
+            :mod:`entropy_fork.reward.reasoning_gym`; of others it is not used.
         solution_str: the decoded answer.
         ground_truth: ``reward_model.ground_truth`` of the data row: an expression, a number, or a list of these of
             which any is right. A text may hold such a list as JSON: ``["1", "2"]``.
         extra_info: of the data row; not used.
-        timeout: processor seconds for one comparison by math-verify (at most four times as long by the clock).
+        timeout: processor seconds for one comparison in a process (at most four times as long by the clock).
         memory_mib: address space in MiB of a process that compares.
         processes: how many such processes this reward worker may have.
         max_characters: longer answers are wrong without being parsed.
+        convention: what counts as equal where people differ (units, percent, order): a name of
+            :data:`entropy_fork.reward.convention.CONVENTIONS`.
         reward_router_address: verl gives it if a reward model runs too; not used.
         reward_model_tokenizer: the same.
 
@@ -193,13 +200,14 @@ def compute_score(
         The same keys for every answer, as verl requires, each 0.0 or 1.0:
 
         - ``score`` and ``acc``: whether the answer is right.
-        - ``format``: whether it has a complete box that can be parsed. Its contents are not empty, and math-verify
-          makes a mathematical object of them within the limits, or they are exactly the characters of the ground truth.
+        - ``format``: whether it has a complete box that can be parsed. Its contents are not empty, and they are words
+          or mathematics that can be read within the limits, or exactly the characters of the ground truth.
         - ``stopped``: whether a limit ended the comparison, or the answer would have been run as code. Such an answer
           counts as wrong and as not parseable.
 
     Raises:
-        ValueError: the ground truth is not something to compare with, or a limit is not a positive number.
+        ValueError: the ground truth is not something to compare with, a limit is not a positive number, or there is no
+            such convention.
         JudgeError: the processes cannot be started, or not with so little memory.
     """
     for name, limit in {
@@ -207,11 +215,19 @@ def compute_score(
     }.items():  # fmt: skip
         if limit <= 0:
             raise ValueError(f"reward.custom_reward_function.reward_kwargs.{name} must be positive, not {limit}")
-    truths = _truths(ground_truth)
+    if convention not in CONVENTIONS:
+        raise ValueError(
+            f"reward.custom_reward_function.reward_kwargs.convention must be one of {', '.join(CONVENTIONS)}, "
+            f"not {convention!r}"
+        )
     answer = last_boxed(solution_str)
-    verdicts = (
-        [] if answer is None else [compare(answer, t, timeout, memory_mib, processes, max_characters) for t in truths]
-    )
+    if str(data_source).startswith(reasoning_gym.PREFIX):
+        limits = (timeout, memory_mib, processes, max_characters)
+        return reasoning_gym.score_box(data_source, answer, ground_truth, *limits)
+    truths = _truths(ground_truth)
+    verdicts = [] if answer is None else [
+        compare(answer, truth, timeout, memory_mib, processes, max_characters, convention) for truth in truths
+    ]  # fmt: skip
     right = float(any(verdict.equal for verdict in verdicts))
     return {
         "score": right,

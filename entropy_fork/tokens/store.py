@@ -8,6 +8,9 @@
 
 Part n of both tables has the same answers. A part counts when both of its files exist under their final names, so a
 process that is killed leaves only whole parts behind. One part is in memory at a time.
+
+A part may lack the columns :data:`OPTIONAL`, as all parts of older versions do. Readers take the columns that they know
+by name, so an older version reads newer parts too.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +33,9 @@ from entropy_fork.common.output_folder import write_whole
 
 FORMAT = 1
 MANIFEST, ANSWERS, TOKENS = "manifest.json", "answers", "tokens"
+
+#: float32 columns that a part has only where they are known: what scores other than the entropy are made of
+OPTIONAL = ("advantage", "ref_log_prob", "rollout_log_prob", "sum_pi_squared")
 
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 
@@ -49,6 +56,10 @@ class AnswerTokens:
         step: step of a training run; None for other tokens.
         data_source, ground_truth, score, truncated: as in verl's data and rewards; None if unknown.
         prompt_ids: int32, shape (prompt tokens,): the prompt as the model read it; None if only its text is known.
+        advantage: float32, as verl computed it; None if it is not known, as for the three below.
+        ref_log_prob, rollout_log_prob: float32, nats: the token's log-probability under the reference policy, and in
+            the rollout engine.
+        sum_pi_squared: float32: the sum of the squared probabilities of all tokens that could have come next.
 
     Raises:
         ValueError: columns have different lengths.
@@ -69,6 +80,10 @@ class AnswerTokens:
     score: float | None = None
     truncated: bool | None = None
     prompt_ids: np.ndarray | None = None
+    advantage: np.ndarray | None = None
+    ref_log_prob: np.ndarray | None = None
+    rollout_log_prob: np.ndarray | None = None
+    sum_pi_squared: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(column) for name, column in self._columns().items()}
@@ -76,8 +91,10 @@ class AnswerTokens:
             raise ValueError(f"answer {self.answer}: columns have different lengths: {lengths}")
 
     def _columns(self) -> dict[str, Any]:
-        names = ("token_ids", "pieces", "entropy", "log_prob", "rank", "selected")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in _PER_TOKEN if getattr(self, name) is not None}
+
+
+_PER_TOKEN = ("token_ids", "pieces", "entropy", "log_prob", "rank", "selected", *OPTIONAL)
 
 
 def write_part(folder: Path, number: int, answers: Sequence[AnswerTokens]) -> None:
@@ -93,7 +110,8 @@ def write_part(folder: Path, number: int, answers: Sequence[AnswerTokens]) -> No
     if len(set(ids)) < len(ids):
         raise ValueError(f"part {number} of {folder} has two answers with the same id")
     lengths = np.array([len(answer.token_ids) for answer in answers], dtype=np.int64)
-    answer_schema, token_schema = _schemas()
+    known = [name for name in OPTIONAL if any(getattr(answer, name) is not None for answer in answers)]
+    answer_schema, token_schema = _schemas(tuple(known))
 
     def joined(name: str) -> Any:
         field = token_schema.field(name)
@@ -150,8 +168,9 @@ def read_part(folder: Path, number: int) -> list[AnswerTokens]:
             f"part {number} of {folder}: the tokens are not those of its answers, sorted by (answer, position): delete "
             f"both of its files and repeat the command that wrote them"
         )
-    names = ("token_ids", "pieces", "entropy", "log_prob", "rank", "selected")
-    columns = {name: table.column({"token_ids": "token_id", "pieces": "piece"}.get(name, name)) for name in names}
+    in_file = {name: {"token_ids": "token_id", "pieces": "piece"}.get(name, name) for name in _PER_TOKEN}
+    there = set(table.column_names)
+    columns = {name: table.column(other) for name, other in in_file.items() if other in there or name not in OPTIONAL}
     found = []
     for row, start in zip(answers, [0, *ends], strict=False):
         length, prompt_ids = row.pop("tokens"), row.pop("prompt_ids")
@@ -168,6 +187,40 @@ def read_columns(folder: Path, number: int, *names: str) -> list[np.ndarray]:
     """
     table = _read(_file(folder, TOKENS, number), list(names))
     return [table.column(name).to_numpy() for name in names]
+
+
+def known_columns(folder: Path, names: Sequence[str]) -> list[str]:
+    """The columns that have a value for every token of a folder.
+
+    A folder that several versions of this package wrote may have a column in some parts only.
+
+    Args:
+        folder: of tokens.
+        names: columns of the token table.
+    """
+    import pyarrow.compute as pc
+
+    known = list(names)
+    for number in parts(folder):
+        file = _file(folder, TOKENS, number)
+        size, there = _rows_and_columns(file)
+        if size:  # a part without tokens lacks nothing
+            known = [name for name in known if name in there]
+            table = _read(file, known)
+            known = [name for name in known if not pc.any(pc.is_null(table.column(name))).as_py()]
+    return known
+
+
+def read_answer_columns(folder: Path, number: int, *names: str) -> list[list[Any]]:
+    """Some columns of the answer table of one part, each a list with one value per answer.
+
+    Args:
+        folder: of tokens.
+        number: of the part.
+        names: columns: ``answer``, ``step``, ``tokens``, …
+    """
+    table = _read(_file(folder, ANSWERS, number), list(names))
+    return [table.column(name).to_pylist() for name in names]
 
 
 def parts(folder: Path) -> list[int]:
@@ -295,7 +348,8 @@ codecs.register_error(_SHOWN, _show_bytes)
 
 
 @cache
-def _schemas() -> tuple[Any, Any]:
+def _schemas(optional: tuple[str, ...] = ()) -> tuple[Any, Any]:
+    """The columns of both tables. ``optional``: those of :data:`OPTIONAL` that the part has."""
     import pyarrow as pa
 
     answers = pa.schema(
@@ -322,6 +376,7 @@ def _schemas() -> tuple[Any, Any]:
             pa.field("log_prob", pa.float32(), nullable=False),
             ("rank", pa.int32()),
             ("selected", pa.bool_()),
+            *((name, pa.float32()) for name in optional),
         ]
     )
     return answers, tokens
@@ -370,8 +425,22 @@ def _write(table: Any, file: Path) -> None:
 def _read(file: Path, columns: list[str] | None = None) -> Any:
     import pyarrow.parquet as pq
 
-    try:
+    with _readable(file):
         return pq.read_table(file, columns=columns)
+
+
+def _rows_and_columns(file: Path) -> tuple[int, list[str]]:
+    import pyarrow.parquet as pq
+
+    with _readable(file):
+        found = pq.read_metadata(file)
+    return found.num_rows, list(found.schema.names)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise EntropyForkError(
             f"{file} cannot be read ({error}): delete it and repeat the command that wrote it"

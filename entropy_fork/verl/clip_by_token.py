@@ -14,6 +14,8 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils.torch_functional import masked_mean
 
+from entropy_fork.common.errors import EntropyForkError
+
 
 def clipped_by_token(
     old_log_prob: Tensor,
@@ -36,13 +38,19 @@ def clipped_by_token(
         config: verl's ``ActorConfig``, for ``clip_ratio_c`` and the sizes of the whole mini-batch.
         rollout_is_weights: float, same shape: multiplied into the loss of each token.
         bounds: the lowest and the highest ratio of each token: two tensors, float32, same shape.
+
+    Raises:
+        EntropyForkError: ``clip_ratio_c`` is not above 1, which verl refuses too.
     """
+    dual = config.get("clip_ratio_c", 3.0)
+    if not dual > 1.0:
+        raise EntropyForkError(f"actor.clip_ratio_c must be above 1, got {dual}; verl's default is 3.0")
     log_ratio = (log_prob - old_log_prob).clamp(min=-20.0, max=20.0)  # as verl does, against overflow
     ratio = log_ratio.exp()
     lowest, highest = (bound.to(ratio.dtype) for bound in bounds)
     plain, clipped = -advantages * ratio, -advantages * torch.clamp(ratio, lowest, highest)
     larger = torch.maximum(plain, clipped)
-    limit = -advantages * config.get("clip_ratio_c", 3.0)  # PPO's second clip, for negative advantages
+    limit = -advantages * dual  # PPO's second clip, for negative advantages
     losses = torch.where(advantages < 0, torch.min(limit, larger), larger) * rollout_is_weights
     loss = agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info)
     below = torch.gt(larger, limit) * (advantages < 0).float()

@@ -13,7 +13,7 @@ with the batch, and the engine (see ``engine.py``) makes the mask before each gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -49,9 +49,8 @@ ROW_IDENTITY = "entropy_fork_row_identity"
 KEPT_TOKENS = "entropy_fork_kept"
 #: the field that the driver writes if it has selected with ``use=weight``: the factor of each kept token, else NaN
 FACTORS = "entropy_fork_factors"
-
-#: the field that the driver writes if it has selected with ``weight=soft``: the score that each token is weighed by
-WEIGHED_BY = "entropy_fork_weighed_by"
+#: the field that the driver writes if it has selected with ``weight=soft``: the score that each kept token weighs by
+SOFT_SCORES = "entropy_fork_soft_scores"
 
 #: verl's field for each field of the scores (``core/scores.py: FIELDS``)
 VERLS_FIELDS: Mapping[str, str] = {
@@ -94,6 +93,10 @@ class GradientStep:
             data[ROW] = torch.arange(len(data), device=data["response_mask"].device)
             self._micro_batches = _cut(engine, data)
         self._next_micro_batch = 0
+        self._score = score_of(rule.score) if rule.needs_score and rule.score != "entropy" else None
+        self._where = where_of(rule.where) if rule.where else None
+        parts = [part for part in (self._score, self._where) if part is not None]
+        self._read = {"entropy", *(name for part in parts for name in part.fields)}
         if self.in_loss:
             self._counts = self._counts_of(data["response_mask"])
         else:
@@ -104,12 +107,8 @@ class GradientStep:
         if self.rule.pool == "micro_batch":
             self._check_micro_batch(data)
         if self.in_loss:
-            mask = data["response_mask"]
-            current = {
-                "entropy": response_from_nested(model_output.pop(ENTROPY_OF_MASK), mask).values().cpu(),
-                "log_prob": response_from_nested(model_output["log_probs"].detach(), mask).values().cpu(),
-            }
-            _multiply_into(data, self._weights_in_loss(data, current))
+            current = {**model_output, "entropy": model_output.pop(ENTROPY_OF_MASK)}
+            _multiply_into(data, self._weights_in_loss(data, self._fields_of(current, data)))
         with weights_written():
             return self.loss_function(model_output=model_output, data=data, dp_group=dp_group)
 
@@ -136,7 +135,7 @@ class GradientStep:
         else:
             raise EntropyForkError(f"a mask was asked for, but the batch has no entropies in {process_name()}.")
         if KEPT_TOKENS in data:
-            factors, score = (data[name].values().cpu() if name in data else None for name in (FACTORS, WEIGHED_BY))
+            factors, score = (data[name].values().cpu() if name in data else None for name in (FACTORS, SOFT_SCORES))
             choice = Choice(data[KEPT_TOKENS].values().cpu().bool(), [], factors, score)
         else:
             choice = self._choose(responses)
@@ -151,8 +150,9 @@ class GradientStep:
     def _weights_in_loss(self, data: TensorDict, current: dict[str, Tensor]) -> Tensor:
         responses = self._scored(data, current)
         one_pool = torch.zeros_like(responses.lengths)
-        choice = choose(responses, one_pool, self.rule)
-        by_old = choose(self._scored(data, {}), one_pool, self.rule).kept if "entropy" in data else None
+        with named_process():
+            choice = choose(responses, one_pool, self.rule)
+            by_old = choose(self._scored(data, {}), one_pool, self.rule).kept if "entropy" in data else None
         self._count(data, responses, choice, by_old)
         return self._weigh(responses, choice, self._counts)
 
@@ -167,27 +167,24 @@ class GradientStep:
             score: whether the rule still has to be applied.
         """
         mask = data["response_mask"]
-        needed = score_of(self.rule.score) if self.rule.needs_score and self.rule.score != "entropy" else None
-        where = where_of(self.rule.where) if self.rule.where else None
-        read = {"entropy", *(needed.fields if needed else ()), *(where.fields if where else ())}
+        needed, where = self._score, self._where
         given = {
             name: (response_from_nested(data[key], mask) if name == "sum_pi_squared" else data[key]).values().cpu()
             for name, key in VERLS_FIELDS.items()
-            if name in read and key in data
-        }
-        given |= {name: values for name, values in current.items() if name in read}
+            if name in self._read and key in data
+        } | current
         sizes = {name: values.numel() for name, values in given.items()}
         if any(size != mask.values().numel() for size in sizes.values()):
             raise EntropyForkError(f"{sizes} values for {mask.values().numel()} response tokens")
         order, seeds = data[ROW_IDENTITY].values().cpu().view(-1, 2).unbind(1)
         eligible, lengths = mask.values().cpu(), mask.offsets().diff().cpu()
         responses = Responses(given["entropy"], eligible, lengths, order, seeds)
-        if not score:
+        if not score or (needed is None and where is None):
             return responses
         tokens, mine = Tokens(given, eligible, lengths, seeds, torch.zeros_like(lengths)), slice(None)
         if any(part is not None and not part.elementwise for part in (needed, where)):
             tokens, mine = gather_tokens(tokens, self.ranks)
-        with named_process():
+        with named_process(), nullcontext() if self.in_loss else self.ranks.fail_together():
             if where is not None:
                 responses = replace(responses, candidates=tokens.where(where)[mine])
             if needed is not None:
@@ -201,8 +198,9 @@ class GradientStep:
             micro_batch = torch.zeros_like(responses.lengths)
             for number, members in enumerate(self._micro_batches):
                 micro_batch[members] = number
-            one_mini_batch = torch.zeros_like(responses.lengths)
-            return choose(responses, pool_of_responses(self.rule.pool, one_mini_batch, micro_batch), self.rule)
+            pool = pool_of_responses(self.rule.pool, torch.zeros_like(responses.lengths), micro_batch)
+            with self.ranks.fail_together():
+                return choose(responses, pool, self.rule)
 
     def _weigh(self, responses: Responses, choice: Choice, counts: Counts) -> Tensor:
         if self.rule.use != "mask":
@@ -233,9 +231,14 @@ class GradientStep:
         tu.assign_non_tensor(asked, calculate_entropy=True, **{HEAD: head if head == EVERYWHERE else AT_RESPONSES})
         with _without_training(self._engine):
             output = self._engine.infer_batch(asked)["model_output"]
+        return self._fields_of(output, data)
+
+    def _fields_of(self, model_output: Mapping[str, Any], data: TensorDict) -> dict[str, Tensor]:
+        """The fields of the current policy that the rule reads, from what verl's engine gives for whole rows."""
         return {
-            name: response_from_nested(output[key], data["response_mask"]).values().cpu()
+            name: response_from_nested(model_output[key].detach(), data["response_mask"]).values().cpu()
             for name, key in (("entropy", "entropy"), ("log_prob", "log_probs"))
+            if name in self._read
         }
 
     def _counts_of(self, response_mask: Tensor) -> Counts:

@@ -43,8 +43,8 @@ from entropy_fork.verl.gradient_step import (
     KEPT_TOKENS,
     ROW_IDENTITY,
     RULE,
+    SOFT_SCORES,
     VERLS_FIELDS,
-    WEIGHED_BY,
     tally_of,
 )
 from entropy_fork.verl.policy_loss import CLIP_HIGHEST, CLIP_LOWEST, CLIPPED, WEIGHED
@@ -79,9 +79,9 @@ class BatchFields(Mapping[str, Tensor]):
             self._known[name] = field.values
         return self._known[name]
 
-    def keep_only(self, name: str) -> None:
-        """Free the other fields."""
-        self._known = {name: self._known[name]}
+    def forget(self) -> None:
+        """Free the fields that only a score needs: all but the entropy and the advantage."""
+        self._known = {name: values for name, values in self._known.items() if name in ("entropy", "advantage")}
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, of_verl in VERLS_FIELDS.items() if name in self._known or of_verl in self._batch)
@@ -114,12 +114,12 @@ class Masking(ABC):
 
     Attributes:
         in_worker: whether the worker's engine must make, or apply, the selection.
-        selected_field: the field of the batch on the driver that is 0 for a dropped token and not 0 for a kept one;
-            None if there is no such field.
+        selected_field: the field of the batch on the driver that is not 0 for a kept token and 0 for any other; None
+            if there is no such field.
     """
 
     in_worker: ClassVar[bool]
-    selected_field: ClassVar[str | None]
+    selected_field: str | None = None
 
     def __init__(self, config: Any, fork_config: EntropyForkConfig):
         self.fork_config = fork_config
@@ -203,14 +203,14 @@ class Masking(ABC):
         with named_process():
             if rule.where:
                 responses = replace(responses, candidates=tokens.where(where_of(rule.where)))
-            if rule.needs_score and rule.score != "entropy":
+            if rule.score != "entropy" and (rule.needs_score or self.fork_config.observe):
                 responses = replace(responses, score=tokens.score(score_of(rule.score)))
             if not self.fork_config.observe:
-                fields.keep_only("entropy")
+                fields.forget()
             choice = choose(responses, pool, rule)
             for name in self.fork_config.observe:
                 _observe(name, tokens, responses, choice, pool, rule, metrics)
-        fields.keep_only("entropy")
+        fields.forget()
         tally = Tally.of(
             choice.kept,
             responses.entropy,
@@ -233,10 +233,10 @@ class SelectOnDriver(Masking):
     """
 
     in_worker = False
-    selected_field = WEIGHTS
 
     def __init__(self, config: Any, fork_config: EntropyForkConfig):
         super().__init__(config, fork_config)
+        self.selected_field = WEIGHTS if fork_config.use == "mask" else KEPT_TOKENS
         self._num_dropped = 0  # tokens of the last batch that were given the weight 0
         self._num_weighed = 0  # tokens of the last batch that were given another weight than 1
 
@@ -257,6 +257,8 @@ class SelectOnDriver(Masking):
             assert choice.score is not None
             lowest, highest = clip_bounds(choice.factors, choice.score, rule, low, high)
             written |= {CLIP_LOWEST: FlatField(lowest, offsets), CLIP_HIGHEST: FlatField(highest, offsets)}
+        if rule.use != "mask" and self.fork_config.dump_every:  # for the dump; with a mask, the weights say it
+            written[KEPT_TOKENS] = FlatField(choice.kept.to(torch.uint8), offsets)
         weights = weigh_mini_batches(responses, choice, mini_batch, rule)
         num_tokens = int(tally.num_tokens)
         del responses, choice
@@ -300,7 +302,6 @@ class SelectInWorker(Masking):
     """The worker selects and writes the token weights, at each gradient step. It is told who each row is."""
 
     in_worker = True
-    selected_field: ClassVar[str | None] = None
 
     def fields_to_write(self, batch: QueuedBatch, update: Update, metrics: dict[str, float]) -> dict[str, FlatField]:
         """The order and the seed of each row."""
@@ -341,7 +342,7 @@ class SelectOnDriverWeighInWorker(SelectInWorker):
         if choice.factors is not None:
             written[FACTORS] = FlatField(choice.factors, offsets)
         elif choice.score is not None:
-            written[WEIGHED_BY] = FlatField(choice.score.to(torch.float32), offsets)
+            written[SOFT_SCORES] = FlatField(choice.score, offsets)
         return written
 
     def metrics_of_update(self, returned: dict[str, float], num_rows: int, step: int) -> dict[str, float]:
@@ -414,8 +415,9 @@ def _observe(
     """Add how a score that is not trained on compares with the one that is."""
     other = tokens.score(score_of(name))
     sample = sample_of(responses.in_pools, responses.lengths, responses.seeds)
+    kept = choice.kept & responses.in_pools.bool()
     compared = {
-        f"overlap_with_{name}": overlap(replace(responses, score=other), choice.kept, pool, rule.selector),
+        f"overlap_with_{name}": overlap(replace(responses, score=other), kept, pool, rule.selector),
         f"rank_correlation_with_{name}": rank_correlation(responses.ranked_by[sample], other[sample]),
     }
     _add(metrics, {key: value for key, value in compared.items() if not math.isnan(value)})

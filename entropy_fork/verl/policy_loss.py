@@ -26,7 +26,9 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.utils import tensordict_utils as tu
 
 from entropy_fork.common.errors import EntropyForkError, process_name
-from entropy_fork.verl.clip_by_token import clipped_by_token
+
+# A module, not a name: if it has caused this import, it is only half imported.
+from entropy_fork.verl import clip_by_token
 from entropy_fork.verl.config import MASKABLE_LOSSES, NODE, guarded_name
 
 #: the flag of a batch whose token weights the driver has written
@@ -127,7 +129,7 @@ def _guarded(name: str) -> Callable[..., Any]:
             "rollout_is_weights": rollout_is_weights,
         }
         if bounds is not None:
-            loss, metrics = clipped_by_token(**arguments, bounds=bounds)
+            loss, metrics = clip_by_token.clipped_by_token(**arguments, bounds=bounds)
         else:  # Looked up at every call: if somebody registers another loss under verl's name, that one is used.
             loss, metrics = get_policy_loss_fn(name)(**arguments)
         kept = (rollout_is_weights != 0) & response_mask.bool()

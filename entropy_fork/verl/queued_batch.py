@@ -50,10 +50,9 @@ class FlatField(NamedTuple):
             offsets: int64, shape (num_rows + 1,): where each response begins and ends.
         """
         values = self.values.new_empty(int(offsets[-1]))
-        for begin, end, end_of_row in zip(
-            *(o.tolist() for o in (offsets[:-1], offsets[1:], self.offsets[1:])), strict=True
-        ):
-            values[begin:end] = self.values[end_of_row - 1 - (end - begin) : end_of_row - 1]
+        ends = zip(offsets[:-1].tolist(), offsets[1:].tolist(), self.offsets[1:].tolist(), strict=True)
+        for start, end, end_of_row in ends:  # row by row, because a number per token for its place would take more
+            values[start:end] = self.values[end_of_row - 1 - (end - start) : end_of_row - 1]
         return FlatField(values, offsets)
 
 

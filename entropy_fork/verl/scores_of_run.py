@@ -13,6 +13,9 @@ from entropy_fork.core.user_function import is_import_path
 from entropy_fork.core.where import Where, where_of
 from entropy_fork.verl.config import NODE, EntropyForkConfig, plain_name
 
+#: verl's engines that compute Σπ² if the batch asks for it (``calculate_sum_pi_squared``)
+WITH_SUM_PI_SQUARED = ("fsdp", "fsdp2", "megatron")
+
 
 def scores_read(fork_config: EntropyForkConfig) -> list[Score]:
     """The scores that a run computes: the one that it trains on first, then the observed ones.
@@ -76,8 +79,10 @@ def _missing(
             "the rollout's log-probabilities. Write actor_rollout_ref.rollout.calculate_log_probs=True",
         ),
         "sum_pi_squared": (
-            not OmegaConf.select(config, "actor_rollout_ref.model.use_fused_kernels", default=False),
-            "logits, which verl's fused kernels do not make. Write actor_rollout_ref.model.use_fused_kernels=False",
+            actor.strategy in WITH_SUM_PI_SQUARED
+            and not OmegaConf.select(config, "actor_rollout_ref.model.use_fused_kernels", default=False),
+            f"an engine that computes it ({', '.join(WITH_SUM_PI_SQUARED)}), without verl's fused kernels. Write "
+            f"actor_rollout_ref.actor.strategy=fsdp2 and actor_rollout_ref.model.use_fused_kernels=False",
         ),
     }
     readers = {f"score={score.name}": score.fields for score in scores}

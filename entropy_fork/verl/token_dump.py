@@ -19,6 +19,7 @@ from entropy_fork.common.errors import EntropyForkError, process_name
 from entropy_fork.common.verl_types import BatchDescription
 from entropy_fork.tokens.store import (
     MANIFEST,
+    OPTIONAL,
     AnswerTokens,
     delete_part,
     parts,
@@ -28,11 +29,18 @@ from entropy_fork.tokens.store import (
     write_part,
 )
 from entropy_fork.verl.config import ANSWERS_PER_STEP, EntropyForkConfig, read_node
+from entropy_fork.verl.gradient_step import VERLS_FIELDS
 from entropy_fork.verl.masking import Masking
 from entropy_fork.verl.queued_batch import QueuedBatch
 
+#: keys of the rule that say by which score, among which tokens, for what, and whether as a control. The manifest names
+#: them; null means that the run trains on every token
+OF_RULE = ("score", "where", "use", "control")
+
 #: fields with one number per token: the tokens, whether the policy wrote them, the entropies, the log-probs
 PER_TOKEN = ("responses", "response_mask", "entropy", "old_log_probs")
+#: fields with one number per token that a batch need not have, by their column in the dump
+PER_TOKEN_IF_THERE = {name: VERLS_FIELDS[name] for name in OPTIONAL}
 #: the other fields of an answer
 PER_ANSWER = ("prompts", "rm_scores", "reward_model", "data_source")
 
@@ -77,6 +85,7 @@ class TokenDump:
             "temperature": float(model.rollout.temperature),
             "top_ratio": fork_config.top_ratio if fork_config.enabled else 1.0,
             "select": fork_config.select if fork_config.enabled else "all",
+            **{key: getattr(fork_config, key) if fork_config.enabled else None for key in OF_RULE},
             "entropy": fork_config.entropy,
             "pool": fork_config.pool,
             "threshold": None,  # one per step and pool: the metric entropy_fork/threshold
@@ -120,7 +129,8 @@ class TokenDump:
 
     def _answers(self, batch: QueuedBatch, step: int, tokenizer: Any) -> list[AnswerTokens]:
         selected_field = self._masking.selected_field if self._masking is not None else None
-        names = [*PER_TOKEN, *PER_ANSWER, *([selected_field] if selected_field else [])]
+        if_there = {column: field for column, field in PER_TOKEN_IF_THERE.items() if field in batch}
+        names = [*PER_TOKEN, *PER_ANSWER, *if_there.values(), *([selected_field] if selected_field else [])]
         columns = batch.fetch_rows(names, self._rows(batch))
         if "entropy" not in columns:
             raise EntropyForkError(
@@ -151,6 +161,7 @@ class TokenDump:
                     score=None if scores is None else float(scores.sum()),
                     truncated=len(ours) >= longest and int(token_ids[-1]) != tokenizer.eos_token_id,
                     prompt_ids=prompt_ids,
+                    **{column: _of_response(values.get(field), column, ours) for column, field in if_there.items()},
                 )
             )
         return answers
@@ -161,6 +172,21 @@ class TokenDump:
         real = [row for row in range(len(identities)) if not is_padding[row]]
         real.sort(key=lambda row: (identities[row].session, identities[row].output, identities[row]))
         return real[: self._fork_config.dump_answers]
+
+
+def _of_response(values: np.ndarray | None, column: str, ours: np.ndarray) -> np.ndarray | None:
+    """The values of the tokens that the policy wrote; None if there are none, or not one for each response token.
+
+    Args:
+        values: float32, of one row of the batch; None if the batch does not have the field.
+        column: of the dump.
+        ours: bool, shape (response tokens,): the response mask.
+    """
+    if (
+        values is not None and column == "sum_pi_squared"
+    ):  # verl writes it for whole rows, one position before the token
+        values = values[-len(ours) - 1 : -1]
+    return None if values is None or values.shape != ours.shape else values[ours]
 
 
 def _as_numpy(value: Any) -> Any:

@@ -63,26 +63,32 @@ def by_score(name: str, words: str, colour: str) -> Arm:
 
 ALL = Arm("all", "all tokens", ("entropy_fork=off",), "black")
 TOP20 = Arm("top20", "highest 20% by entropy", ("entropy_fork=global",), "C3")
-#: what is compared: how many tokens by entropy, or which fifth by other scores
+BOTTOM80 = Arm("bottom80", "lowest 80% by entropy", ("entropy_fork=bottom80",), "C0")
+RANDOM20 = Arm("random20", "20% drawn by lot", ("entropy_fork=random20",), "C2")
+MATCHED = Arm("matched", "as many per answer as top20, by lot", ("entropy_fork=matched_random",), "C7")
+SURPRISAL = by_score("surprisal", "surprisal", "C1")
+GRADIENT = by_score("gradient", "gradient magnitude", "C4")
+#: what is compared: how many tokens by entropy, which fifth by other scores, or a fifth against its controls
 QUESTIONS = {
     "ratios": [
         ALL,
         Arm("top50", "highest 50% by entropy", ("entropy_fork=global", "entropy_fork.top_ratio=0.5"), "C1"),
         TOP20,
         Arm("top10", "highest 10% by entropy", ("entropy_fork=global", "entropy_fork.top_ratio=0.1"), "C4"),
-        Arm("bottom80", "lowest 80% by entropy", ("entropy_fork=bottom80",), "C0"),
-        Arm("random20", "20% drawn by lot", ("entropy_fork=random20",), "C2"),
+        BOTTOM80,
+        RANDOM20,
     ],
     "scores": [
         ALL,
         TOP20,
-        by_score("surprisal", "surprisal", "C1"),
+        SURPRISAL,
         by_score("covariance", "covariance", "C2"),
-        by_score("gradient", "gradient magnitude", "C4"),
+        GRADIENT,
         by_score("rsi", "relative surprisal", "C5"),
         by_score("omega", "change of entropy", "C6"),
-        Arm("matched", "as many per answer as top20, by lot", ("entropy_fork=matched_random",), "C7"),
+        MATCHED,
     ],
+    "controls": [ALL, TOP20, MATCHED, RANDOM20, BOTTOM80, SURPRISAL, GRADIENT],
 }
 
 
@@ -115,7 +121,9 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def train_once(arm: Arm, seed: int, world: Path, folder: Path, steps: int, extra: list[str]) -> Trained:
+def train_once(
+    arm: Arm, seed: int, world: Path, folder: Path, steps: int, test_every: int, extra: list[str]
+) -> Trained:
     """Make one run. ``metrics.json`` is written only if the log has the metrics of every step."""
     output = folder / f"{arm.name}-seed{seed}"
     output.mkdir(parents=True, exist_ok=True)
@@ -130,7 +138,7 @@ def train_once(arm: Arm, seed: int, world: Path, folder: Path, steps: int, extra
             # the random choices draw with this seed too
             *([] if arm.name == "all" else [f"entropy_fork.seed={seed}"]),
             f"trainer.total_training_steps={steps}",
-            f"trainer.test_freq={max(1, steps // 3)}",
+            f"trainer.test_freq={test_every}",
             "trainer.save_freq=-1",
             "trainer.resume_mode=disable",
             f"trainer.default_local_dir={output.resolve() / 'checkpoints'}",
@@ -253,6 +261,9 @@ def main(
     question: Annotated[str, typer.Option(help=f"What to compare: {', '.join(QUESTIONS)}.")] = "ratios",
     steps: Annotated[int, typer.Option(min=4, help="Training steps of each run.")] = 12,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with the seeds 1, 2, ….")] = 3,
+    test_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two validations. Default: a third of the steps.")
+    ] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
     at_most: Annotated[
         int | None, typer.Option(min=0, help="Make at most so many runs now, then show what is there.")
@@ -273,6 +284,7 @@ def main(
     world = directory / "world"
     build_world(world, console)
     folder = directory / f"experiment-{steps}steps"
+    every = test_every or max(1, steps // 3)
     keep_to(folder, override or [])
     # All arms of one seed before the next seed: an interrupted experiment has seeds that can be compared.
     wanted = [(one, seed) for seed in range(1, seeds + 1) for one in arms if not arm or one.name in arm]
@@ -284,7 +296,7 @@ def main(
             elif at_most is None or made < at_most:
                 console.rule(f"{one.name} ({one.tokens}), seed {seed}: {' '.join(one.overrides)}")
                 with paused():  # the run shows itself
-                    trained.append(train_once(one, seed, world, folder, steps, override or []))
+                    trained.append(train_once(one, seed, world, folder, steps, every, override or []))
                 made += 1
             everything.update(len(trained))
     if not trained:

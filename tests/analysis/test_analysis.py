@@ -176,6 +176,32 @@ def test_the_forks_of_a_model_by_construction_are_found(
     assert not (folder / "merged").exists()
 
 
+def test_scores_are_compared_with_the_entropy(base: Path, data: Path, tmp_path: Path) -> None:
+    """All that can follow are equally likely, so each token's surprisal is the entropy, and its quotient is 1 or 0."""
+    folder = tmp_path / "out"
+    arguments = ["analyze", str(base), "--prompts", str(data), "--output", str(folder), "--limit", "6", "--top-ratio"]
+    arguments += ["0.1", "--max-tokens", "40", "--engine", "transformers", "--min-count", "2"]
+    for name, message in (("gradient", "it reads advantage, which these"), ("no.module:here", "cannot be imported")):
+        result = CliRunner().invoke(app, [*arguments, "--score", name])
+        assert result.exit_code == 1
+        assert f"--score {name} cannot be used: " in result.output
+        assert message in result.output.replace("\n", " ")
+        assert not folder.exists(), "it should be refused before anything is measured"
+    own = "helpers.own_scores:confident_and_wrong"
+    result = CliRunner().invoke(app, [*arguments, "--score", own])
+    assert result.exit_code == 0, result.output
+    rows = {row["score"]: row for row in json.loads((folder / "summary.json").read_text())["scores"]}
+    assert list(rows) == ["entropy", "surprisal", "rsi", "position", "random", own]
+    assert rows["surprisal"]["mean"] == pytest.approx(rows["entropy"]["mean"], abs=1e-5)
+    assert rows["surprisal"]["rank_correlation_with_entropy"] > 0.9
+    assert rows["rsi"]["percentiles"]["99"] == pytest.approx(1, abs=1e-4)
+    assert rows[own]["mean"] == pytest.approx(0, abs=1e-5)
+    manifest = store.read_manifest(folder)
+    assert rows["entropy"]["threshold"] == manifest["threshold"]
+    assert "overlap" in result.output
+    assert {"scores.csv", "scores_words.csv"} <= {file.name for file in folder.iterdir()}
+
+
 def test_checkpoints_on_the_same_tokens(
     base: Path,
     final: Path,

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from entropy_fork.analysis import plots, results
 from entropy_fork.analysis.mark_top import find_top, select_top, top_masks
-from entropy_fork.analysis.order_statistics import order_statistics, percentile_ranks
+from entropy_fork.analysis.order_statistics import PERCENTILES, order_statistics, percentile_ranks
 from entropy_fork.analysis.parts_of_text import KINDS, kinds_of_tokens, sections_of_tokens
-from entropy_fork.analysis.summary import BELOW, PERCENTILES, summarise
+from entropy_fork.analysis.summary import BELOW, summarise
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.rule import Selector
 from entropy_fork.core.selection import select_tokens

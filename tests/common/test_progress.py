@@ -200,7 +200,7 @@ def test_a_child_that_shows_what_it_does_has_the_display(monkeypatch: pytest.Mon
 
 def commands() -> list[str]:
     found = []
-    for app, prefix in ((cli.app, ""), (cli.data_app, "data ")):
+    for app, prefix in ((cli.app, ""), (cli.data_app, "data "), (cli.model_app, "model ")):
         for command in app.registered_commands:
             assert command.callback is not None
             found.append(prefix + (command.name or command.callback.__name__.replace("_", "-")))
@@ -218,6 +218,9 @@ ARGUMENTS = {
     "plan": [],
     "doctor": [],
     "data prepare": ["aime24", "--output", "o"],
+    "data tasks": [],
+    "model fetch": ["smollm2"],
+    "grade": ["1", "1"],
 }
 
 

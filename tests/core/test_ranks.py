@@ -8,12 +8,14 @@ import pytest
 import torch
 from helpers.processes import Processes
 from helpers.rows import SELECTORS, TOP20, make_rows, take, weights_on_rank, with_padding_rows
+from helpers.scored_rows import ScoredRows, chosen, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entropy_fork.core.ranks import Ranks
+from entropy_fork.core.ranks import Ranks, choose_over_ranks
 from entropy_fork.core.responses import choose, weigh_mini_batches
 from entropy_fork.core.rule import TOKEN_MEAN, Rule, Selector
+from entropy_fork.core.scores import SCORES
 from entropy_fork.core.tally import Pool, Tally
 
 
@@ -67,8 +69,79 @@ def test_broken_entropies_of_one_rank_stop_all(worlds: dict[int, Processes]) -> 
     bad.entropy[3] = float("nan")
     with pytest.raises(RuntimeError) as error:
         worlds[2](weights_on_rank, [(good, Rule(TOP20)), (bad, Rule(TOP20))])
-    assert str(error.value).count("ValueError: the entropy of a response token is not finite") == 2
+    assert str(error.value).count("ValueError: the score of a response token is not finite") == 2
     worlds[2](weights_on_rank, [(good, Rule(TOP20))] * 2)  # the group still works
+
+
+def chosen_on_rank(_: dict, rows: ScoredRows, rule: Rule) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The kept tokens of each row of a rank, and their factors; 0 for a token without one."""
+    choice = choose_over_ranks(rows.responses(rule), rule, Ranks(torch.distributed.group.WORLD))
+    factors = torch.zeros(choice.kept.shape) if choice.factors is None else choice.factors.nan_to_num(0.0)
+    lengths = rows.lengths.tolist()
+    return list(zip(choice.kept.split(lengths), factors.split(lengths), strict=True))
+
+
+#: scores that look at one token at a time; for others see tests/verl/test_gradient_step.py
+ALONE = [name for name, score in SCORES.items() if score.elementwise]
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    values=st.fixed_dictionaries(
+        {
+            "score": st.sampled_from(ALONE),
+            "control": st.sampled_from(["none", "matched_random"]),
+            "where": st.sampled_from(["", "advantage > 0", "draw < 0.5 or position == 0"]),
+            "use": st.sampled_from(["mask", "weight", "advantage", "clip"]),
+            "map": st.sampled_from(["rank", "range", "clipped"]),
+            "outside": st.sampled_from(["drop", "keep"]),
+            "select": st.sampled_from(["top", "bottom"]),
+        }
+    ),
+    size=st.sampled_from([1, 2, 4]),
+    shuffle=st.randoms(use_true_random=False),
+)
+@settings(max_examples=100)
+def test_any_score_and_use_on_any_number_of_ranks(
+    worlds: dict[int, Processes], seed: int, values: dict[str, str], size: int, shuffle: Any
+) -> None:
+    """Tokens and factors are the same to the last bit, with the rows in another order and padding rows among them."""
+    rows, rule = make_batch(seed, num_rows=8), Rule.of(top_ratio=0.4, **values)
+    choice, _ = chosen(rows, rule)
+    lengths = rows.lengths.tolist()
+    kept = choice.kept.split(lengths)
+    factors = (torch.zeros(sum(lengths)) if choice.factors is None else choice.factors.nan_to_num(0.0)).split(lengths)
+    deal = list(range(12))
+    shuffle.shuffle(deal)
+    shares = [deal[rank::size] for rank in range(size)]
+    padded = rows.with_padding(4)
+    answers = worlds[size](chosen_on_rank, [(padded.take(share), rule) for share in shares])
+    for share, answer in zip(shares, answers, strict=True):
+        for row, (is_kept, factor) in zip(share, answer, strict=True):
+            assert torch.equal(is_kept, kept[row] if row < 8 else torch.zeros(1, dtype=torch.bool))
+            assert torch.equal(factor, factors[row] if row < 8 else torch.zeros(1))
+
+
+def fails_on(_: dict, broken: list[int]) -> str:
+    ranks = Ranks(torch.distributed.group.WORLD)
+    try:
+        with ranks.fail_together():
+            if ranks.rank in broken:
+                raise ValueError(f"my own, of rank {ranks.rank}")
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+@pytest.mark.parametrize("broken", [[], [0], [3], [1, 2], [0, 1, 2, 3]])
+def test_ranks_fail_together(worlds: dict[int, Processes], broken: list[int]) -> None:
+    for rank, said in enumerate(worlds[4](fails_on, [(broken,)] * 4)):
+        if rank in broken:
+            assert said == f"my own, of rank {rank}"
+        elif broken:
+            assert said == f"rank {broken[0]} of 4 has failed in this mini-batch; see its own message"
+        else:
+            assert said == "none"
 
 
 def merged_tally(_: dict, tally: Tally) -> Tally:

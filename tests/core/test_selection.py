@@ -293,3 +293,71 @@ def test_the_threshold_of_many_is_exact_whatever_the_sample_says(data: st.DataOb
         patch.setattr(selection, "SAMPLE", 16)
         patch.setattr(selection, "MARGIN", 2)
         assert selection._highest_but(scores, count) == np.sort(scores)[size - count]
+
+
+# --- the control: as many tokens of each row, drawn at random ---------------------------------------------------------
+
+
+@given(pool=pools(), ratio=RATIOS, seed=st.integers(0, 2**62), random=st.randoms(use_true_random=False))
+@settings(max_examples=200)
+def test_shuffling_keeps_as_many_tokens_of_each_row_and_their_scores(
+    pool: tuple, ratio: float, seed: int, random: Any
+) -> None:
+    """Each token keeps its company: the pairs of (kept, score) of a row are the same, at other places of the pool."""
+    rows, masks = pool
+    lengths = torch.tensor([len(row) for row in rows])
+    score, eligible = flat(rows), flat(masks, torch.int64)
+    seeds = torch.tensor([seed % (row + 7) * 1000 + row for row in range(len(rows))])
+    kept = select_tokens(score, eligible, lengths, Selector(ratio)).kept
+    shuffled_kept, shuffled_score = selection.shuffled(kept, score, eligible, lengths, seeds)
+    assert shuffled_score is not None
+    parts = [values.split(lengths.tolist()) for values in (kept, shuffled_kept, score, shuffled_score, eligible)]
+    for before, after, score_before, score_after, mask in zip(*parts, strict=True):
+        inside = mask.bool()
+        assert not (after & ~inside).any()
+        assert torch.equal(score_after[~inside], score_before[~inside])
+        pairs = [sorted(zip(k[inside].tolist(), s[inside].tolist(), strict=True)) for k, s in
+                 ((before, score_before), (after, score_after))]  # fmt: skip
+        assert pairs[0] == pairs[1]
+    assert selection.shuffled(kept, None, eligible, lengths, seeds)[1] is None
+    # a row is shuffled alike wherever it stands
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    moved = [torch.cat([part[row] for row in order]) for part in (parts[0], parts[2], parts[4])]
+    again, scores_again = selection.shuffled(moved[0], moved[1], moved[2], lengths[order], seeds[order])
+    assert torch.equal(again, torch.cat([parts[1][row] for row in order]))
+    assert scores_again is not None
+    assert torch.equal(scores_again, torch.cat([parts[3][row] for row in order]))
+
+
+def test_shuffling_draws_uniformly_from_the_pool_and_other_tokens_for_other_seeds() -> None:
+    """A row of 10 tokens has 8 in the pool, and two of these are kept. Each is kept in a quarter of 4000 draws."""
+    mask = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1, 1])
+    kept = torch.zeros(10, dtype=torch.bool)
+    kept[:2] = True
+    draws = 4000
+    shuffled, _ = selection.shuffled(
+        kept.repeat(draws), None, mask.repeat(draws), torch.full((draws,), 10), torch.arange(draws)
+    )
+    table = shuffled.view(draws, 10)
+    assert (table.sum(1) == 2).all()
+    share = table.double().mean(0)
+    assert (share[mask == 0] == 0).all()
+    assert ((share[mask == 1] - 0.25).abs() < 0.03).all()
+    pairs = {tuple(row.nonzero().flatten().tolist()) for row in table}
+    assert len(pairs) == 8 * 7 // 2, "every pair comes"
+
+
+def test_shuffling_is_independent_of_the_draws_of_a_score() -> None:
+    """``score=random`` with the control: the tokens with the highest draws are not favoured."""
+    rows = 3000
+    lengths, seeds = torch.full((rows,), 6), torch.arange(rows)
+    draws = torch.from_numpy(selection.drawn(lengths.numpy(), seeds))
+    mask = torch.ones(6 * rows, dtype=torch.bool)
+    highest = draws.view(rows, 6).argmax(1)
+    kept = torch.zeros(rows, 6, dtype=torch.bool)
+    kept[torch.arange(rows), highest] = True
+    shuffled, _ = selection.shuffled(kept.flatten(), None, mask, lengths, seeds)
+    same = shuffled.view(rows, 6)[torch.arange(rows), highest].double().mean()
+    assert abs(float(same) - 1 / 6) < 0.03
+    assert ((shuffled.view(rows, 6).double().mean(0) - 1 / 6).abs() < 0.03).all(), "nor is a place in the response"

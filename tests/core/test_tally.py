@@ -239,3 +239,39 @@ def test_with_a_mask_they_are_those_of_the_kept_tokens_in_micro_batches_of_any_s
             collected.setdefault(name, metric.init_list()).append(metric)
     averaged = {name: Metric.aggregate_dp([metric]) for name, metric in collected.items()}
     assert kept_means(averaged) == pytest.approx(restated_means(some), rel=1e-5, abs=1e-6)
+
+
+@given(st.data(), st.integers(0, 30))
+@settings(max_examples=150)
+def test_factors_and_tokens_outside_of_the_pools_are_counted(data: st.DataObject, number: int) -> None:
+    """One tally of all tokens says the same as the tallies of two halves together."""
+    tokens = [
+        (
+            eligible := data.draw(st.booleans()),
+            inside := eligible and data.draw(st.booleans()),
+            inside and data.draw(st.booleans()),
+            data.draw(st.sampled_from([0.25, 0.5, 3.0])),
+        )
+        for _ in range(number)
+    ]
+
+    def of(some: list[tuple[bool, bool, bool, float]]) -> Tally:
+        eligible, inside, kept = (torch.tensor([token[i] for token in some], dtype=torch.bool) for i in range(3))
+        factors = torch.tensor([token[3] if token[2] else math.nan for token in some], dtype=torch.float32)
+        lengths = torch.tensor([len(some)])
+        return Tally.of(kept, torch.zeros(len(some)), eligible, lengths, [], in_pools=inside, factors=factors)
+
+    factors = [token[3] for token in tokens if token[2]]
+    num_tokens = sum(token[0] for token in tokens)
+    outside = sum(token[0] and not token[1] for token in tokens)
+    expected: dict[str, float] = {}
+    if factors:
+        expected = {
+            "factor_mean": sum(factors) / len(factors), "factor_min": min(factors), "factor_max": max(factors)
+        }  # fmt: skip
+    if outside:
+        expected["outside_ratio"] = outside / num_tokens
+    for tally_of_all in (of(tokens), Tally.merged([of(tokens[: number // 2]), of(tokens[number // 2 :])])):
+        metrics = tally_of_all.metrics()
+        ours = {name: value for name, value in metrics.items() if name.startswith(("factor", "outside"))}
+        assert ours == pytest.approx(expected)

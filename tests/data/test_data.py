@@ -990,7 +990,7 @@ def agent_loop_prompt(config: Any, model_config: Any, row: dict[str, Any]) -> li
     builder = create_continuous_token_builder(
         model_config.tokenizer,
         hf_model_type=model_config.hf_config.model_type,
-        chat_template_kwargs=config.data.get("apply_chat_template_kwargs", {}),
+        chat_template_kwargs={} if config is None else config.data.get("apply_chat_template_kwargs", {}),
         processor=model_config.processor,
     )
     return builder.build_initial_tokens(list(row["raw_prompt"]))
@@ -1030,6 +1030,19 @@ def test_the_models_own_template(compose: Callable[..., Any], model: Path, parqu
         assert model_config.tokenizer.decode(agent_loop_prompt(config, model_config, data[0])) == expected
 
 
+def test_the_worked_examples_come_before_the_question(compose: Callable[..., Any], model: Path, parquet: Path) -> None:
+    model_config, data = verl_data(verl_config(compose, model, parquet, "+template=worked"))
+    prompt = model_config.tokenizer.decode(agent_loop_prompt(None, model_config, data[0]))
+    turns = prompt.split("<|im_start|>")
+    assert [turn.split("\n")[0] for turn in turns] == ["", "system", *["user", "assistant"] * 4]
+    assert turns[-2] == f"user\nWhat is $1+1$?\n{INSTRUCTION}<|im_end|>\n"
+    for asked, answered in zip(turns[2:-2:2], turns[3:-1:2], strict=True):
+        assert asked.endswith(f"\n{INSTRUCTION}<|im_end|>\n")
+        assert answered.startswith("assistant\n")
+        assert answered.endswith("}.<|im_end|>\n")
+        assert " The answer is \\boxed{" in answered
+
+
 def test_the_papers_template_refuses_what_it_has_no_place_for(model: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -1041,7 +1054,7 @@ def test_the_papers_template_refuses_what_it_has_no_place_for(model: Path) -> No
 
 def test_templates_by_name() -> None:
     assert chat_template("chat") is None
-    with pytest.raises(EntropyForkError, match="no template 'plain'; write one of chat, paper"):
+    with pytest.raises(EntropyForkError, match="no template 'plain'; write one of chat, paper, worked"):
         chat_template("plain")
 
 

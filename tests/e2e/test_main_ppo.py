@@ -11,10 +11,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.main_ppo import ONE_POOL, Finished, Recorded, load, spy_environment
-from helpers.places import REPOSITORY, TESTS
+from helpers.places import PYTHONPATH, REPOSITORY, TESTS
 from safetensors.torch import load_file
 
 from benchmarks.gpu.training import METRICS, measure
+from entropy_fork.common.output_folder import SELECTION_FILE
 from entropy_fork.tokens.store import read_answers
 from entropy_fork.watch.follow import steps_of
 
@@ -269,6 +270,40 @@ def test_the_papers_equation_with_a_critic_a_reference_and_a_resume(main_ppo) ->
         assert run.metric("entropy_fork/overlap_with_old") == [pytest.approx(1.0, abs=0.01)]
         for name in ("critic/vf_loss", "actor/kl_loss", "actor/entropy_loss", "entropy_fork/kept_ratio_positive"):
             assert len(run.metric(name)) == 1, name
+
+
+def test_a_users_own_score_and_condition(main_ppo) -> None:  # type: ignore[no-untyped-def]
+    """The score of examples/own_score.py, on two ranks, restated here from what the run dumped."""
+    where = "position > 0 and entropy > 0.001"
+    run = main_ppo(
+        *ONE_POOL,
+        "trainer.n_gpus_per_node=2",
+        "entropy_fork.score=examples.own_score:early_forks",
+        f'entropy_fork.where="{where}"',
+        "entropy_fork.observe=[entropy,random]",
+        PYTHONPATH=PYTHONPATH,
+    )
+    tokens = [
+        (entropy * (1 - position / len(answer.entropy)), entropy, position, bool(selected))
+        for answer in read_answers(run.folder / "checkpoints" / "tokens")
+        for position, (entropy, selected) in enumerate(zip(answer.entropy.tolist(), answer.selected, strict=True))
+    ]
+    in_pool = [token for token in tokens if token[2] > 0 and token[1] > 0.001]
+    kept = [token for token in tokens if token[3]]
+    assert 0 < len(in_pool) < len(tokens)
+    assert len(kept) == math.ceil(len(in_pool) / 5)
+    best = sorted(score for score, *_ in in_pool)[-len(kept) :]
+    assert sorted(score for score, *_ in kept) == pytest.approx(best, rel=1e-5)
+    assert run.metric("entropy_fork/threshold") == [pytest.approx(best[0], rel=1e-5)]
+    assert run.metric("entropy_fork/outside_ratio") == [pytest.approx(1 - len(in_pool) / len(tokens))]
+    highest = sorted(in_pool, key=lambda token: token[1])[-len(kept) :]
+    shared = sum(token[3] for token in highest) / len(kept)
+    assert run.metric("entropy_fork/overlap_with_entropy") == [pytest.approx(shared, abs=1.5 / len(kept))]  # ties
+    assert run.metric("entropy_fork/rank_correlation_with_entropy")[0] > 0.5
+    assert abs(run.metric("entropy_fork/rank_correlation_with_random")[0]) < 0.2
+    assert "score=examples.own_score:early_forks" in run.output
+    trained_on = json.loads((run.folder / "checkpoints/global_step_1" / SELECTION_FILE).read_text())["trained_on"]
+    assert (trained_on["score"], trained_on["where"]) == ("examples.own_score:early_forks", where)
 
 
 def test_forks_of_the_td_residual_by_plain_reinforce(main_ppo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -243,7 +243,9 @@ def test_bad_settings_are_one_clear_error(
     for values, message in (({"top_p": 0.0}, "top_p"), ({"top_k": 0}, "top_k"), ({"max_tokens": 0}, "max_tokens")):
         with pytest.raises(EntropyForkError, match=message):
             SamplingSettings(**values)
-    with pytest.raises(EntropyForkError, match=r"neither a name \(chat, paper\) nor a file nor a Jinja template"):
+    with pytest.raises(
+        EntropyForkError, match=r"neither a name \(chat, paper, worked\) nor a file nor a Jinja template"
+    ):
         evaluation.evaluate(settings(chat_template="missing.jinja"), QUIET)
     assert engines.parse_arguments(["a=1", "b.c=[x, 2]"]) == {"a": 1, "b": {"c": ["x", 2]}}
     with pytest.raises(EntropyForkError, match="KEY=VALUE"):

@@ -63,3 +63,27 @@ def open_page(opened: Any, file: Path, **options: Any) -> tuple[Any, Heard]:
     page.goto(file.as_uri())
     page.wait_for_selector("html[data-ready]", timeout=20_000)
     return page, heard
+
+
+def shown_tokens(opened: Any) -> list[str]:
+    """The tokens of the answer that is shown, as text."""
+    return opened.locator("#view .token").evaluate_all("spans => spans.map(span => span.textContent)")
+
+
+def kept_tokens(opened: Any) -> list[bool]:
+    """Whether each token of the answer that is shown has a mark."""
+    return opened.locator("#view .token").evaluate_all("spans => spans.map(span => span.classList.contains('kept'))")
+
+
+def choose(opened: Any, place: int) -> None:
+    """Show the answer at a place of the list."""
+    from playwright.sync_api import expect
+
+    opened.locator("#list button").nth(place).click()
+    expect(opened.locator("#list button").nth(place)).to_have_attribute("aria-current", "true")
+
+
+def set_ratio(opened: Any, percent: int) -> None:
+    """Move the slider."""
+    opened.locator("#ratio").fill(str(percent - 1))
+    assert opened.locator("#ratio-value").inner_text() == f"{percent}%"

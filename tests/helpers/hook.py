@@ -25,7 +25,8 @@ class Stock:
         self.config = config
 
     def _setup(self) -> None:
-        self.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: [0], workers=[])
+        ranks = list(range(self.config.actor_rollout_ref.num_ranks))
+        self.actor_rollout_wg = SimpleNamespace(_query_dispatch_info=lambda name: ranks, workers=[])
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         return batch
@@ -44,6 +45,10 @@ def run_hook(
     loss_agg_mode: str = "token-mean",
     keys: list[str] | None = None,
     fields: dict[str, torch.Tensor] | None = None,
+    actor: dict[str, Any] | None = None,
+    mini_batch_rows: int = MINI_BATCH_ROWS,
+    num_ranks: int = 1,
+    fetches: list[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Run the hook with the preset ``global`` on two mini-batches. One of their rows is padding.
 
@@ -55,6 +60,9 @@ def run_hook(
         rows, fork_config, loss_agg_mode: other rows, another config and another aggregation than the defaults.
         keys, fields: other keys of the rows (by default all are answers to one prompt), and more fields, which may
             replace the default ones. The data set's index is 0 for every row.
+        actor: more keys of the actor.
+        mini_batch_rows, num_ranks: how verl lays the rows out.
+        fetches: the names of the fetched fields are added, each time that one is fetched.
 
     Returns:
         The fields of the batch as workers would get them, and the metrics.
@@ -62,9 +70,10 @@ def run_hook(
     if rows is None:
         rows = make_rows(seed=3, num_rows=NUM_ROWS, eligible=0.9)
         rows.eligible.split(rows.lengths.tolist())[5].zero_()
-    sign = torch.tensor([1.0, -1.0]).repeat(NUM_ROWS // 2)
+    num_rows = rows.lengths.numel()
+    sign = torch.tensor([1.0, -1.0]).repeat(num_rows)[:num_rows]
     data = {
-        "prompts": jagged(torch.arange(2 * NUM_ROWS), torch.full((NUM_ROWS,), 2)),
+        "prompts": jagged(torch.arange(2 * num_rows), torch.full((num_rows,), 2)),
         "response_mask": jagged(rows.eligible, rows.lengths),
         "advantages": jagged(sign.repeat_interleave(rows.lengths), rows.lengths),
     }
@@ -78,6 +87,8 @@ def run_hook(
         """Use memory as the TransferQueue does: first each row as it arrives, then all rows of a field together."""
         fields = {}
         asked = [batch.keys.index(key) for key in keys]
+        if fetches is not None:
+            fetches.extend(select_fields)
         for name in select_fields:
             if name in data:
                 stored = data[name].unbind()
@@ -92,10 +103,10 @@ def run_hook(
 
     class Batch(SimpleNamespace):
         def __len__(self) -> int:
-            return NUM_ROWS
+            return num_rows
 
     batch = Batch(
-        keys=keys or [f"u_{row}_0" for row in range(NUM_ROWS)],
+        keys=keys or [f"u_{row}_0" for row in range(num_rows)],
         tags=[{"is_padding": not bool(mask.any())} for mask in rows.eligible.split(rows.lengths.tolist())],
         partition_id="train",
         fields=[*data, "index"],
@@ -115,12 +126,17 @@ def run_hook(
                 "use_kl_loss": False,
                 "entropy_coeff": 0,
                 "calculate_entropy": False,
-                "ppo_mini_batch_size": MINI_BATCH_ROWS,
+                "ppo_mini_batch_size": mini_batch_rows,
+                "clip_ratio": 0.2,
+                "clip_ratio_low": 0.2,
+                "clip_ratio_high": 0.28,
                 "loss_agg_mode": loss_agg_mode,
                 "shuffle": False,
                 "policy_loss": {"loss_mode": "vanilla"},
+                **(actor or {}),
             },
             "rollout": {"n": 1},
+            "num_ranks": num_ranks,
         },
         "trainer": {"critic_warmup": 0},
     }

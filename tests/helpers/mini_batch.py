@@ -25,9 +25,19 @@ class Answers:
     importance: list[Tensor] | None = None
     #: verl's ``loss_mask``: the response masks before rollout correction rejected tokens, if it rejected any
     masks_before: list[Tensor] | None = None
+    #: of the response tokens; None for no such fields
+    rollout_log_probs: list[Tensor] | None = None
+    sum_pi_squared: list[Tensor] | None = None
 
 
-def make_answers(seed: int, importance: bool = False) -> Answers:
+def make_answers(seed: int, importance: bool = False, every_field: bool = False) -> Answers:
+    """Random answers.
+
+    Args:
+        seed: of the random numbers.
+        importance: whether rollout correction wrote importance weights.
+        every_field: whether the run has every field that a score can read.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, size: int) -> Tensor:
@@ -39,7 +49,7 @@ def make_answers(seed: int, importance: bool = False) -> Answers:
     masks[3][:] = 0
     masks[5][: lengths[5] // 2] = 0  # tool output
     advantages = torch.randn(NUM_ROWS, generator=random)
-    return Answers(
+    answers = Answers(
         prompts=[integers(0, VOCABULARY, n) for n in integers(1, 6, NUM_ROWS).tolist()],
         responses=[integers(0, VOCABULARY, n) for n in lengths],
         masks=masks,
@@ -49,10 +59,18 @@ def make_answers(seed: int, importance: bool = False) -> Answers:
         advantages=[advantages[row].expand(n).clone() for row, n in enumerate(lengths)],
         importance=[0.5 + torch.rand(n, generator=random) for n in lengths] if importance else None,
     )
+    if every_field:
+        answers.rollout_log_probs = [
+            values + 0.1 * torch.randn(len(values), generator=random) for values in answers.old_log_probs
+        ]
+        answers.sum_pi_squared = [torch.rand(n, generator=random) for n in lengths]
+    return answers
 
 
-def make_batch(answers: Answers, rows: list[int], settings: dict[str, Any]) -> Any:
-    """Some rows in verl's layout without padding."""
+def make_batch(
+    answers: Answers, rows: list[int], settings: dict[str, Any], more: dict[str, list[Tensor]] | None = None
+) -> Any:
+    """Some rows in verl's layout without padding. ``more`` holds other fields of all answers."""
     from verl.utils import tensordict_utils as tu
 
     from entropy_fork.verl.gradient_step import ROW_IDENTITY
@@ -76,6 +94,12 @@ def make_batch(answers: Answers, rows: list[int], settings: dict[str, Any]) -> A
     }
     if answers.importance is not None:
         tensors["rollout_is_weights"] = nested(answers.importance)
+    if answers.rollout_log_probs is not None:
+        tensors["rollout_log_probs"] = nested(answers.rollout_log_probs)
+    if answers.sum_pi_squared is not None:  # of whole rows, a token's value stands before the token
+        squares = zip(answers.prompts, answers.sum_pi_squared, strict=True)
+        tensors["sum_pi_squared"] = nested([torch.cat([torch.ones(len(p) - 1), s, torch.ones(1)]) for p, s in squares])
+    tensors.update({name: nested(values) for name, values in (more or {}).items()})
     return tu.get_tensordict(tensors, settings)
 
 

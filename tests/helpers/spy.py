@@ -67,11 +67,11 @@ def _note_gradient_steps(module: Any) -> None:
     @wrapt.decorator
     def noting(wrapped, instance, args, kwargs):  # type: ignore[no-untyped-def]
         weights = wrapped(*args, **kwargs)
-        responses, kept, counts = args
+        responses, choice, counts = args
         _save(
             "step",
             weights=weights,
-            kept=kept,
+            kept=choice.kept,
             response_mask=responses.eligible,
             entropy=responses.entropy,
             lengths=responses.lengths,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +22,7 @@ from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.common.recipes import preset_names
 from entropy_fork.preflight.compose import compose_most
 from entropy_fork.preflight.launcher import what_the_launcher_says
+from entropy_fork.reward.judge import Verdict
 from entropy_fork.verl import plugin
 from entropy_fork.verl.config.words import check_words
 from entropy_fork.verl.early import look
@@ -261,6 +264,9 @@ def test_a_run_that_asks_for_nothing_of_ours_is_not_looked_at(line: Line, monkey
         (["+recipe=demo_cpu", "entropy_fork=off", "entropy_fork_guards.patience_s=0"], 0),
         (["+recipe=dapo", "entropy_fork.top_ratio=0.1"], 1),
         (["+entropy_fork=global", "entropy_fork.top_ratio=0.1,0.2", "entropy_fork.select=choice(top,bottom)"], 0),
+        (["+entropy_fork=global", 'entropy_fork.where="advantage > 0"', "entropy_fork.observe=[rsi,omega]"], 0),
+        (["+entropy_fork=global", "entropy_fork.score=entropy,surprisal,my_pkg.scores:mine"], 0),
+        (["+entropy_fork=global", "entropy_fork.where=advantage > 0", "entropy_fork.observe=rsi"], 2),
         (["+entropy_fork=global,off"], 0),
         (["+entropy_fork=global,of"], 1),
         (["+entropy_fork=global", "entropy_fork.top_ratio=0.1,most"], 1),
@@ -271,6 +277,11 @@ def test_a_run_that_asks_for_nothing_of_ours_is_not_looked_at(line: Line, monkey
 )
 def test_words_about_our_nodes(words: list[str], problems: int) -> None:
     assert len(check_words(words).problems) == problems, check_words(words).problems
+
+
+def test_a_condition_without_hydras_quotes_is_answered_with_them() -> None:
+    (problem,) = check_words(["+entropy_fork=global", "entropy_fork.where=advantage > 0"]).problems
+    assert problem.endswith("""'entropy_fork.where="advantage > 0"'.""")
 
 
 def test_a_preset_of_the_users_own() -> None:
@@ -419,3 +430,29 @@ def test_the_real_launcher_takes_a_good_line(python: Python, line: Line) -> None
     assert "top_ratio: 0.2" in good["config"]
     assert "Did you mean grpo?" in wrong["message"]
     assert "config" in not_asked
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_generated_rows_are_scored_as_in_the_run(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """Their scorer is another package, which a run would miss when the first answers are scored."""
+    from entropy_fork.reward import reasoning_gym
+
+    data = parquet(tmp_path / "sums.parquet", *[row(source="reasoning_gym/chain_sum")] * 4)
+    found = importlib.util.find_spec("json") if installed else None
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found if name == "reasoning_gym" else find(name, *rest)
+    )
+    monkeypatch.setattr(reasoning_gym, "judges", lambda *_: SimpleNamespace(compare=lambda *_: Verdict(True, True)))
+    reasoning_gym._check.cache_clear()
+    messages = said(line(f"data.train_files={data}", f"data.val_files={data}"))
+    reasoning_gym._check.cache_clear()
+    if installed:
+        assert messages == []
+    else:
+        (message,) = messages
+        assert re.search(
+            r"sums\.parquet.*reasoning_gym is not installed\. Install the extra: .*\[reasoning-gym", message
+        )

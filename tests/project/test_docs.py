@@ -25,10 +25,14 @@ import pytest
 import torch
 import typer.main
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import entropy_fork
 from entropy_fork.cli import app
+from entropy_fork.core.rule import KEY_OF
+from entropy_fork.core.scores import FIELDS, SCORES
 from entropy_fork.core.tally import METRICS, Tally, draws
+from entropy_fork.core.where import check_where
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -138,9 +142,14 @@ def test_a_page_that_the_code_names_is_there() -> None:
 def test_every_table_that_is_made_from_the_code_stands_on_one_page() -> None:
     asked = [name for page in PAGES for name in re.findall(r"<!-- table: ([\w-]+) -->", page.read_text())]
     assert sorted(asked) == sorted(tables().TABLES)
+    # and the line for readers of the plain Markdown is gone where the table stands
+    assert [page for page in PAGES if "*The site has" in tables().fill(page.read_text())] == []
 
 
-@pytest.mark.parametrize("name", ["keys", "guards", "presets", "recipes", "clusters", "commands", "metrics"])
+@pytest.mark.parametrize(
+    "name",
+    ["keys", "guards", "presets", "recipes", "clusters", "commands", "metrics", "scores", "score-costs", "fields"],
+)
 def test_a_table_has_what_the_code_has(name: str) -> None:
     made = tables().TABLES[name]()
     folder = {"presets": "entropy_fork", "recipes": "recipe", "clusters": "cluster"}.get(name)
@@ -151,6 +160,8 @@ def test_a_table_has_what_the_code_has(name: str) -> None:
         expected = set(called_by_name(typer.main.get_command(app), "entropy-fork"))
     elif name == "metrics":
         expected = {f"entropy_fork/{metric}" for metric in METRICS}
+    elif name in ("scores", "score-costs", "fields"):
+        expected = set(FIELDS if name == "fields" else SCORES)
     else:
         expected = keys({"keys": "EntropyForkConfig", "guards": "GuardsConfig"}[name])
     found = set(re.findall(r"^(?:### |\| )`([^`]+)`", made, re.MULTILINE))
@@ -182,13 +193,44 @@ def test_the_metrics_that_are_logged_are_those_that_are_listed() -> None:
     seeds, lengths = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     computed = full.metrics().keys() | draws(seeds, torch.ones(2, dtype=torch.bool), lengths).keys()
     # what is written elsewhere under our name, but for the sums that never reach a log
+    sources = [file.read_text() for file in (REPOSITORY / "entropy_fork/verl").rglob("*.py")]
     written = {
         name
-        for file in (REPOSITORY / "entropy_fork/verl").rglob("*.py")
-        for name in re.findall(r"f\"\{NODE\}/(\w+)\"", file.read_text())
+        for source in sources
+        for name in re.findall(r"f\"\{NODE\}/(\w+)\"", source)
         if not name.startswith("loss_")
     }
-    assert computed | written == set(METRICS)
+    observed = {f"{name}_SCORE" for source in sources for name in re.findall(r"f\"(\w+_with)_\{name\}\"", source)}
+    assert computed | written | observed == set(METRICS)
+
+
+def test_the_page_of_scores_says_what_every_score_and_field_needs() -> None:
+    made, costs = (tables().TABLES[name]() for name in ("scores", "score-costs"))
+    for name, score in SCORES.items():
+        (row, cost) = [
+            line for table in (made, costs) for line in table.splitlines() if line.startswith(f"| `{name}` |")
+        ]
+        assert score.formula.replace("|", r"\|") in row
+        assert score.source.replace("|", r"\|") in row
+        assert all(f"`{field}`" in cost for field in score.fields)
+    refused = {name for name in SCORES if re.search(rf"^\| `{name}` .*\| refused \|$", costs, re.MULTILINE)}
+    assert refused == {"gradient_norm", "position", "random"}
+    for field in ("ref_log_prob", "rollout_log_prob", "sum_pi_squared"):
+        assert re.search(rf"^\| `{field}` .*Write `actor_rollout_ref\.", tables().TABLES["fields"](), re.MULTILINE)
+
+
+def test_the_page_of_scores_has_every_map_use_and_preset() -> None:
+    page = REPOSITORY / "docs/reference/scores.md"
+    for key in ("map", "use", "control", "outside"):
+        for value in KEY_OF[key].values:
+            assert value == "none" or re.search(rf"`(\w+=)?{value}`", prose(page)), f"{key}={value}"
+    literature = {
+        file.stem
+        for file in (REPOSITORY / "recipes/entropy_fork").glob("*.yaml")
+        if "arXiv" in file.read_text().partition(":")[0]
+    }
+    assert len(literature) > 8
+    assert literature <= set(spans(page))
 
 
 @every_page
@@ -269,6 +311,34 @@ def test_every_key_preset_recipe_and_cluster_exists(page: Path) -> None:
         for name in names.split(","):
             file = REPOSITORY / "recipes" / group / f"{name}.yaml"
             assert file.is_file() or name in ("NAME", "KEY"), f"{group}={name}"
+
+
+CONDITIONS = re.compile(r"^entropy_fork\.where=.*", re.DOTALL)
+
+
+def test_a_condition_on_a_page_reaches_the_run_through_shell_and_hydra() -> None:
+    """A shell removes one pair of quotes, Hydra the other; what is left is a condition that can be read."""
+    words = [
+        word
+        for page in PAGES
+        for line in [*command_lines(page), *spans(page)]
+        if "entropy_fork.where=" in line
+        for word in shlex.split(re.sub(r"<[a-z ]+>", "", line))
+        if CONDITIONS.match(word)
+    ]
+    assert len(words) > 3
+    for word in words:
+        override = OverridesParser.create().parse_override(word)
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+        for value in values:
+            check_where(value.strip("\"'"))
+
+
+def test_the_conditions_that_the_page_of_scores_shows_can_be_read() -> None:
+    text = (REPOSITORY / "docs/reference/scores.md").read_text()
+    (shown,) = [block for _, language, block in FENCE.findall(text) if language == "text"]
+    for condition in shown.splitlines():
+        check_where(condition)
 
 
 @every_page

@@ -270,7 +270,8 @@ sys.stdin = io.StringIO({request!r} + chr(10))
 judge.serve(2048)
 """,
     )
-    assert result.stdout.splitlines() == ["ready", "[[false, false, true], false]"], result.stderr
+    verdict = '[[false, false, true, "text would have become code", 0.0], false]'
+    assert result.stdout.splitlines() == ["ready", verdict], result.stderr
     assert not (tmp_path / "canary").exists()
 
 
@@ -724,3 +725,35 @@ def test_no_text_becomes_an_emoji() -> None:
     made = [call for file in package.rglob("*.py") for call in re.findall(r"\bConsole\([^\n]*", file.read_text())]
     assert len(made) > 10
     assert [call for call in made if not call.startswith("Console(emoji=False")] == []
+
+
+# ---- an expression of a config ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('touch {file}') or entropy > 0",
+        "open('{file}', 'w') and entropy > 0",
+        "exec(\"open('{file}', 'w')\") or entropy > 0",
+        "[open('{file}', 'w') for _ in '1'] == entropy",
+        "(lambda: open('{file}', 'w'))() > entropy",
+        'f\'{{open("{file}", "w")}}\' > entropy',
+        "entropy.__class__.__base__.__subclasses__() > 0",
+        "entropy[open('{file}', 'w')] > 0",
+        "(x := open('{file}', 'w')) > entropy",
+        "entropy > 9 ** 9 ** 9 ** 9",
+        "entropy > {nines}",
+        "{brackets}entropy",
+    ],
+)
+def test_a_condition_runs_nothing(text: str, tmp_path: Path) -> None:
+    """``entropy_fork.where`` is parsed: a hostile one is refused at once, and no part of it has run."""
+    file = tmp_path / "ran"
+    text = text.format(file=file, nines="9" * 5000, brackets="(" * 5000)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="where=") as error:
+        EntropyForkConfig(where=text).check()
+    assert time.monotonic() - start < 5
+    assert not file.exists()
+    assert len(str(error.value).splitlines()) == 1

@@ -14,17 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.browser import browser, open_page
+from helpers.browser import browser, choose, kept_tokens, open_page, set_ratio, shown_tokens
 from playwright.sync_api import expect
 from typer.testing import CliRunner
 
+from entropy_fork.analysis.token_scores import each_score
 from entropy_fork.cli import app
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.core.rule import Selector
 from entropy_fork.core.selection import kept_count, select_tokens
 from entropy_fork.report import curves, page, steps
-from entropy_fork.report.packed_answers import RATIOS, chosen_answers, pools_of
+from entropy_fork.report.packed_answers import RATIOS, chosen_answers, pools_of, tokens_shown
 from entropy_fork.tokens.store import AnswerTokens, read_answers, write_manifest, write_part
+
+#: what the tokens of an analysis can be ranked by
+SCORES_OF_ANALYSIS = ["entropy", "surprisal", "rsi", "position", "random"]
 
 #: what a model may write; each becomes a token
 HOSTILE = [
@@ -152,24 +156,6 @@ def report(tokens: Path, dump: Path, later: Path, runs: list[Path], tmp_path_fac
 def chromium() -> Iterator[Any]:
     with browser() as opened:
         yield opened
-
-
-def shown_tokens(opened: Any) -> list[str]:
-    return opened.locator("#view .token").evaluate_all("spans => spans.map(span => span.textContent)")
-
-
-def kept_tokens(opened: Any) -> list[bool]:
-    return opened.locator("#view .token").evaluate_all("spans => spans.map(span => span.classList.contains('kept'))")
-
-
-def choose(opened: Any, place: int) -> None:
-    opened.locator("#list button").nth(place).click()
-    expect(opened.locator("#list button").nth(place)).to_have_attribute("aria-current", "true")
-
-
-def set_ratio(opened: Any, percent: int) -> None:
-    opened.locator("#ratio").fill(str(percent - 1))
-    assert opened.locator("#ratio-value").inner_text() == f"{percent}%"
 
 
 def test_hostile_text_is_text(report: Path, chromium: Any) -> None:
@@ -402,7 +388,9 @@ def test_what_is_packed_can_be_read_again(report: Path, tokens: Path) -> None:
     assert len(data["answers"]) == 6 + 12
     for packed, answer in zip(data["answers"], read_answers(tokens), strict=False):
         raw, count = zlib.decompress(base64.b64decode(packed["data"])), len(answer.pieces)
-        assert len(raw) == 18 * count
+        folder = data["folders"][data["pools"][packed["pool"]]["folder"]]
+        assert [data["scores"][number]["name"] for number in folder["scores"]] == SCORES_OF_ANALYSIS
+        assert len(raw) == (4 * 4 + 1 + len(SCORES_OF_ANALYSIS)) * count
         number, entropy, surprise, _ = np.frombuffer(raw[: 16 * count], dtype="<u4").reshape(4, count)
         assert [data["vocabulary"]["pieces"][place] for place in number] == list(answer.pieces)
         np.testing.assert_allclose(entropy * data["unit"], answer.entropy, atol=5.1e-5)
@@ -411,12 +399,16 @@ def test_what_is_packed_can_be_read_again(report: Path, tokens: Path) -> None:
 
 def test_every_stop_of_the_slider_keeps_exactly_its_share() -> None:
     answers = [make_answer(number, ["a"] * (17 + number), number) for number in range(5)]
-    ((pool, members, firsts),) = pools_of(answers)
-    first = np.concatenate(firsts)
+    tokens = tokens_shown(answers)
+    values = [scored.numpy() for _, scored in each_score(tokens, [])]
+    ((pool, members, firsts),) = pools_of(answers, values)
+    first = np.concatenate(firsts, axis=1)
     assert members == [0, 1, 2, 3, 4]
-    assert pool.num_kept == [kept_count(first.size, ratio) for ratio in RATIOS]
+    num_tokens = sum(17 + number for number in range(5))
+    assert first.shape == (len(SCORES_OF_ANALYSIS), num_tokens)
+    assert pool.num_kept == [kept_count(num_tokens, ratio) for ratio in RATIOS]
     for place, ratio in enumerate(RATIOS):
-        assert (first <= place).sum() == kept_count(first.size, ratio)
+        assert ((first <= place).sum(axis=1) == kept_count(num_tokens, ratio)).all()
 
 
 def test_answers_are_taken_evenly_and_one_that_is_broken_is_named(tokens: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -23,19 +24,23 @@ from entropy_fork.reward.score import MAX_CHARACTERS, compare, compute_score, la
 
 pytestmark = pytest.mark.process
 
-#: agreement with a human grader on tests/reward/answer_pairs.tsv. A new math-verify may change these numbers.
-PAIRS, AGREED = 318, 305
+#: pairs with a human's verdict in tests/reward/answer_pairs.tsv; all are graded so
+PAIRS = 318
 
 #: without a limit, each of these takes minutes to years
 ENDLESS = {
     "tower of exponents": "9^{9^{9^9}}",
     "factorial": "100000000!",
     "factorial of a factorial": "((10!)!)!",
-    "binomial": r"\binom{10^{9}}{5\cdot 10^{8}}",
     "integral": r"\int_0^1 \frac{\sin(x^x)\sqrt{x^5+1}}{\ln(x+2)^{x}} dx",
-    "power of a sum": "(x+y+z+w)^{200}",
     "power of a matrix": r"\begin{pmatrix}x&y&z\\y&z&x\\z&x&y\end{pmatrix}^{100}",
 }
+
+#: these took as long, until values at points were compared first
+ENDLESS_BEFORE = {"binomial": r"\binom{10^{9}}{5\cdot 10^{8}}", "power of a sum": "(x+y+z+w)^{200}"}
+
+#: keeps a process busy for seconds, in one function
+BUSY = ENDLESS["integral"]
 
 
 @pytest.mark.parametrize(
@@ -104,20 +109,12 @@ def test_the_box_is_found_in_linear_time(unit: str) -> None:
 
 
 def test_agreement_with_a_human_grader() -> None:
-    """Every known disagreement is marked in the table, and nothing else disagrees."""
+    """Through the processes, with their limits and the guard against code."""
     with open(Path(__file__).with_name("answer_pairs.tsv"), newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    assert len(rows) == PAIRS
-    assert len({(row["answer"], row["ground truth"]) for row in rows}) == PAIRS
-    agreed, unexpected = 0, []
-    for row in rows:
-        given_verdict = "=" if compare(row["answer"], row["ground truth"]).equal else "≠"
-        agreed += given_verdict == row["grader"]
-        if given_verdict != (row["math-verify"] or row["grader"]):
-            unexpected.append((row["answer"], row["ground truth"], given_verdict))
-    print(f"agreement {agreed}/{PAIRS}")
-    assert unexpected == []
-    assert agreed == AGREED
+    assert len({(row["answer"], row["ground truth"]) for row in rows}) == len(rows) == PAIRS
+    wrong = [row for row in rows if compare(row["answer"], row["ground truth"]).equal != (row["grader"] == "=")]
+    assert wrong == []
 
 
 integers = st.integers(-(10**6), 10**6)
@@ -138,12 +135,12 @@ plain_numbers = st.one_of(
 @example("-0", "0")
 @example("3.0", "3")
 @example(r"\frac{-1}{-3}", "1/3")
-def test_plain_numbers_are_judged_as_by_math_verify(answer: str, truth: str) -> None:
+def test_plain_numbers_are_judged_as_by_the_grader(answer: str, truth: str) -> None:
     if truth == "same":
         value = plain_number(answer)
         assert value is not None
         truth = rf"\frac{{{value[0].numerator}}}{{{value[0].denominator}}}"
-    assert compare(answer, truth) == judge.compare(answer, truth)
+    assert compare(answer, truth)[:3] == judge.compare(answer, truth)[:3]
 
 
 def test_plain_numbers() -> None:
@@ -162,6 +159,12 @@ def test_an_endless_answer_is_stopped(answer: str) -> None:
     assert time.monotonic() - begin < 0.5 * judge.WALL_FACTOR + 5  # seconds, for a busy machine
     assert score == {"score": 0, "acc": 0, "format": 0, "stopped": 1}
     assert pool.compare(r"\sqrt{8}", r"2\sqrt{2}", 5).equal
+
+
+@pytest.mark.parametrize("answer", ENDLESS_BEFORE.values(), ids=ENDLESS_BEFORE)
+def test_an_answer_that_was_endless_is_now_wrong_in_time(answer: str) -> None:
+    score = compute_score("any", rf"\boxed{{{answer}}}", r"3\sqrt{2}+x", timeout=4)
+    assert score == {"score": 0, "acc": 0, "format": 1, "stopped": 0}
 
 
 @pytest.mark.parametrize(
@@ -207,11 +210,24 @@ def start_mib() -> int:
     return int(re.findall(r"VmPeak:\s+(\d+) kB", status)[0]) // 1024
 
 
-def test_memory_is_bounded(start_mib: int) -> None:
-    """With memory for little more than math-verify, an answer that needs gigabytes fails, and the next is judged."""
-    pool = judges(1, start_mib + 7)
-    assert not pool.compare("2^{2^{36}}", "2.5", 60).stopped
-    assert pool.compare(r"\sqrt{8}", r"2\sqrt{2}", 5).equal
+def test_memory_is_bounded(python: Callable[..., Any]) -> None:
+    """An answer that needs gigabytes fails, and the same process judges the next one."""
+    requests = [json.dumps([answer, "1", 5]) for answer in ("gigabytes", "1")]
+    result = python(
+        "-c",
+        f"""
+import io, sys
+from entropy_fork.reward import judge
+def compare(answer, truth):
+    return judge.Verdict(len(bytearray(1 << 33 if answer == "gigabytes" else 1)) == 1, True)
+judge.compare = compare
+sys.stdin = io.StringIO({chr(10).join(requests)!r} + chr(10))
+judge.serve(2048)
+""",
+    )
+    assert result.stdout.splitlines() == [
+        "ready", '[[false, false, false, "", 0.0], false]', '[[true, true, false, "", 0.0], false]',
+    ], result.stderr  # fmt: skip
 
 
 def test_many_threads() -> None:
@@ -253,7 +269,7 @@ def test_a_process_that_is_killed_costs_no_answer() -> None:
     os.kill(pool._idle[0]._process.pid, signal.SIGKILL)
     assert pool.compare(r"\sqrt{8}", r"2\sqrt{2}", 5).equal
     with ThreadPoolExecutor(1) as threads:
-        verdict = threads.submit(pool.compare, "9^{9^{9^9}}", "2.5", 2)
+        verdict = threads.submit(pool.compare, BUSY, "2.5", 2)
         time.sleep(0.3)
         child = next(iter(pool._children))._process
         os.kill(child.pid, signal.SIGKILL)
@@ -289,7 +305,7 @@ def test_processes_that_cannot_start_are_an_error_and_not_a_wrong_answer() -> No
 def _running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end between opening and reading
         return False
 
 
@@ -302,7 +318,7 @@ from entropy_fork.reward.judge import judges
 pool = judges(2, 256)
 pool.compare("x", "y", 5)
 idle = pool._idle[0]
-threading.Thread(target=pool.compare, args=("9^{{9^{{9^9}}}}", "2.5", 3), daemon=True).start()
+threading.Thread(target=pool.compare, args=({BUSY!r}, "2.5", 3), daemon=True).start()
 time.sleep(0.2)
 threading.Thread(target=pool.compare, args=("x", "y+1", 3), daemon=True).start()
 while len(pool._idle) < 1: time.sleep(0.1)

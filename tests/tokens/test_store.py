@@ -15,8 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.tokens.store import (
+    OPTIONAL,
     AnswerTokens,
+    delete_part,
+    known_columns,
     parts,
+    read_answer_columns,
     read_answers,
     read_columns,
     read_manifest,
@@ -95,6 +99,41 @@ def test_a_selection_replaces_nothing_else(tmp_path: Path) -> None:
         [True, False, False],
         [True, True],
     ]
+
+
+#: the columns of a part's tokens, as versions wrote and read them that knew no other score than the entropy
+FIRST_COLUMNS = ["answer", "position", "token_id", "piece", "entropy", "log_prob", "rank", "selected"]
+
+
+def test_what_other_scores_read_is_kept_where_it_is_known(tmp_path: Path) -> None:
+    def values(seed: int, length: int) -> np.ndarray:
+        return np.random.default_rng(seed).normal(size=length).astype(np.float32)
+
+    written = [
+        answer(0, 4, advantage=values(0, 4), rollout_log_prob=values(1, 4)),
+        answer(1, 3, ref_log_prob=values(2, 3), advantage=values(3, 3)),
+        answer(2, 2),
+    ]
+    write_part(tmp_path, 0, written[:2])
+    write_part(tmp_path, 1, written[2:])
+    write_manifest(tmp_path, {})
+    names = [pq.read_schema(tmp_path / "tokens" / f"part-0000{part}.parquet").names for part in range(2)]
+    assert names == [[*FIRST_COLUMNS, "advantage", "ref_log_prob", "rollout_log_prob"], FIRST_COLUMNS]
+    # this version reads both, and an older one, which takes its columns by name, reads the newer part
+    assert all(same(*pair) for pair in zip(written, read_answers(tmp_path), strict=True))
+    table = pq.read_table(tmp_path / "tokens" / "part-00000.parquet")
+    assert table.column("entropy").to_pylist() == [*written[0].entropy.tolist(), *written[1].entropy.tolist()]
+    assert pq.read_table(tmp_path / "tokens" / "part-00000.parquet", columns=FIRST_COLUMNS).num_columns == 8
+    # known is what every token has
+    assert known_columns(tmp_path, OPTIONAL) == []
+    assert known_columns(tmp_path, FIRST_COLUMNS[:6]) == FIRST_COLUMNS[:6]
+    delete_part(tmp_path, 1)
+    assert known_columns(tmp_path, OPTIONAL) == ["advantage"]
+    write_part(tmp_path, 7, [answer(9, 0)])  # lacks nothing
+    assert known_columns(tmp_path, OPTIONAL) == ["advantage"]
+    assert read_answer_columns(tmp_path, 0, "answer", "tokens", "step") == [[0, 1], [4, 3], [None, None]]
+    with pytest.raises(ValueError, match="columns have different lengths"):
+        answer(0, 4, advantage=values(0, 3))
 
 
 def test_a_part_is_there_when_both_files_are(tmp_path: Path) -> None:

@@ -118,9 +118,10 @@ ON_POLICY = ("data.train_batch_size=32", "actor_rollout_ref.actor.ppo_mini_batch
 @pytest.mark.parametrize("preset", preset_names("entropy_fork"))
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_each_form_composes_with_each_preset(compose: Compose, preset: str, name: str) -> None:
+    loss = "vanilla" if preset in ("archer", "dcpo") else "reinforce"  # these two are about PPO's clip
     config = compose(
         "+recipe=demo_cpu", f"entropy_fork={preset}", f"algorithm.adv_estimator={name}", "critic.enable=true",
-        "actor_rollout_ref.actor.policy_loss.loss_mode=reinforce", "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+        f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}", "actor_rollout_ref.actor.ppo_mini_batch_size=16",
     )  # fmt: skip
     check_estimator(config)
     check_on_policy(config)

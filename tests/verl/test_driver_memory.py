@@ -113,3 +113,26 @@ def peaks_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, floa
 
     run_hook(monkeypatch, trainer_class=Measured, rows=rows, **settings)
     return peaks
+
+
+#: with any score
+SCORING = 24.0
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_bytes_of_a_token_with_a_score(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Each field that a score reads is fetched once, and is there until the tokens are chosen."""
+    peaks = peaks_of(monkeypatch, fork_config=EntropyForkConfig(score=name), fields=fields_of_scores())
+    assert max(peaks.values()) <= SCORING, peaks
+
+
+def fields_of_scores() -> dict[str, torch.Tensor]:
+    """What verl writes, as large as the batch of :func:`peaks_of`; Σπ² for rows with a prompt of one token."""
+    lengths = torch.full((NUM_ROWS,), ROW_LENGTH)
+    total = NUM_ROWS * ROW_LENGTH
+    log_probs = -torch.rand(total, generator=torch.Generator().manual_seed(1))
+    return {
+        "old_log_probs": jagged(log_probs, lengths),
+        "rollout_log_probs": jagged(log_probs * 1.01, lengths),
+        "sum_pi_squared": jagged(torch.full((total + NUM_ROWS,), 0.5), lengths + 1),
+    }

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,14 +20,18 @@ import pytest
 import torch
 from helpers.mini_batch import NUM_ROWS, VOCABULARY, Answers, keep_gradients, make_answers, make_batch, make_engine
 from helpers.processes import Processes
+from helpers.scored_rows import ScoredRows, chosen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from entropy_fork.core.factors import changed_advantages, clip_bounds
 from entropy_fork.core.rule import Rule, Selector
+from entropy_fork.core.scores import SCORES
 from entropy_fork.verl.config import MASKABLE_LOSSES
-from entropy_fork.verl.gradient_step import tally_of
+from entropy_fork.verl.gradient_step import FACTORS, KEPT_TOKENS, SOFT_SCORES, tally_of
+from entropy_fork.verl.policy_loss import CLIP_HIGHEST, CLIP_LOWEST, CLIPPED, WEIGHED, weighed_by_driver
 from entropy_fork.verl.sparse_head import AT_RESPONSES, ENTROPY_OF_MASK, EVERYWHERE, HEAD
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
@@ -95,9 +101,12 @@ def build_engine(state: dict[str, Any], path: str, use_remove_padding: bool) -> 
 
 def train_step(
     state: dict[str, Any], answers: Answers, rows: list[int], rule: Rule | None, cut: dict[str, Any], loss_mode: str,
-    **actor: Any,
+    more: dict[str, list[Tensor]] | None = None, **actor: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """One ``train_batch`` of verl's engine on some rows. Returns the gradient, and the loss's arguments row by row."""
+    """One ``train_batch`` of verl's engine on some rows. Returns the gradient, and the loss's arguments row by row.
+
+    With ``more``, fields that the driver has written, the batch has the driver's flags for them.
+    """
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
     from verl.workers.utils.losses import ppo_loss
 
@@ -111,9 +120,8 @@ def train_step(
         ppo_micro_batch_size_per_gpu=NUM_ROWS,
         clip_ratio_low=CLIP_LOW,
         clip_ratio_high=CLIP_HIGH,
-        clip_ratio_c=1e9,  # without the dual clip, which the restatement does not have
         policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=0.1),
-        **actor,
+        **{"clip_ratio_c": 1e9, **actor},  # without the dual clip, which the restatement does not have
     )
 
     settings = {
@@ -125,7 +133,10 @@ def train_step(
     settings["calculate_entropy"] = config.entropy_coeff != 0
     if rule is not None:
         settings[RULE] = rule
-    data = make_batch(answers, rows, settings)
+    if more is not None:
+        settings |= {WEIGHED: True, CLIPPED: CLIP_LOWEST in more}
+    data = make_batch(answers, rows, settings, more)
+    loss = weighed_by_driver(partial(ppo_loss, config=config))
 
     seen: dict[int, Tensor] = {}
     micro_batches: list[list[int]] = []
@@ -137,7 +148,7 @@ def train_step(
         outputs.append({name: output.requires_grad for name, output in model_output.items()})
         if "rollout_is_weights" in data:
             seen.update(zip(members, data["rollout_is_weights"].unbind(), strict=True))
-        return partial(ppo_loss, config=config)(model_output=model_output, data=data, dp_group=dp_group)
+        return loss(model_output=model_output, data=data, dp_group=dp_group)
 
     torch.manual_seed(0)  # clip_cov clips random tokens
     with engine.train_mode():
@@ -308,6 +319,8 @@ def test_official_is_the_authors_update(
 ONE_BY_ONE = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
 THREE = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 3}
 PACKED = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 45}
+#: an order of the rows in which ``actor.shuffle`` could deal them out
+SHUFFLED = [7, 2, 9, 0, 11, 4, 3, 8, 1, 10, 5, 6]
 
 
 @pytest.mark.parametrize("entropy", ["old", "current"])
@@ -645,3 +658,334 @@ def test_micro_batches_that_were_not_counted_stop_the_run(worlds: dict[int, Proc
     """The run stops if verl cuts a mini-batch in another way than the function of verl's that we call."""
     with pytest.raises(RuntimeError, match="verl cut the mini-batch into other micro-batches than were counted"):
         worlds[1](cut_otherwise, [(make_answers(10), list(range(NUM_ROWS)))])
+
+
+# --- weights, advantages and clip ranges by token ---------------------------------------------------------------------
+
+
+def restated_factors(answers: Answers, ratio: float, offset: float, slope: float) -> dict[tuple[int, int], float]:
+    """offset + slope·s of the tokens with the highest surprisal s of the mini-batch."""
+    surprisals = [-values for values in answers.old_log_probs]
+    kept = highest(surprisals, answers.masks, list(range(NUM_ROWS)), ratio)
+    return {(row, t): offset + slope * float(surprisals[row][t]) for row, t in kept}
+
+
+def restated_use(
+    model: Qwen3ForCausalLM, answers: Answers, factors: dict[tuple[int, int], float], use: str, dual: float = 1e9
+) -> dict[str, Tensor]:
+    """The gradient of PPO's loss, averaged over all tokens, where a factor changes one number of each token."""
+    log_probs, _ = forward(model, answers)
+    eligible = [(row, t) for row in range(NUM_ROWS) for t in range(len(answers.masks[row])) if answers.masks[row][t]]
+    total = torch.zeros(())
+    for row, t in eligible:
+        factor = factors.get((row, t))
+        advantage, low, high, weight = float(answers.advantages[row][t]), CLIP_LOW, CLIP_HIGH, 1.0
+        if factor is not None and use == "weight":
+            weight = factor
+        elif factor is not None and use == "multiply":
+            advantage *= factor
+        elif factor is not None and use == "add":
+            advantage += min(factor, abs(advantage) / 2)
+        elif factor is not None:
+            low, high = low * factor, high * factor
+        ratio = (log_probs[row][t] - answers.old_log_probs[row][t]).exp()
+        gain = torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+        if advantage < 0:
+            gain = torch.max(gain, torch.tensor(dual * advantage))
+        total = total - weight * gain / len(eligible)
+    model.zero_grad()
+    total.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def near(model: Qwen3ForCausalLM, seed: int) -> Answers:
+    """Answers whose old policy is so near to the model that PPO clips some of their ratios, and others not."""
+    answers = make_answers(seed)
+    random = torch.Generator().manual_seed(seed)
+    new = [values.detach() for values in forward(model, answers)[0]]
+    answers.old_log_probs = [values - 0.3 * torch.randn(len(values), generator=random) for values in new]
+    return answers
+
+
+def on_ranks(
+    world: Processes, answers: Answers, more: dict[str, list[Tensor]], loss_mode: str = "entropy_fork/vanilla",
+    **actor: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A step of a batch that the driver has weighed, with its rows in another order."""
+    share = NUM_ROWS // world.size
+    parts = [SHUFFLED[rank * share : (rank + 1) * share] for rank in range(world.size)]
+    step = partial(train_step, more=more or None, loss_agg_mode="token-mean", **actor)
+    return world(step, [(answers, part, None, PACKED, loss_mode) for part in parts])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("entropy", ["old", "current"])
+@pytest.mark.parametrize("normalize", ["pool", "none"])
+def test_the_gradient_of_weighted_tokens(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], size: int, entropy: str, normalize: str
+) -> None:
+    """``use=weight``: a kept token weighs by its factor, another one 1."""
+    answers = make_answers(41)
+    if entropy == "current":
+        given_answers = replace(answers, old_log_probs=[values.detach() for values in forward(model[0], answers)[0]])
+    else:
+        given_answers = answers
+    factors = restated_factors(given_answers, 0.4, 0.5, 0.25)
+    if normalize == "pool":
+        mean = sum(factors.values()) / len(factors)
+        factors = {token: factor / mean for token, factor in factors.items()}
+    rule = Rule.of(
+        score="surprisal", top_ratio=0.4, use="weight", map_offset=0.5, map_slope=0.25, entropy=entropy,
+        normalize=normalize,
+    )  # fmt: skip
+    for part in train(worlds[size], answers, rule, PACKED, SHUFFLED):
+        close(part["gradients"], restated_use(model[0], answers, factors, "weight"))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("combine", ["multiply", "add"])
+def test_the_gradient_of_changed_advantages(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], size: int, combine: str
+) -> None:
+    """``use=advantage``: the driver writes the advantages, and the worker trains with them."""
+    answers = make_answers(42)
+    rule = Rule.of(
+        score="surprisal", top_ratio=0.4, use="advantage", combine=combine, map_offset=0.5, map_slope=0.1
+    )  # fmt: skip
+    choice, weights = chosen(scored_rows(answers), rule)
+    changed = changed_advantages(torch.cat(answers.advantages), choice.factors, rule)
+    more = {"advantages": list(changed.split([len(mask) for mask in answers.masks])), "rollout_is_weights": weights}
+    expected = restated_use(model[0], answers, restated_factors(answers, 0.4, 0.5, 0.1), combine)
+    for part in on_ranks(worlds[size], answers, more):
+        close(part["gradients"], expected)
+
+
+def bounds_of(answers: Answers, rule: Rule) -> dict[str, list[Tensor]]:
+    """What the driver writes for ``use=clip``."""
+    choice, weights = chosen(scored_rows(answers), rule)
+    bounds = clip_bounds(choice.factors, choice.score, rule, CLIP_LOW, CLIP_HIGH)
+    lengths = [len(mask) for mask in answers.masks]
+    lowest, highest = (list(bound.split(lengths)) for bound in bounds)
+    return {CLIP_LOWEST: lowest, CLIP_HIGHEST: highest, "rollout_is_weights": weights}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("dual", [1e9, 1.15])
+def test_the_gradient_of_clip_ranges_by_token(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], size: int, dual: float
+) -> None:
+    """``use=clip``: each token has its own range; the second clip, of negative advantages, stays verl's."""
+    answers = near(model[0], 43)
+    rule = Rule.of(score="surprisal", top_ratio=0.4, use="clip", map_offset=0.25, map_slope=0.3)
+    factors = restated_factors(answers, 0.4, 0.25, 0.3)
+    expected = restated_use(model[0], answers, factors, "clip", dual)
+    plain = restated_use(model[0], answers, {}, "clip", dual)
+    assert any(not torch.allclose(gradient, plain[name]) for name, gradient in expected.items())
+    for part in on_ranks(worlds[size], answers, bounds_of(answers, rule), clip_ratio_c=dual):
+        close(part["gradients"], expected)
+
+
+@pytest.mark.parametrize("dual", [1e9, 1.15])
+def test_equal_clip_ranges_are_verls_update_bit_for_bit(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], dual: float
+) -> None:
+    answers = near(model[0], 44)
+    rule = Rule.of(use="clip", map_offset=1.0, map_slope=0.0, top_ratio=0.5)
+    ours = on_ranks(worlds[2], answers, bounds_of(answers, rule), clip_ratio_c=dual)
+    verls = on_ranks(worlds[2], answers, {}, loss_mode="vanilla", clip_ratio_c=dual)
+    for our, their in zip(ours, verls, strict=True):
+        for name, gradient in their["gradients"].items():
+            assert torch.equal(our["gradients"][name], gradient), name
+        for name, value in their["metrics"].items():
+            assert getattr(our["metrics"][name], "values", our["metrics"][name]) == getattr(value, "values", value), (
+                name
+            )
+    clipped = {name: max(verls[0]["metrics"][f"actor/{name}"].values) for name in ("pg_clipfrac", "pg_clipfrac_lower")}
+    assert clipped["pg_clipfrac"] > 0
+    assert (clipped["pg_clipfrac_lower"] > 0) is (dual < 2)
+
+
+def test_clip_ranges_that_are_lost_on_the_way_stop_the_run(worlds: dict[int, Processes]) -> None:
+    answers = make_answers(45)
+    bounds = bounds_of(answers, Rule.of(use="clip", top_ratio=0.5))
+    del bounds[CLIP_HIGHEST]
+    with pytest.raises(RuntimeError, match=r"use=clip was asked for, but the batch has no clip ranges in .* pid \d+"):
+        on_ranks(worlds[2], answers, bounds)
+
+
+# --- any score -------------------------------------------------------------------------------------------------------
+
+
+def scored_rows(
+    answers: Answers, log_probs: list[Tensor] | None = None, entropies: list[Tensor] | None = None
+) -> ScoredRows:
+    """The answers as scores see them, with the old policy's fields or others."""
+    fields = {
+        "entropy": answers.old_entropy if entropies is None else entropies,
+        "log_prob": answers.old_log_probs if log_probs is None else [values.detach() for values in log_probs],
+        "advantage": answers.advantages,
+        "ref_log_prob": answers.old_log_probs,
+    }
+    if answers.rollout_log_probs is not None and answers.sum_pi_squared is not None:
+        fields |= {"rollout_log_prob": answers.rollout_log_probs, "sum_pi_squared": answers.sum_pi_squared}
+    rows = list(range(NUM_ROWS))
+    return ScoredRows(fields, answers.masks, rows, [1000 + row for row in rows])
+
+
+def weights_of_step(
+    state: dict[str, Any], answers: Answers, rows: list[int], rule: Rule, cut: dict[str, Any],
+    more: dict[str, list[Tensor]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The token weights before a gradient step, without the step."""
+    from entropy_fork.verl.gradient_step import GradientStep
+
+    settings = {
+        "temperature": 1.0, "global_batch_size": NUM_ROWS, "use_remove_padding": state["use_remove_padding"], **cut
+    }  # fmt: skip
+    data = make_batch(answers, rows, settings, more)
+    with state["engine"].train_mode():
+        step = GradientStep(state["engine"], data, rule, None)
+    return {
+        "weights": dict(zip(rows, data["rollout_is_weights"].unbind(), strict=True)),
+        "micro_batches": [[rows[place] for place in members] for members in step._micro_batches],
+        "metrics": step.metrics(),
+    }
+
+
+def weights_in(
+    world: Processes, answers: Answers, rule: Rule, cut: dict[str, Any], deal: list[int], more: Any = None
+) -> tuple[dict[int, Tensor], Tensor, list[dict[str, Any]]]:
+    """The weights of each row, the micro-batch of each row, and the metrics of each rank."""
+    share = NUM_ROWS // world.size
+    parts = [deal[rank * share : (rank + 1) * share] for rank in range(world.size)]
+    found = world(weights_of_step, [(answers, part, rule, cut, more) for part in parts])
+    micro_batch = torch.zeros(NUM_ROWS, dtype=torch.int64)
+    for number, members in enumerate(members for part in found for members in part["micro_batches"]):
+        micro_batch[members] = number
+    weights = {row: values for part in found for row, values in part["weights"].items()}
+    return weights, micro_batch, [part["metrics"] for part in found]
+
+
+#: every use that a worker can make, see ``tests/verl/test_scores_on_driver.py`` for the others
+USES_IN_WORKER: dict[str, dict[str, Any]] = {
+    "mask": {"use": "mask"},
+    "weight": {"use": "weight", "map": "rank", "map_low": 0.25},
+}
+
+
+@pytest.mark.parametrize("control", ["none", "matched_random"])
+@pytest.mark.parametrize("use", USES_IN_WORKER)
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_gives_the_same_weights_on_any_ranks(
+    worlds: dict[int, Processes], name: str, use: str, control: str
+) -> None:
+    """As with ``actor.shuffle``: the rows in another order, on 1, 2 and 4 ranks; each pool that a worker can have."""
+    answers = make_answers(31, every_field=True)
+    where = "advantage > -0.5 and draw < 0.9" if list(SCORES).index(name) % 2 else ""
+    for pool, sizes in {"mini_batch": (1, 2, 4), "micro_batch": (2,), "response": (4,)}.items():
+        rule = Rule.of(score=name, pool=pool, control=control, top_ratio=0.4, where=where, **USES_IN_WORKER[use])
+        for size in sizes:
+            weights, micro_batch, metrics = weights_in(worlds[size], answers, rule, THREE, SHUFFLED)
+            choice, expected = chosen(scored_rows(answers), rule, micro_batch)
+            for row in range(NUM_ROWS):
+                assert torch.equal(weights[row], expected[row]), (pool, size, row)
+            assert all(rank == metrics[0] for rank in metrics)
+            counted = tally_of({key: values[0] for key, values in metrics[0].items()}, 1).metrics()
+            assert counted["kept_tokens"] == int(choice.kept.sum())
+
+
+@pytest.mark.parametrize("use", USES_IN_WORKER)
+@pytest.mark.parametrize("name", [name for name in SCORES if name not in ("position", "random", "gradient_norm")])
+def test_scores_of_the_current_policy(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], name: str, use: str
+) -> None:
+    """Entropies and log-probabilities are those of the model, from a pass without gradients."""
+    answers = make_answers(32, every_field=True)
+    log_probs, entropies = forward(model[0], answers)
+    rule = Rule.of(score=name, entropy="current", top_ratio=0.4, where="entropy > 0.2", **USES_IN_WORKER[use])
+    choice, expected = chosen(scored_rows(answers, log_probs, entropies), rule)
+    old = chosen(scored_rows(answers), replace(rule, entropy="old"))[0]
+    assert not torch.equal(choice.kept, old.kept)
+    for size in (2, 4):
+        weights, _, metrics = weights_in(worlds[size], answers, rule, THREE, SHUFFLED)
+        for row in range(NUM_ROWS):
+            torch.testing.assert_close(weights[row], expected[row], rtol=1e-4, atol=1e-4)
+        counted = tally_of({key: values[0] for key, values in metrics[0].items()}, 1).metrics()
+        both = int((choice.kept & old.kept).sum())
+        assert counted["overlap_with_old"] == pytest.approx(both / int(choice.kept.sum()))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    "name", [n for n, score in SCORES.items() if score.elementwise and n not in ("position", "random", "gradient_norm")]
+)
+def test_scores_that_the_loss_sees(
+    worlds: dict[int, Processes], model: tuple[Qwen3ForCausalLM, str], name: str, size: int
+) -> None:
+    """``official`` with another score: in each micro-batch, without a pass of its own; also as a control."""
+    answers = make_answers(33, every_field=True)
+    log_probs, entropies = forward(model[0], answers)
+    for control in ("none", "matched_random"):
+        rule = Rule.of(score=name, entropy="current", pool="micro_batch", top_ratio=0.4, control=control)
+        assert rule.selected_in_loss
+        answer = train(worlds[size], answers, rule, THREE)
+        micro_batch = torch.zeros(NUM_ROWS, dtype=torch.int64)
+        for number, members in enumerate(members for part in answer for members in part["micro_batches"]):
+            micro_batch[members] = number
+        choice, _ = chosen(scored_rows(answers, log_probs, entropies), rule, micro_batch)
+        by_row = choice.kept.split([len(mask) for mask in answers.masks])
+        kept = {(row, place) for row in range(NUM_ROWS) for place in by_row[row].nonzero().flatten().tolist()}
+        assert kept_of(answer) == kept
+        for part in answer:
+            close(part["gradients"], restated_gradient(model[0], answers, kept, "kept", "token-mean"))
+
+
+@pytest.mark.parametrize(
+    "values", [{"weight": "soft"}, {"weight": "soft", "control": "matched_random"}, {"use": "weight", "map": "rank"}]
+)
+@pytest.mark.parametrize("name", ["surprisal", "covariance"])
+def test_what_the_driver_selected_is_weighed_in_the_worker(
+    worlds: dict[int, Processes], name: str, values: dict[str, Any]
+) -> None:
+    """``pool=batch`` with ``actor.shuffle``: the driver sends what it kept, and what a kept token weighs by."""
+    answers = make_answers(34, every_field=True)
+    rule = Rule.of(score=name, pool="batch", top_ratio=0.4, **values)
+    choice, expected = chosen(scored_rows(answers), rule)
+    lengths = [len(mask) for mask in answers.masks]
+    more = {KEPT_TOKENS: list(choice.kept.to(torch.uint8).split(lengths))}
+    if choice.factors is not None:
+        more[FACTORS] = list(choice.factors.split(lengths))
+    elif choice.score is not None:
+        more[SOFT_SCORES] = list(choice.score.split(lengths))
+    for size in (1, 2):
+        weights, _, _ = weights_in(worlds[size], answers, rule, THREE, SHUFFLED, more)
+        for row in range(NUM_ROWS):
+            torch.testing.assert_close(weights[row], expected[row], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "broken", "message"),
+    [
+        ({"score": "surprisal"}, "old_log_probs", "score=surprisal: it gave nan for a token"),
+        ({"score": "covariance"}, "old_log_probs", "score=covariance: it gave nan for a token"),
+        ({"score": "rsi", "where": "log_prob < 0"}, "old_log_probs", "score=rsi: it gave nan for a token"),
+        ({"pool": "response"}, "old_entropy", "the score of a response token is not finite"),
+        ({"pool": "response", "use": "weight"}, "old_entropy", "map=linear gave a factor of -9"),
+    ],
+)
+def test_what_fails_on_one_rank_stops_all(
+    worlds: dict[int, Processes], values: dict[str, Any], broken: str, message: str
+) -> None:
+    """A number of one rank is broken. No rank waits for another in a collective, and each says where it stands."""
+    answers = make_answers(35)
+    row = next(row for row in SHUFFLED[:6] if answers.masks[row].all())
+    getattr(answers, broken)[row][:] = -9.0 if "factor" in message else math.nan
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        weights_in(worlds[2], answers, Rule.of(**values, top_ratio=1.0 if "use" in values else 0.2), THREE, SHUFFLED)
+    assert time.monotonic() - start < 30
+    said = str(error.value)
+    assert f"EntropyForkError: {message}" in said
+    assert said.count(message) > 1 or "rank 0 of 2 has failed in this mini-batch; see its own message" in said
+    assert len(set(re.findall(r"EntropyForkError: .* \(in .* pid (\d+)", said))) == 2
+    weights_in(worlds[2], make_answers(35), Rule.of(**values), THREE, SHUFFLED)  # the group still works

@@ -62,7 +62,9 @@ class Batch(SimpleNamespace):
 def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A function that takes one step. From (step, config node) it returns the batch's fields as workers get them."""
 
-    def take(number: int, masked: Any = None, layout: list[int] | None = None, **node: Any) -> dict[str, Any]:
+    def take(
+        number: int, masked: Any = None, layout: list[int] | None = None, more: Any = None, **node: Any
+    ) -> dict[str, Any]:
         this = masked or make(**node)
         rows = make_rows(seed=number, num_rows=NUM_ROWS, eligible=0.9)
         lengths = rows.lengths.tolist()
@@ -80,6 +82,8 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             "data_source": ["unit"] * NUM_ROWS,
             "index": np.array([row // 2 for row in range(NUM_ROWS)], dtype=object),
         }
+        data |= more(rows.lengths, random) if more else {}
+        asked_for: list[str] = []
         keys = [f"u{row // 2}_{row % 2}_0" for row in range(NUM_ROWS)]
         tags = [{"is_padding": row == 4} for row in range(NUM_ROWS)]
         if layout is not None:  # as in another run: other uids, and the rows in another order
@@ -88,6 +92,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             tags = [tags[row] for row in layout]
 
         def get(keys: list[str], select_fields: list[str], **_: Any) -> dict[str, Any]:
+            asked_for.extend(select_fields)
             asked = [batch.keys.index(key) for key in keys]
             found = {name: data[name] for name in select_fields if name in data}
             return {name: pick(value, asked) for name, value in found.items()}
@@ -101,7 +106,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(tq, "kv_batch_put", put)
         this.global_steps = number
         this._compute_advantage(batch, {})
-        return {**data, "lengths": lengths, "trainer": this}
+        return {**data, "lengths": lengths, "trainer": this, "asked_for": asked_for}
 
     def pick(value: Any, rows: list[int]) -> Any:
         if isinstance(value, torch.Tensor):
@@ -155,6 +160,67 @@ def test_what_is_dumped_is_what_the_workers_will_be_given(step: Any, tmp_path: P
     assert 0 < sum(answer.selected.sum() for answer in answers) < sum(len(answer.selected) for answer in answers)
     manifest = read_manifest(tmp_path / "run" / "tokens")
     assert (manifest["source"], manifest["top_ratio"], manifest["temperature"]) == ("training", 0.2, 1.0)
+
+
+def of_scores(lengths: torch.Tensor, random: torch.Generator) -> dict[str, Any]:
+    """Fields of a run with a reference policy, checked rollouts and Σπ²; verl writes the last one for whole rows."""
+    total = int(lengths.sum())
+    return {
+        "advantages": jagged(torch.randn(total, generator=random), lengths),
+        "ref_log_prob": jagged(-torch.rand(total, generator=random), lengths),
+        "rollout_log_probs": jagged(-torch.rand(total, generator=random), lengths),
+        "sum_pi_squared": jagged(
+            torch.rand(total + 2 * len(lengths), generator=random), lengths + 2
+        ),  # 2 of the prompt
+    }
+
+
+def test_what_other_scores_read_is_dumped_where_the_batch_has_it(step: Any, tmp_path: Path) -> None:
+    seen = step(2, more=of_scores, dump_every=1)
+    for answer, row in zip(read_answers(tmp_path / "run" / "tokens"), (0, 2, 6), strict=True):
+        ours = seen["response_mask"].unbind()[row].bool()
+        for column, field in (
+            ("advantage", "advantages"),
+            ("ref_log_prob", "ref_log_prob"),
+            ("rollout_log_prob", "rollout_log_probs"),
+        ):
+            np.testing.assert_array_equal(getattr(answer, column), seen[field].unbind()[row][ours].numpy())
+        # the value of a token is at the position before it: that of the first one at the prompt's last token
+        whole_row = seen["sum_pi_squared"].unbind()[row]
+        np.testing.assert_array_equal(answer.sum_pi_squared, whole_row[1 : len(ours) + 1][ours].numpy())
+
+    seen = step(1, dump_every=1, dump_dir=str(tmp_path / "plain"))
+    plain = list(read_answers(tmp_path / "plain"))
+    assert all(answer.advantage is not None and (answer.advantage == 1).all() for answer in plain)
+    missing = ("ref_log_prob", "rollout_log_prob", "sum_pi_squared")
+    assert all(getattr(answer, column) is None for answer in plain for column in missing)
+    assert not {"ref_log_prob", "rollout_log_probs", "sum_pi_squared"} & set(seen["asked_for"])
+
+
+def test_a_field_without_a_value_for_each_token_is_left_out(step: Any, tmp_path: Path) -> None:
+    step(
+        1,
+        more=lambda lengths, _: {"rollout_log_probs": jagged(torch.zeros(int(lengths.sum()) + NUM_ROWS), lengths + 1)},
+        dump_every=1,
+    )
+    assert all(answer.rollout_log_prob is None for answer in read_answers(tmp_path / "run" / "tokens"))
+
+
+def test_the_manifest_names_the_score_and_what_it_is_used_for(step: Any, tmp_path: Path) -> None:
+    keys = ("score", "where", "use", "control", "select")
+    for name, node, expected in (
+        ("plain", {}, ["entropy", "", "mask", "none", "top"]),
+        (
+            "rsi",
+            {"score": "rsi", "where": "advantage > 0", "control": "matched_random"},
+            ["rsi", "advantage > 0", "mask", "matched_random", "top"],
+        ),
+        ("weight", {"score": "surprisal", "use": "weight"}, ["surprisal", "", "weight", "none", "top"]),
+        ("off", {"score": "rsi", "enabled": False}, [None, None, None, None, "all"]),
+    ):
+        step(1, dump_every=1, dump_dir=str(tmp_path / name), **node)
+        manifest = read_manifest(tmp_path / name)
+        assert [manifest[key] for key in keys] == expected, name
 
 
 def test_the_same_answers_in_the_same_order_in_every_run(step: Any, tmp_path: Path) -> None:
@@ -232,3 +298,12 @@ def test_a_batch_without_entropies_is_an_error(step: Any, monkeypatch: pytest.Mo
 
 def test_the_defaults_dump_nothing() -> None:
     assert EntropyForkConfig().dump_every == 0
+
+
+@pytest.mark.parametrize("use", ["weight", "advantage"])
+def test_the_dump_says_which_tokens_were_treated_if_all_are_trained_on(step: Any, tmp_path: Path, use: str) -> None:
+    step(1, dump_every=1, dump_answers=NUM_ROWS, use=use, pool="response", top_ratio=0.2)
+    for answer in read_answers(tmp_path / "run" / "tokens"):
+        assert answer.selected is not None
+        assert int(answer.selected.sum()) == -(-len(answer.entropy) // 5)
+        assert answer.entropy[answer.selected].min() >= answer.entropy[~answer.selected].max(initial=0.0)

@@ -180,7 +180,12 @@ def _about_key(group: str, key: str, written: str | None, override: str) -> str 
         try:
             parsed = OverridesParser.create().parse_override(f"{key}={value}").value()
             OmegaConf.merge(OmegaConf.structured(schema), {key: parsed})
-        except (HydraException, OmegaConfBaseException):
+        except (HydraException, OmegaConfBaseException) as error:
+            if isinstance(error, HydraException) and key in ("where", "score"):
+                return (
+                    f"Hydra cannot read {group}.{key}={value}. Put the text into quotes of Hydra's, inside those of "
+                    f"the shell: '{group}.{key}=\"{value}\"'."
+                )
             return f"{group}.{key}={value} is not {_kind(schema, key)}. {_way(group, key, value)}"
     return None
 

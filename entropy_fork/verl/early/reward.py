@@ -200,10 +200,11 @@ def _check_ours(config: DictConfig, rows: list[Rows]) -> Iterator[Problem]:
     made_up: list[Rows | None] = [*rows] or [None]
     for each in made_up:
         truth = _truth(each.first) if each is not None and each.first else "1"
+        source = each.first.get("data_source", "") if each is not None and each.first else ""
         truth = truth[:1] if isinstance(truth, list) else truth
         right = str(truth[0] if isinstance(truth, list) and truth else truth)
         try:
-            result = compute_score("", f"\\boxed{{{right}}}", truth, **kwargs)
+            result = compute_score(str(source), f"\\boxed{{{right}}}", truth, **kwargs)
             wrong = one_answer.wrong_result(result, _metric(config))
         except Exception as error:
             wrong = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -162,6 +162,20 @@ OTHERS = [
     ["schedule=cosine", "schedule_steps=10"],
     ["schedule=linear", "schedule_steps=20"],
     ["schedule=linear", "schedule_steps=10", "final_ratio=0.5"],
+    ["score=surprisal"],
+    ["where='advantage > 0'"],
+    ["where='advantage > 0'", "outside=keep"],
+    ["control=matched_random"],
+    ["control=matched_random", "seed=2"],
+    ["use=weight"],
+    ["use=weight", "normalize=none"],
+    ["use=weight", "map=exponential", "map_rate=-2"],
+    ["use=weight", "map_slope=2", "map_offset=1"],
+    ["use=weight", "map=clipped", "map_low=0.5", "map_high=1.5"],
+    ["use=advantage"],
+    ["use=advantage", "combine=add"],
+    ["use=advantage", "combine=add", "add_limit=3"],
+    ["use=clip"],
     ["enabled=false"],
 ]
 #: what does not change it
@@ -173,6 +187,8 @@ SAME = [
     ["seed=3"],
     ["final_ratio=0.7"],
     ["schedule_steps=7"],
+    ["observe=[surprisal]"],
+    ["map_slope=3", "combine=add", "outside=keep"],
 ]
 
 
