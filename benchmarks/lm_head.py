@@ -30,6 +30,11 @@ VOCABULARY = 151_936
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def torchs_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of the labels with nothing but torch."""
+    return -cross_entropy(linear(hidden, weight), labels, reduction="none")
+
+
 def heads() -> tuple[Head, Head | None, Head]:
     """The heads by name (dense, fused, for kept rows): each maps (hidden, weight, labels) to log-probabilities."""
     try:
@@ -38,11 +43,7 @@ def heads() -> tuple[Head, Head | None, Head]:
 
         from entropy_fork.verl.sparse_head import log_probs_with_gradient
     except ImportError:
-
-        def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-            return -cross_entropy(linear(hidden, weight), labels, reduction="none")
-
-        return plain, None, plain
+        return torchs_cross_entropy, None, torchs_cross_entropy
     return (
         lambda hidden, weight, labels: logprobs_from_logits(linear(hidden, weight), labels),
         lambda hidden, weight, labels: FusedLinearForPPO()(hidden, weight, labels, 1.0)[0],

@@ -4,8 +4,8 @@ A stage is a list of cases. A child process runs them one after the other and no
 the child dies or a case takes too long, the parent notes that, ends the child with all that it started, and goes on
 with the next case in a new child. So one broken case, or one broken CUDA context, costs one case.
 
-A CSV file has one row per measured number (:data:`FIELDS`). A case that gave no number has one row that says why. No
-row holds a number that was not measured by the command in it.
+A CSV file has one row per number (:data:`FIELDS`), with the command that measured it. A case that gave no number has
+one row that says why.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def run_stage(
 
 @dataclass
 class _Run:
-    """A stage on its way."""
+    """A stage while it runs."""
 
     stage: Stage
     device: str

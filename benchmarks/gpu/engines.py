@@ -27,7 +27,7 @@ import typer
 from benchmarks.gpu.cases import Case, Measured, Stage, command, is_installed
 
 if TYPE_CHECKING:
-    from engine import Options, Shape
+    from benchmarks.engine import Options, Shape
 
 TEMPERATURES = (1.0, 0.6)
 KEPT = 0.2
@@ -36,7 +36,7 @@ TABLE = "verl's FSDP engine, the LM head at wanted positions against all"
 
 def shape_of(device: str) -> Shape:
     """The sizes of a device."""
-    from engine import Shape
+    from benchmarks.engine import Shape
 
     if device == "cuda":
         return Shape(1024, 4, 151_936, rows=8, prompt=128, response=1024, per_micro_batch=2, ragged=True)
@@ -45,7 +45,7 @@ def shape_of(device: str) -> Shape:
 
 def ways(device: str) -> dict[str, tuple[Options, str]]:
     """The ways to compute an update by name: the options, and what is missing for them here."""
-    from engine import Options
+    from benchmarks.engine import Options
 
     base = Options(dtype="bf16" if device == "cuda" else "fp32", checkpointing=device == "cuda")
     no_gpu = "" if device == "cuda" else "needs a GPU"
@@ -143,7 +143,7 @@ def group(device: str, rank: int, size: int, store: Path) -> Iterator[None]:
 
 def model_in(folder: Path, shape: Shape) -> str:
     """The folder of the model, which is saved at the first call."""
-    from engine import save_model
+    from benchmarks.engine import save_model
 
     if not (folder / "model" / "config.json").exists():
         torch.manual_seed(0)
@@ -153,8 +153,7 @@ def model_in(folder: Path, shape: Shape) -> str:
 
 def compare(device: str, shape: Shape, name: str, options: Options, model: str) -> Iterator[Measured]:
     """Build an engine, and compare its sparse and its dense passes."""
-    from engine import build, keep_gradients, let_fsdp1_run_on_a_cpu, mini_batch
-
+    from benchmarks.engine import build, keep_gradients, let_fsdp1_run_on_a_cpu, mini_batch
     from entropy_fork.core.rule import Rule, Selector
     from entropy_fork.verl.sparse_head import AT_KEPT, AT_RESPONSES, EVERYWHERE
 
@@ -224,10 +223,10 @@ def weigh(data: Any, old: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 def update(engine: Any, state: dict[str, Any], data: Any, shape: Shape, where: str, device: str) -> dict[str, Any]:
     """Two gradient steps that change no weight: gradients, how far a kept ratio is from 1, seconds, peak memory."""
-    from engine import loss
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import response_from_nested
 
+    from benchmarks.engine import loss
     from entropy_fork.verl.sparse_head import HEAD
 
     off = 0.0
@@ -271,9 +270,9 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 def select_in_worker(engine: Any, data: Any, shape: Shape, rule: Any) -> float:
     """The share of the tokens that the worker keeps in a gradient step."""
-    from engine import loss
     from verl.utils import tensordict_utils as tu
 
+    from benchmarks.engine import loss
     from entropy_fork.verl.gradient_step import RULE
     from entropy_fork.verl.sparse_head import AT_RESPONSES, HEAD
 

@@ -40,12 +40,12 @@ METRICS = {
 #: a recipe of the paper, shrunken to minutes on one GPU
 SHRUNKEN = (
     "data.max_prompt_length=64",
-    "data.max_response_length=384",
+    "data.max_response_length=256",
     "data.train_batch_size=16",
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.actor.ppo_mini_batch_size=8",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192",
-    "reward.reward_kwargs.overlong_buffer_cfg.len=128",
+    "reward.reward_kwargs.overlong_buffer_cfg.len=64",
     f"reward.custom_reward_function.path={REPOSITORY / 'benchmarks/gpu/reward.py'}",
     "trainer.logger=[console]",
     "trainer.total_training_steps=3",

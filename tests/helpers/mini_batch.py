@@ -147,10 +147,3 @@ def make_engine(
     )
     engine.initialize()
     return engine
-
-
-def keep_gradients(engine: Any, state: dict[str, Any]) -> None:
-    """Instead of an optimizer's step, put the whole gradients of each step into ``state``."""
-    from benchmarks.engine import keep_gradients
-
-    keep_gradients(engine, state)

@@ -20,8 +20,11 @@ import typer
 from helpers import gpu_stage
 from helpers.places import PYTHONPATH, REPOSITORY
 from helpers.processes import processes_with
+from torch.distributed.fsdp import _init_utils
+from transformers import Qwen3ForCausalLM
+from verl.workers.engine import EngineRegistry
 
-from benchmarks.gpu import engines, kernels, predict, tables, training, vllm_rollout, wheels
+from benchmarks.gpu import engines, kernels, predict, run, tables, training, vllm_rollout, wheels
 from benchmarks.gpu.cases import ENDED, FAILED, MEASURED, NOT_MEASURED, Measured, Row, read_rows, run_stage, write_rows
 from entropy_fork.verl import plugin, sparse_head
 
@@ -35,7 +38,8 @@ def test_stage_a_measures_every_row_on_a_cpu(tmp_path: Path) -> None:
         found[case.name] = list(case.run())
         assert found[case.name]
         assert all(math.isfinite(number.value) and number.value >= 0 for number in found[case.name]), found[case.name]
-    assert {number.measure for number in found["dense"]} == {"head, ms", "step, ms", "logits, GiB"}
+    for dense in (kernels.DENSE, kernels.DENSE_TORCH):
+        assert {number.measure for number in found[dense]} == {"head, ms", "step, ms", "logits, GiB"}
     bytes_of = {name: numbers[-1].value for name, numbers in found.items() if numbers[-1].measure == "logits, GiB"}
     assert bytes_of["kept rows, ρ = 0.5"] < bytes_of["kept rows, ρ = 1.0"]
     errors = [n.value for numbers in found.values() for n in numbers if n.measure.startswith("largest error")]
@@ -59,9 +63,20 @@ def engine_numbers(tmp_path: Path) -> Iterator[Any]:
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("name", ["FSDP2, padded, sdpa", "packed", "bf16", "checkpointing the other way"])
+@pytest.fixture
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what FSDP1 on a CPU and verl's fused heads change in this process."""
+    engines_of = EngineRegistry._engines["language_model"]
+    monkeypatch.setitem(engines_of, "fsdp", dict(engines_of["fsdp"]))
+    check = "_check_module_states_for_sync_module_states"
+    monkeypatch.setattr(_init_utils, check, getattr(_init_utils, check))
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("name", [name for name, (_, lacks) in engines.ways("cpu").items() if not lacks])
 def test_stage_b_finds_the_sparse_head_equal_to_the_dense_one(engine_numbers: Any, name: str) -> None:
-    """FSDP1 and the fused heads change the process that they run in: 'make gpu DEVICE=cpu' runs them too."""
+    """On one rank. 'make gpu DEVICE=cpu' runs it on two, too."""
     found = engine_numbers(name)
     assert all(len(values) == len(engines.TEMPERATURES) for values in found.values())
     for measure in ("gradient, relative difference", "the dense gradient again", "ratio off by at most, dense update",
@@ -188,6 +203,17 @@ def test_a_stage_ends_in_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = run_stage(gpu_stage.STAGE, "cpu", tmp_path, only=["hangs", "after"], seconds=0.5)
     assert [(row.case, row.status) for row in rows] == [("hangs", ENDED), ("after", NOT_MEASURED)]
     assert rows[-1].note == "the stage's time was over before its turn"
+
+
+def test_a_dry_run_lists_every_case_with_its_limit_or_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    run.main("cuda", stage=["b", "d"], minutes=2, dry_run=True)  # there is no GPU here, and it starts nothing
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("#")] == [
+        f"## Stage {stage.letter}: {stage.title}, ended after 120 s" for stage in (engines.STAGE, vllm_rollout.STAGE)
+    ]
+    assert "- FSDP1: ended after 120 s" in said, "a case may not take longer than its stage"
+    assert "- bf16: all other ways are in bf16" in said
+    assert sum(line.startswith("- ") for line in said) == 14 + 2
 
 
 # --- what is said of them --------------------------------------------------------------------------------------------
@@ -344,3 +370,19 @@ def test_a_bundle_installs_without_a_network_into_a_folder_called_site_packages(
     subprocess.run([*install, str(target)], env=environment, check=True, timeout=120)
     assert (target / "first" / "a.py").read_text() == "xxx"
     assert (target / "second-2.dist-info").is_dir()
+
+
+@pytest.mark.process
+def test_a_rehearsal_has_the_carried_modules_and_what_the_machine_has_and_no_others(tmp_path: Path) -> None:
+    carried, there = tmp_path / "carried", tmp_path / "there"
+    (carried / "first").mkdir(parents=True)
+    (carried / "first" / "__init__.py").write_text("import packaging, yaml")
+    (carried / "lonely.py").write_text("import hypothesis")
+    (carried / "caller.py").write_text("import socket; socket.create_connection(('127.0.0.1', 9))")
+    wheels.link_what_is_there(there)
+    assert (there / "torch").exists()
+    printed = wheels.run_clean((carried, there), wheels.IMPORT, "first", "packaging")
+    assert printed.split() == ["first", f"{carried}/first/__init__.py", "packaging", f"{there}/packaging/__init__.py"]
+    for module, error in (("lonely", "No module named 'hypothesis'"), ("caller", "there is no network here")):
+        with pytest.raises(RuntimeError, match=error):
+            wheels.run_clean((carried, there), wheels.IMPORT, module)

@@ -239,7 +239,7 @@ class TransformersServer:
         self._aborting = self._rejecting = False
         self._open.set()
 
-    # There is no device memory to free, no cache that outlives a batch, and no profiler.
+    # The weights stay where they are, no cache outlives a batch, and there is no profiler.
     async def wake_up(self, **_: Any) -> None:
         """Nothing to do."""
 
