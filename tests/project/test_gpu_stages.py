@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -31,6 +32,15 @@ from entropy_fork.verl import plugin, sparse_head
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def few_objects() -> Iterator[None]:
+    """A measurement collects garbage before it begins. Let it not look at what this process already has."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("few_objects")
 def test_stage_a_measures_every_row_on_a_cpu(tmp_path: Path) -> None:
     found: dict[str, list[Measured]] = {}
     for case in kernels.cases("cpu", tmp_path):
@@ -145,19 +155,16 @@ def test_the_prediction_stands_beside_the_measurement(
     named_files: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plugin, "ON_CPU", False)
-    said = {
-        flash: predict.predicted_gib(training.overrides("cuda", "off", named_files), flash) for flash in (True, False)
-    }
-    assert said[True] < said[False], "flash attention's cross entropy works in place"
-    for measured, status in ((said[False] * 0.95, 0), (said[False] * 0.8, 1)):
+    said = predict.predicted_gib(training.overrides("cuda", "off", named_files), flash_attention=False)
+    for measured, status in ((said * 0.95, 0), (said * 0.8, 1)):
         row = a_row(case="off", measure=training.PEAK, value=repr(measured), stage="c", versions="torch 2.11.0")
-        monkeypatch.setattr(predict, "predicted_gib", lambda words, flash: said[flash])
+        monkeypatch.setattr(predict, "predicted_gib", lambda words, flash: math.nan if flash else said)
         write_rows([row, a_row(case="demo", measure=training.PEAK, value="1.0", stage="c")],
                    tmp_path / training.STAGE.file_name)  # fmt: skip
         with pytest.raises(typer.Exit) as ended:
             predict.main(tmp_path)
         assert ended.value.exit_code == status
-        assert f"| off | {measured:.2f} | {said[False]:.2f} |" in capsys.readouterr().out
+        assert f"| off | {measured:.2f} | {said:.2f} |" in capsys.readouterr().out
     with pytest.raises(typer.Exit):
         predict.main(tmp_path / "nothing")
     assert capsys.readouterr().out.startswith("not measured")
