@@ -4,8 +4,8 @@
     python -m benchmarks.gpu.predict --from build/gpu
 
 The prediction is computed anew from the formulas as they are now. So after a change of a formula, the same measurement
-says whether it became better. After a change of stage c's sizes, measure again. Exit status 1 means that a prediction is
-off by more than a tenth.
+says whether it became better. After a change of stage c's sizes, measure again. Exit status 1 means that a prediction
+is off by more than a tenth.
 """
 
 from __future__ import annotations
