@@ -35,7 +35,6 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from email.parser import Parser
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +42,8 @@ import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from benchmarks.gpu.cases import CONSOLE, REPOSITORY, environment
+from benchmarks.gpu.cases import CONSOLE, REPOSITORY
+from benchmarks.gpu.rehearsal import IMPORT, MODULES, RAY, link_what_is_there, run_clean
 from entropy_fork.common.progress import track
 
 MIB = 2**20
@@ -80,32 +80,6 @@ case $target in
 *) echo "the folder must be called site-packages, or dill would pickle the modules in it: $target" >&2; exit 2 ;;
 esac
 "${PYTHON:-python3}" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$target" "$here"/*.whl
-"""
-
-#: what a run imports, and no module that is neither carried nor there
-MODULES = ("verl.trainer.main_ppo", "verl.workers.engine", "verl.workers.rollout.llm_server", "transfer_queue",
-           "entropy_fork.verl.engine", "entropy_fork.verl.cpu.rollout", "math_verify", "datasets")  # fmt: skip
-
-#: a process that has no network: it imports modules, and says where they are
-IMPORT = """
-import importlib, socket, sys
-def refuse(*_, **__):
-    raise OSError("there is no network here")
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
-for name in sys.argv[1:]:
-    print(name, importlib.import_module(name).__file__)
-"""
-
-#: a Ray without its jars and pages starts, and runs a function in a worker that has loaded the plugin
-RAY = """
-import ray, sys
-ray.init(num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
-@ray.remote
-def loaded():
-    import verl
-    return "entropy_fork.verl.plugin" in sys.modules
-assert ray.get(loaded.remote()), "verl did not load this package's plugin in a Ray worker"
-print("Ray", ray.__version__, ray.__file__)
 """
 
 app = typer.Typer(add_completion=False, help="Wheels for a GPU machine without a network.")
@@ -327,32 +301,6 @@ def build(
     raise typer.Exit(int(bool(wrong)))
 
 
-def link_what_is_there(folder: Path) -> None:
-    """Link into a folder what the machine has of its own, as far as the Python that runs this has it."""
-    folder.mkdir(parents=True)
-    for package in distributions():
-        if matches(package.metadata["Name"], (*NEVER, *THERE)):
-            for top in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
-                if not (folder / top).exists():
-                    (folder / top).symlink_to(Path(str(package.locate_file(top))))
-
-
-def run_clean(folders: Sequence[Path], code: str, *arguments: str) -> str:
-    """Run code in this Python with the modules of these folders and no others; returns what it printed.
-
-    Raises:
-        RuntimeError: it failed; with the end of its output.
-    """
-    known = {name: value for name, value in environment("cpu").items() if name != "VIRTUAL_ENV"}
-    known["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders)
-    with tempfile.TemporaryDirectory(prefix="ef", ignore_cleanup_errors=True) as empty:  # short: Ray puts sockets there
-        done = subprocess.run([sys.executable, "-S", "-c", code, *arguments], cwd=empty, check=False,
-                              env=known | {"RAY_TMPDIR": empty}, capture_output=True, text=True)  # fmt: skip
-    if done.returncode:
-        raise RuntimeError((done.stdout + done.stderr)[-3000:])
-    return done.stdout
-
-
 def say_misfits(wrong: Sequence[str]) -> None:
     """Print what is wrong, and not thousands of lines of it."""
     for line in wrong[:30]:
@@ -404,7 +352,7 @@ def rehearse(folder: Annotated[Path, typer.Argument(help="The folder of the bund
         target, there = (Path(temporary) / name / "site-packages" for name in ("carried", "there"))
         for install in track("bundles", bundles_of, console=CONSOLE):
             subprocess.run(["sh", str(install), str(target)], env=os.environ | {"PYTHON": sys.executable}, check=True)
-        link_what_is_there(there)
+        link_what_is_there(there, lambda name: matches(name, (*NEVER, *THERE)))
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / MIB
         typer.echo(f"{len(bundles_of)} bundles installed: {size:.0f} MiB")
         for code, arguments in ((IMPORT, MODULES), (RAY, ())):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import gc
+import hashlib
+import io
 import math
 import os
 import re
@@ -25,7 +29,7 @@ from torch.distributed.fsdp import _init_utils
 from transformers import Qwen3ForCausalLM
 from verl.workers.engine import EngineRegistry
 
-from benchmarks.gpu import engines, kernels, predict, run, tables, training, vllm_rollout, wheels
+from benchmarks.gpu import engines, kernels, predict, rehearsal, run, tables, training, vllm_rollout, wheels
 from benchmarks.gpu.cases import ENDED, FAILED, MEASURED, NOT_MEASURED, Measured, Row, read_rows, run_stage, write_rows
 from entropy_fork.verl import plugin, sparse_head
 
@@ -285,11 +289,6 @@ def test_the_page_and_the_readme_say_what_the_csv_files_say() -> None:
 
 def a_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...] = (), **files: int) -> Path:
     """A wheel with files of these sizes. As in Ray's, other packages' files about themselves lie deeper inside."""
-    import base64
-    import csv
-    import hashlib
-    import io
-
     wheel = folder / f"{name}-{version}-py3-none-any.whl"
     about = f"{name}-{version}.dist-info"
     lines = ["Metadata-Version: 2.4", f"Name: {name}", f"Version: {version}"]
@@ -386,10 +385,10 @@ def test_a_rehearsal_has_the_carried_modules_and_what_the_machine_has_and_no_oth
     (carried / "first" / "__init__.py").write_text("import packaging, yaml")
     (carried / "lonely.py").write_text("import hypothesis")
     (carried / "caller.py").write_text("import socket; socket.create_connection(('127.0.0.1', 9))")
-    wheels.link_what_is_there(there)
+    rehearsal.link_what_is_there(there, lambda name: wheels.matches(name, (*wheels.NEVER, *wheels.THERE)))
     assert (there / "torch").exists()
-    printed = wheels.run_clean((carried, there), wheels.IMPORT, "first", "packaging")
+    printed = rehearsal.run_clean((carried, there), rehearsal.IMPORT, "first", "packaging")
     assert printed.split() == ["first", f"{carried}/first/__init__.py", "packaging", f"{there}/packaging/__init__.py"]
     for module, error in (("lonely", "No module named 'hypothesis'"), ("caller", "there is no network here")):
         with pytest.raises(RuntimeError, match=error):
-            wheels.run_clean((carried, there), wheels.IMPORT, module)
+            rehearsal.run_clean((carried, there), rehearsal.IMPORT, module)
