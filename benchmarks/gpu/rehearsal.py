@@ -26,8 +26,8 @@ for name in sys.argv[1:]:
     print(name, importlib.import_module(name).__file__)
 """
 
-#: a Ray without its jars and pages starts, and runs a function in a worker that has loaded the plugin. Ray's workers see
-#: the other modules of this Python too.
+#: a Ray without its jars and pages starts, and runs a function in a worker that has loaded the plugin. Ray's workers
+#: see the other modules of this Python too.
 RAY = """
 import ray, sys
 ray.init(num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
