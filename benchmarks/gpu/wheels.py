@@ -273,7 +273,7 @@ def build(
     pins = resolve(python, torch, verl)
     has = read_pins(freeze.read_text()) if freeze else None
     there = left_to_machine(pins, has)
-    cache = output / "downloaded"
+    cache = output / f"downloaded-{python}"  # wheels of another Python do not fit
     # With a list of what is there, a package is left out only if the set would not change it.
     carried = {
         name: version for name, version in pins.items()
