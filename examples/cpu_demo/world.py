@@ -210,7 +210,7 @@ class Choice(NamedTuple):
 
     start: int
     end: int
-    kind: ChoiceKind
+    kind: Enum
 
 
 def find_choices(response: str) -> list[Choice]:

@@ -12,17 +12,17 @@ out=${OUT:-.demo/smollm2}
 limit=${LIMIT:+--limit $LIMIT}
 
 [ -d "$out/model" ] || $run model fetch smollm2 --output "$out/model"
-[ -d "$out/questions" ] || $run data prepare reasoning_gym --output "$out" --name questions --size 1 --holdout 64 \
+[ -d "$out/questions" ] || $run data prepare reasoning_gym --output "$out" --name questions --size 1 --holdout 36 \
     --task gsm_symbolic --task leg_counting --task chain_sum --task calendar_arithmetic --task letter_counting
-[ -d "$out/sums" ] || $run data prepare reasoning_gym --output "$out" --name sums --size 1 --holdout "${LIMIT:-64}" \
+[ -d "$out/sums" ] || $run data prepare reasoning_gym --output "$out" --name sums --size 1 --holdout "${LIMIT:-32}" \
     --task chain_sum --set chain_sum.max_terms=2 --set chain_sum.max_digits=1
 
-# 320 questions, 4 answers each, of up to 160 tokens: at most 204,800 tokens.
+# 180 questions, 4 answers each, of up to 160 tokens: over 100,000 tokens.
 # shellcheck disable=SC2086
 $run analyze "$out/model" --prompts "$out/questions/test.parquet" --output "$out/forks" --answers 4 --max-tokens 160 \
     --min-count "${MIN_COUNT:-50}" --engine transformers $limit
 $run temperatures "$out/model" --data "$out/sums/test.parquet" --output "$out/temperatures" --like "$out/forks" \
-    --high 0,0.6,1,2 --low 0,0.6,1,2 --answers 4 --max-tokens 48 --chat-template worked --engine transformers
+    --high 0.6,1,2 --low 0.6,1,2 --answers 4 --max-tokens 48 --chat-template worked --engine transformers
 tokens=(--tokens "$out/forks")
 
 before="$out/forks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -27,12 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from entropy_fork.tokens.store import AnswerTokens, write_manifest, write_part
-from examples.cpu_demo import build, forks, picture, rollouts, world
+from examples import tiny_forks, tiny_world
+from examples.cpu_demo import build, picture, world
 
 QUIET = Console(quiet=True)
 SHORT = build.Settings(
     steps=2, batch_size=4, train_problems=12, test_problems=6, warmup_problems=200, hidden_size=64, layers=1
 )
+#: what the short build holds besides the weights, which may differ by processor
+MEASURED = {"train": "4710743ce4ab1107", "test": "8c3e60be863cc580", "vocabulary": "9ba418e00eb1af51"}
 POOL = list(islice(world.draw_problems(random.Random(7), (3, 4)), 300))
 
 problems = st.sampled_from(POOL)
@@ -90,7 +94,7 @@ def test_demonstrations_compute_right_and_use_each_operation_once(problem, seed,
     assert response.endswith(rf" \boxed{{{befores[-1]}}}")
     assert world.check_chain(problem, response) == (True, True)
     if hint_rate == 1.0:
-        assert rollouts.is_correct(response, str(problem.answer))
+        assert tiny_world.is_correct(build.WORLD.data_source, response, str(problem.answer))
 
 
 def test_unhinted_demonstrations_choose_every_order():
@@ -133,7 +137,7 @@ def test_find_choices_leaves_out_what_is_forced():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     output = tmp_path_factory.mktemp("demo") / "world"
-    assert build.build(output, SHORT, QUIET) is not None
+    assert tiny_world.build(build.WORLD, output, SHORT, QUIET) is not None
     return output
 
 
@@ -157,6 +161,14 @@ def test_parquet_follows_the_schema_and_the_splits_are_disjoint(built):
     keys = [problem.key for part in (parts.warmup, parts.train, parts.test) for problem in part]
     assert len(set(keys)) == len(keys)
     assert [row["prompt"][0]["content"] for row in train] == [problem.prompt for problem in parts.train]
+
+
+def test_the_world_is_the_one_of_the_results_in_the_docs(built):
+    assert build.Settings().checksum == "93473392c53341e01e903f6b1957775a210073f92e3001d7f1dcb48efff84809"
+    held = {name: rows(built / f"{name}.parquet") for name in ("train", "test")}
+    held["vocabulary"] = sorted(load_tokenizer(built).get_vocab().items())
+    found = {name: hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16] for name, each in held.items()}
+    assert found == MEASURED
 
 
 @given(text=st.text())
@@ -198,19 +210,19 @@ def test_chat_template_splits_where_the_response_begins(built):
 
 def test_labels_are_the_response_and_eos(built):
     tokenizer = load_tokenizer(built)
-    batch = build.collate(tokenizer, POOL[:8], random.Random(0), 0.0)
+    batch = tiny_world.collate(build.WORLD, tokenizer, POOL[:8], random.Random(0), 0.0)
     for labels, problem in zip(batch["labels"], POOL, strict=False):
-        text = tokenizer.decode(labels[labels != build.IGNORED_LABEL])
+        text = tokenizer.decode(labels[labels != tiny_world.IGNORED_LABEL])
         assert text.endswith("}<|endoftext|>")
         assert world.check_chain(problem, text.removesuffix("<|endoftext|>")) == (True, True)
 
 
 def test_a_second_build_does_nothing_and_other_settings_are_refused(built, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
-    monkeypatch.setattr(build, "build_into", lambda *_: pytest.fail("built again"))
-    assert build.build(built, SHORT, QUIET) is None
-    with pytest.raises(build.BuildMismatchError, match="other settings"):
-        build.build(built, build.Settings(seed=1), QUIET)
+    monkeypatch.setattr(tiny_world, "build_into", lambda *_: pytest.fail("built again"))
+    assert tiny_world.build(build.WORLD, built, SHORT, QUIET) is None
+    with pytest.raises(tiny_world.BuildMismatchError, match="other settings"):
+        tiny_world.build(build.WORLD, built, build.Settings(seed=1), QUIET)
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
     assert json.loads((built / "manifest.json").read_text())["checksum"] == SHORT.checksum
 
@@ -220,9 +232,9 @@ def test_a_killed_build_leaves_nothing(tmp_path, monkeypatch, error):
     def die(*_args):
         raise error
 
-    monkeypatch.setattr(build, "warm_up", die)
+    monkeypatch.setattr(tiny_world, "warm_up", die)
     with pytest.raises(error):
-        build.build(tmp_path / "world", SHORT, QUIET)
+        tiny_world.build(build.WORLD, tmp_path / "world", SHORT, QUIET)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,22 +242,24 @@ def test_a_foreign_directory_is_refused_and_overwriting_replaces_it(tmp_path, mo
     output = tmp_path / "world"
     output.mkdir()
     (output / "precious").touch()
-    with pytest.raises(build.BuildMismatchError, match="no finished build"):
-        build.build(output, SHORT, QUIET)
+    with pytest.raises(tiny_world.BuildMismatchError, match="no finished build"):
+        tiny_world.build(build.WORLD, output, SHORT, QUIET)
     assert (output / "precious").exists()
 
-    monkeypatch.setattr(build, "build_into", lambda folder, *_: (folder / build.MANIFEST).write_text("{}"))
-    build.build(output, SHORT, QUIET, overwrite=True)
+    monkeypatch.setattr(
+        tiny_world, "build_into", lambda _, folder, *__: (folder / tiny_world.MANIFEST).write_text("{}")
+    )
+    tiny_world.build(build.WORLD, output, SHORT, QUIET, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
-    assert [path.name for path in output.iterdir()] == [build.MANIFEST]
+    assert [path.name for path in output.iterdir()] == [tiny_world.MANIFEST]
 
 
 def test_entropies_match_the_model_one_rollout_at_a_time(built):
     tokenizer = load_tokenizer(built)
     model = AutoModelForCausalLM.from_pretrained(built / "model").eval()
     texts = [r"First +5=12. Last *3=36. \boxed{36}", "Begin 3"]
-    batch = [rollouts.Rollout(tokenizer.encode("User:\n"), tokenizer.encode(text), text) for text in texts]
-    together = forks.response_entropies(model, batch, tokenizer.pad_token_id)
+    batch = [tiny_world.Rollout(tokenizer.encode("User:\n"), tokenizer.encode(text), text) for text in texts]
+    together = tiny_forks.response_entropies(model, batch, tokenizer.pad_token_id)
     for rollout, entropies in zip(batch, together, strict=True):
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         log_probs = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
@@ -257,8 +271,8 @@ def test_entropies_match_the_model_one_rollout_at_a_time(built):
 def test_choices_land_on_the_tokens_that_make_them(built):
     tokenizer = load_tokenizer(built)
     text = r"First +5=12. Then *3=36. Last -4=32. \boxed{32}"
-    rollout = rollouts.Rollout([], tokenizer.encode(text), text)
-    labelled = forks.label_tokens(tokenizer, rollout, [0.0] * len(rollout.response_ids))
+    rollout = tiny_world.Rollout([], tokenizer.encode(text), text)
+    labelled = tiny_forks.label_tokens(tokenizer, world.find_choices, rollout, [0.0] * len(rollout.response_ids))
     assert [token.text for token in labelled if token.kind is not None] == ["First", " +5", " Then", " *3", " Last"]
 
 

@@ -352,6 +352,15 @@ def test_python_on_a_page_is_python_and_imports_what_is_there(page: Path) -> Non
                     assert is_module or hasattr(module, name.name), f"{node.module} has no {name.name}"
 
 
+def with_imported_examples(script: str) -> str:
+    """The text of a script, and of the examples that it imports: they may declare its options."""
+    texts = [(REPOSITORY / script).read_text()]
+    for package, name in re.findall(r"^from (examples[\w.]*) import (\w+)", texts[0], re.MULTILINE):
+        files = [REPOSITORY / f"{place.replace('.', '/')}.py" for place in (package, f"{package}.{name}")]
+        texts += [file.read_text() for file in files if file.is_file()]
+    return "\n".join(texts)
+
+
 @every_page
 def test_every_file_and_every_option_of_a_script_exists(page: Path) -> None:
     rooms = "benchmarks|examples|tests|docs|recipes|entropy_fork|hydra_plugins"
@@ -360,9 +369,11 @@ def test_every_file_and_every_option_of_a_script_exists(page: Path) -> None:
             assert (REPOSITORY / place).is_file(), f"{place} in: {line}"
         scripts = re.findall(r"python3? ((?:benchmarks|examples)/[\w/]+\.py)([^;|]*)", line)
         for module, arguments in re.findall(r"python3? -m ((?:examples|benchmarks)\.[\w.]+)([^;|]*)", line):
-            scripts.append((module.replace(".", "/") + ".py", arguments))
+            place = module.replace(".", "/")
+            is_package = (REPOSITORY / place).is_dir()
+            scripts.append((f"{place}/__main__.py" if is_package else f"{place}.py", arguments))
         for script, arguments in scripts:
-            source = (REPOSITORY / script).read_text()
+            source = with_imported_examples(script)
             for option in re.findall(r"\s--([a-z][\w-]*)", arguments):
                 declared = rf"\"--{option}\"|\b{option.replace('-', '_')}: "
                 assert re.search(declared, source), f"--{option} in: {line}"

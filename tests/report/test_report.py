@@ -435,6 +435,21 @@ def test_a_resumed_run_counts_each_step_once_the_last_time(runs: list[Path]) -> 
     assert not curves.title("val-core/math/acc/best@8/mean")
 
 
+def test_whether_a_mask_changes_the_update_can_be_seen_in_the_curves_of_two_runs(tmp_path: Path) -> None:
+    """docs/guide/is_it_working.md sends readers to these figures; a run without a mask has all but the clip's."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    shared = ["actor/grad_norm", "actor/entropy", "response_length/mean"]
+    found = {}
+    for name, metrics in (("masked", [*shared, "entropy_fork/pg_clipfrac"]), ("baseline", shared)):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            for metric in metrics:
+                writer.add_scalar(metric, 1.0, 1)
+        found[name] = curves.read_run(tmp_path / name)
+    assert set(curves.tags(found)) == {*shared, "entropy_fork/pg_clipfrac"}
+    assert set(curves.tags({"baseline": found["baseline"]})) == set(shared)
+
+
 def test_a_folder_without_steps_has_no_section_of_them(tokens: Path, dump: Path) -> None:
     assert steps.read_steps(tokens) is None
     found = steps.read_steps(dump)

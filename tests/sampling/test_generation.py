@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +12,24 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_fork.core.randomness import uniform_numbers
 from entropy_fork.sampling.generation import Answer, Request, generate
+from entropy_fork.sampling.grouped_attention import NAME as GROUPED
 
 VOCABULARY, END = 50, 7
 
 
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
+def made_model(attention: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
         head_dim=16, intermediate_size=64, max_position_embeddings=128, initializer_range=0.3,
     )  # fmt: skip
+    config._attn_implementation = attention
     return Qwen3ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", params=["sdpa", GROUPED])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return made_model(request.param)
 
 
 def requests(count: int, **settings: float) -> list[Request]:
@@ -39,6 +46,29 @@ def restated_log_probs(model: PreTrainedModel, request: Request, answer: Answer)
     with torch.no_grad():
         logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1] / (request.temperature or 1.0)
     return logits.log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None]).squeeze(1)
+
+
+def test_grouped_attention_gives_the_same_answers() -> None:
+    """The heads of a group see the same keys, without a copy of them. Only the order of sums differs."""
+    plain, grouped = (generate(made_model(attention), requests(20), [END]) for attention in ("sdpa", GROUPED))
+    assert [answer.token_ids for answer in plain] == [answer.token_ids for answer in grouped]
+    for one, other in zip(plain, grouped, strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+def test_grouped_attention_copies_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt, each call gets the cache's keys as they are, once for each group of heads."""
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, *rest: Any, **settings: Any) -> torch.Tensor:
+        seen.append((tuple(query.shape[1:3]), key.shape[1]))
+        return original(query, key, *rest, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    generate(made_model(GROUPED), requests(3), [])
+    width = max(len(request.prompt_ids) for request in requests(3))
+    assert set(seen) == {((6, width), 6), ((2, 3), 2)}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])

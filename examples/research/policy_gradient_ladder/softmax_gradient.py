@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from entropy_fork.core.rule import Selector
 from entropy_fork.core.selection import select_tokens
-from examples.cpu_demo.rollouts import Rollout, roll_out
+from examples.tiny_world import Rollout, roll_out
 
 EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, float("inf"))
 

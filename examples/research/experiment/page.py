@@ -1,0 +1,241 @@
+"""Write docs/lab/evidence.md's tables, and its plots, from the CSV files beside it.
+
+The page has a place for each part: ``<!-- made: NAME -->``, what was made, ``<!-- end: NAME -->``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from entropy_fork.common.output_folder import write_whole
+from examples.cpu_demo.run import REPOSITORY
+from examples.research.experiment.arms import ALL, ARMS, MATCHED, QUESTIONS, TOP20, Question
+from examples.research.experiment.comparison import by_arm, common_tokens, headline, minus, missing, of_question
+from examples.research.experiment.results import Result, read_csv
+from examples.research.experiment.statistics import Difference, Floats, late, spread
+from examples.research.experiment.tasks import TASKS, Task
+
+PAGE = REPOSITORY / "docs/lab/evidence.md"
+EVIDENCE = PAGE.with_suffix("")
+PLACE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
+TITLES = {
+    "accuracy": "accuracy on held-out problems, sampled at T = 1",
+    "reward": "mean reward of the step's answers",
+    "entropy": "mean entropy of the step's tokens (nats)",
+    "response_length": "mean response length (tokens)",
+    "kept_ratio": "share of tokens in the policy gradient",
+}
+#: what two arms are compared in: its words, digits, and the factor that makes percentage points of a share
+COMPARED = {
+    "accuracy": ("final accuracy, points", 1, 100),
+    "area": ("mean height of the accuracy curve, points", 1, 100),
+    "equal_tokens": ("accuracy at equal tokens, points", 1, 100),
+    "entropy": ("entropy, nats", 3, 1),
+    "response_length": ("length, tokens", 1, 1),
+}
+
+
+def with_spread(values: Iterable[float], digits: int, factor: float = 1.0, sign: str = "") -> str:
+    """``mean ± standard deviation``. A single seed has no spread; without a value there is nothing."""
+    known = factor * np.array([value for value in values if not math.isnan(value)])
+    if not len(known):
+        return ""
+    deviation = spread(known)
+    return f"{known.mean():{sign},.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:,.{digits}f}")
+
+
+def arm_rows(results: Sequence[Result]) -> list[dict[str, str]]:
+    """A row per arm, by heading: its mean over the seeds, and its spread."""
+    table = by_arm(results)
+    rows = []
+    for arm, values in table.items():
+        runs = [one for one in results if one.arm == arm]
+        final, of_all = values["accuracy"], table.get(ALL.name, {}).get("accuracy", {})
+        paired = [final[seed] - of_all[seed] for seed in final if arm != ALL.name and seed in of_all]
+        row = {
+            "tokens": f"`{arm}`",
+            "seeds": str(len(runs)),
+            "accuracy, %": with_spread(final.values(), 1, 100),
+            "by seed": ", ".join(f"{100 * value:.1f}" for value in final.values()),
+            "minus `all`": with_spread(paired, 1, 100, "+"),
+            "mean height, %": with_spread(values["area"].values(), 1, 100),
+            "at equal tokens, %": with_spread(values["equal_tokens"].values(), 1, 100),
+            "entropy, nats": with_spread(values["entropy"].values(), 3),
+            "length, tokens": with_spread(values["response_length"].values(), 1),
+            "kept": f"{np.mean([late(one.curves['kept_ratio']) for one in runs]):.3f}",
+            "tokens trained on": with_spread([one.tokens[-1] for one in runs], 0),
+        }
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, str]], head: Iterable[str] | None = None) -> str:
+    """A table in Markdown; a column without a value is left out."""
+    columns = [name for name in head or rows[0] if any(row[name] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences(results: Sequence[Result], question: Question) -> str:
+    """A row per arm that ``top20`` is compared with, a column per quantity."""
+    table = by_arm(results)
+    rows = []
+    for arm in (one.name for one in question.arms if one != TOP20):
+        found = {name: minus(table, TOP20.name, arm, name) for name in COMPARED}
+        row = {"`top20` minus": f"`{arm}`", "seeds": str(found["accuracy"].seeds)}
+        if found["accuracy"].seeds:
+            rows.append(row | {COMPARED[name][0]: intervals(one, name) for name, one in found.items()})
+    return markdown(rows) if rows else "No seed has `top20` and another arm, so there is nothing to compare."
+
+
+def intervals(found: Difference, name: str) -> str:
+    """The mean difference, then its bootstrap interval, then that of the t test, if there are any."""
+    _, digits, factor = COMPARED[name]
+    if math.isnan(found.mean):
+        return ""
+    # + 0.0 makes 0.0 of -0.0
+    mean, *ends = (
+        f"{round(factor * value, digits) + 0.0:+.{digits}f}" for value in (found.mean, *found.bootstrap, *found.t)
+    )
+    if math.isnan(found.t[0]):
+        return mean
+    return f"**{mean}**<br>[{ends[0]}, {ends[1]}]<br>({ends[2]}, {ends[3]})"
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
+
+
+def provenance(results: Sequence[Result]) -> str:
+    """How many runs there are, and at which commits they were made."""
+    made = Counter(one.commit for one in results)
+    known = ", ".join(f"`{commit}` ({runs})" for commit, runs in sorted(made.items()) if commit != "unknown")
+    unrecorded = f"{made['unknown']} did not record their commit" if "unknown" in made else ""
+    at = "; ".join(filter(None, [f"made at {known}" if known else "", unrecorded]))
+    before = np.mean([one.accuracy[0] for one in results])
+    return f"{len(results)} runs, {at}. Before training the accuracy was {100 * before:.1f}%."
+
+
+def shares_or_scores(results: Sequence[Result]) -> str:
+    """The part of a question that has no headline."""
+    head = ("tokens", "seeds", "accuracy, %", "by seed", "minus `all`", "entropy, nats", "length, tokens", "kept")
+    return f"{markdown(arm_rows(results), head)}\n\n{paragraph(provenance(results))}"
+
+
+def controls(results: Sequence[Result], task: Task, question: Question) -> str:
+    """The part of one task: the headline, what is missing, the arms, the differences, the plot."""
+    absent = missing(results, question)
+    if not results:
+        return paragraph(f"No run is there yet: `make controls TASK={task.name}` makes them.")
+    seeds = "; ".join(f"`{arm}` {', '.join(map(str, of_arm))}" for arm, of_arm in absent.items())
+    at = common_tokens(results)
+    about = "" if math.isnan(at) else f" Every run reached {at:,.0f} trained tokens: that is where tokens are equal."
+    return "\n\n".join(
+        [
+            paragraph(f"**{verdict(results, task)}**"),
+            paragraph(provenance(results) + about),
+            paragraph(f"Missing seeds: {seeds}." if seeds else "No run is missing."),
+            markdown(arm_rows(results)),
+            differences(results, question),
+            f"![learning curves on {task.words}: a line for each choice of tokens](evidence/{task.name}.png)",
+            f"([{task.name}.csv](evidence/{task.name}.csv), [{task.name}.svg](evidence/{task.name}.svg))",
+        ]
+    )
+
+
+def verdict(results: Sequence[Result], task: Task) -> str:
+    """The headline of a task."""
+    return headline(task.words, minus(by_arm(results), TOP20.name, MATCHED.name, "accuracy"))
+
+
+def arms_table(question: Question) -> str:
+    """What the arms are."""
+    command = {arm: " ".join(f"`{word}`" for word in arm.overrides) for arm in question.arms}
+    return markdown(
+        [{"arm": f"`{arm.name}`", "tokens": arm.tokens, "command line": command[arm]} for arm in question.arms]
+    )
+
+
+def parts(evidence: Path) -> dict[str, str]:
+    """Each part of the page that is made, by its name."""
+    question = QUESTIONS["controls"]
+    runs = {name: of_question(read_csv(evidence / f"{name}.csv"), question) for name in TASKS}
+    made = {
+        name: shares_or_scores(of_question(read_csv(evidence / f"{name}.csv"), QUESTIONS[name]))
+        for name in ("ratios", "scores")
+    }
+    made["headlines"] = "\n\n".join(paragraph(f"**{verdict(runs[name], task)}**") for name, task in TASKS.items())
+    made["arms"] = arms_table(question)
+    made["controls"] = "\n\n".join(
+        f"### On {task.words}\n\n{controls(runs[name], task, question)}" for name, task in TASKS.items()
+    )
+    return made
+
+
+def filled(page: str, made: Mapping[str, str]) -> str:
+    """The page with each part in its place.
+
+    Raises:
+        KeyError: the page has a place for a part that is not made.
+    """
+    return PLACE.sub(lambda place: f"{place[1]}\n{made[place[2]]}\n\n{place[3]}", page)
+
+
+def write(page: Path = PAGE) -> list[Path]:
+    """Write the tables of the page and the plots beside it. Returns the files that it has written."""
+    evidence = page.with_suffix("")
+    write_whole(page, filled(page.read_text(encoding="utf-8"), parts(evidence)))
+    written = [page]
+    for name in ("ratios", "scores", *TASKS):
+        results = of_question(read_csv(evidence / f"{name}.csv"), QUESTIONS.get(name, QUESTIONS["controls"]))
+        if results:
+            written += draw(results, evidence / name)
+    return written
+
+
+def draw(results: Sequence[Result], file: Path) -> list[Path]:
+    """A panel per curve: a line for the mean over the seeds, a band from the lowest to the highest seed.
+
+    The first curve is drawn twice: over the steps, and over the tokens that were trained on, if the runs logged them.
+    """
+    by_tokens = not math.isnan(common_tokens(results))
+    figure, axes = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
+    panels = dict(zip(TITLES, axes.flat, strict=False))
+    for arm in dict.fromkeys(one.arm for one in results):
+        runs = [one for one in results if one.arm == arm]
+        for name, panel in panels.items():
+            curves = np.array([one.curves[name] for one in runs])
+            steps = np.flatnonzero(~np.isnan(curves).any(0))
+            _line(panel, steps, curves[:, steps], arm, "o" if name == "accuracy" else "")
+        if by_tokens:
+            tokens = np.array([one.tokens for one in runs]).mean(0)
+            _line(axes.flat[-1], tokens, np.array([one.accuracy for one in runs]), arm, "o")
+    for name, panel in panels.items():
+        panel.set(title=TITLES[name], xlabel="step")
+    if by_tokens:
+        axes.flat[-1].axvline(common_tokens(results), color="grey", linewidth=0.8, linestyle=":")
+        axes.flat[-1].set(title="accuracy over the tokens trained on", xlabel="tokens trained on (mean over the seeds)")
+    else:
+        axes.flat[-1].set_axis_off()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    written = [file.with_suffix(".png"), file.with_suffix(".svg")]
+    with plt.rc_context({"svg.hashsalt": file.name}):  # the same runs make the same file
+        figure.savefig(written[0], dpi=90)
+        figure.savefig(written[1], metadata={"Date": None})
+    plt.close(figure)
+    return written
+
+
+def _line(panel: plt.Axes, x: Floats, seeds: Floats, arm: str, marker: str) -> None:
+    colour = ARMS[arm].colour
+    panel.plot(x, seeds.mean(0), color=colour, marker=marker, label=f"{arm}: {ARMS[arm].tokens}")
+    panel.fill_between(x, seeds.min(0), seeds.max(0), color=colour, alpha=0.12, linewidth=0)

@@ -1,0 +1,334 @@
+"""From recorded metrics to the CSV, to differences and headlines, to the page that is made of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer.testing
+
+from entropy_fork.common.errors import EntropyForkError
+from examples.research.experiment import __main__ as experiment
+from examples.research.experiment import page as pages
+from examples.research.experiment.arms import QUESTIONS
+from examples.research.experiment.comparison import by_arm, common_tokens, headline, minus, missing, of_question
+from examples.research.experiment.results import CURVES, Result, finished, merged, read_csv, settings_of, write_csv
+from examples.research.experiment.statistics import Difference, difference
+from examples.research.experiment.tasks import TASKS
+
+DEMO = TASKS["demo"]
+CONTROLS = QUESTIONS["controls"]
+#: of a real run of ``top20`` with seed 1 at the commit db9da15: what the CSV is made of, at four of its steps
+RECORDED = {
+    0: {"val-core/cpu_demo/acc/mean@1": 0.341796875},
+    1: {
+        "critic/score/mean": 0.4609375, "actor/entropy": 0.18988288938999176, "response_length/mean": 23.9765625,
+        "prompt_length/mean": 22.6875, "perf/total_num_tokens": 5973.0, "timing_s/step": 4.340796062002482,
+        "entropy_fork/kept_ratio": 0.2000651678071033, "entropy_fork/kept_tokens": 614.0,
+    },
+    2: {
+        "critic/score/mean": 0.4375, "actor/entropy": 0.18369291722774506, "response_length/mean": 23.5703125,
+        "prompt_length/mean": 22.75, "perf/total_num_tokens": 5929.0, "timing_s/step": 4.138214127997344,
+        "entropy_fork/kept_ratio": 0.20019887305270137, "entropy_fork/kept_tokens": 604.0,
+    },
+    3: {
+        "critic/score/mean": 0.5546875, "actor/entropy": 0.17663171887397766, "response_length/mean": 23.46875,
+        "prompt_length/mean": 22.8125, "perf/total_num_tokens": 5924.0, "timing_s/step": 5.444523443002254,
+        "timing_s/testing": 7.662090754005476, "val-core/cpu_demo/acc/mean@1": 0.484375,
+        "entropy_fork/kept_ratio": 0.2003994673768309, "entropy_fork/kept_tokens": 602.0,
+    },
+}  # fmt: skip
+
+
+def folder_with(folder: Path, runs: dict[str, dict[str, object]], overrides: Iterable[str] = ()) -> Path:
+    """A folder as ``run`` leaves it."""
+    for name, saved in runs.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "metrics.json").write_text(json.dumps(saved))
+    (folder / "overrides.json").write_text(json.dumps(list(overrides)))
+    return folder
+
+
+def without_mask(metrics: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    return {
+        step: {name: value for name, value in values.items() if not name.startswith("entropy_fork/")}
+        for step, values in metrics.items()
+    }
+
+
+def made(arm: str, seed: int, accuracy: list[float], tokens: float = 600.0, steps: int = 30) -> Result:
+    """A run with these accuracies at equal distances, and so many trained tokens in each step."""
+    curves = {name: np.full(steps + 1, np.nan) for name in CURVES}
+    curves["accuracy"][:: steps // (len(accuracy) - 1)] = accuracy
+    for name, value in {"reward": 0.5, "entropy": 0.2, "response_length": 24.0, "kept_ratio": 0.2}.items():
+        curves[name][1:] = value
+    curves["response_tokens"][1:], curves["trained_tokens"][1:] = 3000.0, tokens
+    settings = settings_of(1, steps // (len(accuracy) - 1), ())
+    return Result("demo", steps, settings, seed, arm, "abc", curves)
+
+
+def test_the_columns_are_those_of_the_recorded_metrics(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "runs", {"top20-seed1": {"metrics": RECORDED, "seconds": 60.0, "commit": "abc"}})
+    write_csv(finished(folder, DEMO), tmp_path / "demo.csv")
+    with (tmp_path / "demo.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    of_every = {"task": "demo", "arm": "top20", "seed": "1", "steps": "3", "commit": "abc"}
+    assert all(row.items() >= of_every.items() for row in rows)
+    assert {row["settings"] for row in rows} == {"val_kwargs.n=1 test_freq=3"}
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert [row["accuracy"] for row in rows] == ["0.3417969", "", "", "0.484375"]
+    assert {name: value for name, value in rows[3].items() if name in CURVES} == {
+        "accuracy": "0.484375", "reward": "0.5546875", "entropy": "0.1766317", "response_length": "23.46875",
+        "kept_ratio": "0.2003995", "response_tokens": str(int(128 * 23.46875)), "trained_tokens": "602",
+        "seconds": "13.10661",
+    }  # fmt: skip
+    assert [rows[0][name] for name in CURVES[1:]] == [""] * 7
+
+
+def test_without_a_mask_every_response_token_is_trained_on(tmp_path: Path) -> None:
+    saved = {"metrics": without_mask(RECORDED), "seconds": 60.0, "commit": "abc"}
+    (result,) = finished(folder_with(tmp_path, {"all-seed2": saved}), DEMO)
+    assert result.curves["trained_tokens"][1:].tolist() == [128 * 23.9765625, 128 * 23.5703125, 128 * 23.46875]
+    assert result.curves["kept_ratio"][1:].tolist() == [1.0] * 3
+    assert result.tokens.tolist() == [0.0, 128 * (23.9765625 + 23.5703125 + 23.46875)]
+
+
+def test_runs_that_do_not_say_their_commit_need_it_said(tmp_path: Path) -> None:
+    of_before = {"metrics": RECORDED, "seconds": 60.0}
+    runs = {"top20-seed1": of_before, "top20-seed2": of_before | {"commit": "new"}}
+    folder = folder_with(tmp_path, runs, ["data.seed=9"])
+    with pytest.raises(EntropyForkError, match=r"top20-seed1/metrics.json does not say .* --made-at COMMIT"):
+        finished(folder, DEMO)
+    found = finished(folder, DEMO, "old")
+    assert [one.commit for one in found] == ["old", "new"]
+    assert {one.settings for one in found} == {"val_kwargs.n=1 test_freq=3 data.seed=9"}
+
+
+def test_what_is_no_run_of_the_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EntropyForkError, match="there is no arm 'top30'"):
+        finished(folder_with(tmp_path / "1", {"top30-seed1": {"metrics": RECORDED, "commit": "abc"}}), DEMO)
+    alone = folder_with(tmp_path / "3", {"top20-seed1": {"metrics": RECORDED, "commit": "abc"}})
+    (alone / "overrides.json").unlink()
+    with pytest.raises(EntropyForkError, match=r"overrides.json is not there: copy it"):
+        finished(alone, DEMO)
+    with pytest.raises(EntropyForkError, match="has no finished run"):
+        experiment.collect(tmp_path / "nowhere", "demo", tmp_path / "demo.csv", None)
+    elsewhere = {step: {"val-core/other/acc/mean@1": 0.5} for step in (0, 3)}
+    with pytest.raises(EntropyForkError, match="it is no run of the task demo"):
+        finished(folder_with(tmp_path / "2", {"top20-seed1": {"metrics": elsewhere, "commit": "abc"}}), DEMO)
+
+
+def test_runs_of_two_machines_merge_and_a_csv_reads_as_it_was_written(tmp_path: Path) -> None:
+    first, second = made("all", 1, [0.3, 0.5]), made("all", 2, [0.3, 1 / 3])
+    shorter = made("all", 1, [0.3, 0.4], steps=12)
+    file = tmp_path / "demo.csv"
+    write_csv(merged([first], [second, shorter]), file)
+    text = file.read_text()
+    again = read_csv(file)
+    assert {one.identity for one in again} == {one.identity for one in (first, second, shorter)}
+    write_csv(merged(again, [second]), file)
+    assert file.read_text() == text, "a run that is there is not added again, rounded or not"
+
+
+def test_the_same_run_with_other_numbers_is_one_error() -> None:
+    there, now = made("matched", 3, [0.3, 0.5]), made("matched", 3, [0.3, 0.6])
+    with pytest.raises(EntropyForkError) as error:
+        merged([there], [now])
+    for said in ("arm matched, seed 3, 30 steps", "At step 30 its accuracy is 0.5 (made at abc), and now 0.6"):
+        assert said in str(error.value)
+    slower = made("matched", 3, [0.3, 0.5])
+    slower.curves["seconds"][1:] = 99.0
+    assert merged([there], [slower]) == [there], "other seconds are no other numbers"
+
+
+def test_collect_adds_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {f"top20-seed{seed}": {"metrics": RECORDED, "seconds": 60.0} for seed in (1, 2)}
+    folder, file = folder_with(tmp_path / "runs", runs), tmp_path / "demo.csv"
+    experiment.collect(folder, "demo", file, "db9da15")
+    experiment.collect(folder, "demo", file, "db9da15")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[2] for line in said] == ["2 runs, 2 of them new", "2 runs, 0 of them new"]
+
+
+def test_tokens_are_equal_at_the_largest_number_that_every_run_reaches() -> None:
+    all_ = made("all", 1, [0.3, 0.5, 0.6, 0.65, 0.7, 0.8], tokens=3000)
+    top = made("top20", 1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.75], tokens=600)
+    assert common_tokens([all_, top]) == 30 * 600
+    values = by_arm([all_, top])
+    assert values["top20"]["equal_tokens"][1] == pytest.approx(0.75), "its end"
+    assert values["all"]["equal_tokens"][1] == pytest.approx(0.5), "after 6 of its 30 steps"
+    lowest = made("matched", 1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.75], tokens=500)
+    between = by_arm([all_, top, lowest])["all"]["equal_tokens"][1]
+    assert between == pytest.approx(0.3 + 0.2 * (30 * 500) / (6 * 3000))
+    unknown = made("top50", 1, [0.3, 0.5], tokens=math.nan)
+    assert math.isnan(by_arm([all_, unknown])["all"]["equal_tokens"][1])
+
+
+def test_the_numbers_of_a_run() -> None:
+    run = made("top20", 1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.75])
+    run.curves["entropy"][24:] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    values = {name: of_seed[1] for name, of_seed in by_arm([run])["top20"].items()}
+    assert values["accuracy"] == 0.75
+    assert values["area"] == pytest.approx(statistics.fmean([0.35, 0.45, 0.55, 0.65, 0.725]))
+    assert values["entropy"] == pytest.approx(0.4), "the last 7 of 30 steps"
+
+
+def test_only_runs_of_the_questions_steps_and_settings_are_compared_in_its_order() -> None:
+    wanted = [made("all", 2, [0.3] * 6), made("top20", 1, [0.3] * 6), made("matched", 1, [0.3] * 6)]
+    others = [made("top50", 1, [0.3] * 6), made("all", 1, [0.3] * 6, steps=20), made("all", 1, [0.3] * 4)]
+    assert of_question([*reversed(wanted), *others], CONTROLS) == wanted
+    absent = missing(wanted, CONTROLS)
+    assert absent["all"] == [1, 3, 4, 5, 6]
+    assert absent["gradient"] == [1, 2, 3, 4, 5, 6]
+    everything = [made(arm.name, seed, [0.3] * 6) for arm in CONTROLS.arms for seed in range(1, 7)]
+    assert missing(everything, CONTROLS) == {}
+
+
+@pytest.mark.parametrize(
+    ("differences", "says"),
+    [
+        ([0.05, 0.07, 0.06], "the top 20% by entropy beats as many random tokens"),
+        ([-0.05, -0.07, -0.06], "entropy does not beat matched random tokens: it does worse"),
+        ([-0.05, 0.09, 0.03], "entropy is not shown to beat matched random tokens"),
+        ([0.01, 0.07, 0.10], "entropy is not shown to beat matched random tokens"),  # by t; above 0 by bootstrap
+        ([0.05, 0.07], "nothing can be said yet: an interval needs 3 seeds"),
+        ([], "nothing can be said yet: an interval needs 3 seeds"),
+    ],
+)
+def test_the_headline_follows_the_interval_of_t(differences: list[float], says: str) -> None:
+    found = difference(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
+    sentence = headline("a task", found)
+    assert sentence.startswith(f"On a task, {says}")
+    assert ("95% interval" in sentence) == (len(differences) > 2)
+
+
+def every_run(gain: float = 0.1, seeds: int = 6) -> list[Result]:
+    """All arms of the controls; those by a score end ``gain`` above the others."""
+    drawn = np.random.default_rng(0)
+    return [
+        made(
+            arm.name, seed,
+            [0.3, 0.4, 0.5, 0.5, 0.6, 0.6 + gain * (arm.name in ("top20", "surprisal")) + drawn.normal(0, 0.01)],
+            tokens={"all": 3000, "bottom80": 2400}.get(arm.name, 600),
+        )
+        for seed in range(1, seeds + 1)
+        for arm in CONTROLS.arms
+    ]  # fmt: skip
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """The rows of the tables in Markdown, by their first cell."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    return {first.strip("`"): rest for first, *rest in rows}
+
+
+def test_the_part_of_a_task_says_what_its_runs_say() -> None:
+    runs = of_question(every_run(), CONTROLS)
+    text = pages.controls(runs, DEMO, CONTROLS)
+    assert text.startswith("**On the demo's order of operations, the top 20% by entropy beats as many random tokens")
+    assert "42 runs, made at `abc` (42). Before training the accuracy was 30.0%." in text
+    assert "reached 18,000 trained tokens" in text
+    assert "No run is missing." in text
+    found = minus(by_arm(runs), "top20", "matched", "accuracy")
+    low, high = (f"{100 * end:+.1f}" for end in found.t)
+    row = cells(text)["matched"]  # the second table's, because the later row wins
+    assert row[0] == "6"
+    assert row[1].startswith(f"**{100 * found.mean:+.1f}**<br>[")
+    assert row[1].endswith(f"<br>({low}, {high})")
+    assert "top20" not in cells(pages.differences(runs, CONTROLS))
+
+
+def test_the_part_of_a_task_names_the_runs_that_are_missing() -> None:
+    runs = [one for one in every_run() if (one.arm, one.seed) not in {("top20", 2), ("matched", 5), ("matched", 6)}]
+    text = pages.controls(of_question(runs, CONTROLS), DEMO, CONTROLS)
+    assert "Missing seeds: `top20` 2; `matched` 5, 6." in text
+    assert cells(text)["matched"][0] == "3", "the seeds that both have"
+    one_seed = pages.controls(of_question(every_run(seeds=1), CONTROLS), DEMO, CONTROLS)
+    assert "nothing can be said yet" in one_seed
+    assert "nan" not in one_seed
+    without = [one for one in every_run() if one.arm != "top20"]
+    assert "No seed has `top20`" in pages.controls(of_question(without, CONTROLS), DEMO, CONTROLS)
+    assert pages.controls([], DEMO, CONTROLS) == "No run is there yet: `make controls TASK=demo` makes them."
+
+
+def test_the_arms_are_told_by_mean_spread_and_difference_to_all() -> None:
+    runs = [
+        made(arm, seed, [0.25, final])
+        for arm, finals in {"all": (0.5, 0.7), "top20": (0.6, 0.9)}.items()
+        for seed, final in enumerate(finals, 1)
+    ]
+    rows = {row["tokens"]: row for row in pages.arm_rows(runs)}
+    assert rows["`top20`"]["accuracy, %"] == "75.0 ± 21.2"
+    assert rows["`top20`"]["minus `all`"] == "+15.0 ± 7.1"
+    assert rows["`all`"]["minus `all`"] == ""
+    assert rows["`top20`"]["by seed"] == "60.0, 90.0"
+    (alone,) = pages.arm_rows(runs[:1])
+    assert alone["accuracy, %"] == "50.0"
+
+
+def test_the_page_and_its_plots_are_made_from_whatever_is_there(tmp_path: Path) -> None:
+    page = tmp_path / "evidence.md"
+    (tmp_path / "evidence").mkdir()
+    for name in ("ratios", "scores"):
+        (tmp_path / f"evidence/{name}.csv").write_text((pages.EVIDENCE / f"{name}.csv").read_text())
+    page.write_text(pages.PAGE.read_text())
+    write_csv(every_run(gain=-0.1), tmp_path / "evidence/demo.csv")
+    written = pages.write(page)
+    assert {file.name for file in written} == {
+        "evidence.md", *(f"{name}.{end}" for name in ("ratios", "scores", "demo") for end in ("png", "svg")),
+    }  # fmt: skip
+    assert all(file.stat().st_size > 10_000 for file in written)
+    text = page.read_text()
+    assert text.count("entropy does not beat matched random tokens: it does worse") == 2, "at the top and in its part"
+    before = (tmp_path / "evidence/demo.svg").read_bytes()
+    pages.draw(of_question(read_csv(tmp_path / "evidence/demo.csv"), CONTROLS), tmp_path / "evidence/demo")
+    assert (tmp_path / "evidence/demo.svg").read_bytes() == before, "the same runs make the same file"
+
+
+def test_no_table_of_the_page_is_typed_by_hand() -> None:
+    """The page is what its CSV files say: ``python -m examples.research.experiment page`` changes nothing."""
+    text = pages.PAGE.read_text(encoding="utf-8")
+    assert pages.filled(text, pages.parts(pages.EVIDENCE)) == text
+    assert {place[1] for place in pages.PLACE.findall(text)} == set(pages.parts(pages.EVIDENCE))
+    prose = pages.PLACE.sub("", text)
+    assert "±" not in "".join(line for line in prose.splitlines() if line.startswith("|"))
+
+
+def power(*arguments: str) -> str:
+    result = typer.testing.CliRunner().invoke(experiment.app, ["power", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_power_command_counts_seeds_for_the_spread_of_a_csv(tmp_path: Path) -> None:
+    runs = every_run()
+    write_csv(runs, tmp_path / "demo.csv")
+    spread = 100 * minus(by_arm(runs), "top20", "matched", "accuracy").spread
+    shown = power("--csv", str(tmp_path / "demo.csv"), "--points", str(spread), "--points", str(spread / 2))
+    assert f"final accuracy (sd {spread:.1f})" in " ".join(shown.split())
+    assert "top20 minus matched over 6 seeds of demo.csv" in " ".join(shown.split())
+    counts = [line.split()[1] for line in shown.splitlines() if line.strip()[:1].isdigit()]
+    assert counts == ["10", "34"]
+
+
+def test_the_power_command_takes_a_spread_and_refuses_too_few_seeds(tmp_path: Path) -> None:
+    rows = [line.split() for line in power("--sd", "5", "--points", "4", "--points", "1").splitlines()]
+    assert ["4", "15"] in rows
+    assert ["1", "199"] in rows
+    write_csv(every_run(seeds=2), tmp_path / "demo.csv")
+    with pytest.raises(EntropyForkError, match=r"has 2 seeds of both top20 and matched, .* --sd"):
+        power("--csv", str(tmp_path / "demo.csv"))
+    with pytest.raises(EntropyForkError, match="top30: the arms are all, top50"):
+        power("--csv", str(tmp_path / "demo.csv"), "--arm", "top30")
+
+
+def test_the_bootstrap_alone_would_have_said_otherwise() -> None:
+    """The case of the headline that the two intervals see differently."""
+    found: Difference = difference({1: 0.01, 2: 0.07, 3: 0.10}, dict.fromkeys((1, 2, 3), 0.0))
+    assert found.t[0] < 0 < found.bootstrap[0]
