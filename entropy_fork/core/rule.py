@@ -153,7 +153,7 @@ KEYS: tuple[Key, ...] = (
         "Whose entropies and log-probabilities to look at.",
         "old",
         {
-            "old": "Measures the tokens under the old policy: verl's log-prob pass computes it anyway, so it costs nothing.",
+            "old": "Measures the tokens under the old policy: verl's log-prob pass does so anyway, at no cost.",
             "current": "Measures the tokens under the current policy: at each gradient step, as in the paper's Eq. 1.",
         },
     ),

@@ -101,8 +101,8 @@ def test_every_value_is_told_by_doctor_and_plan(key: Key, value: str) -> None:
 def test_the_sentence_of_the_default() -> None:
     assert Rule.of().describe() == (
         "Trains on 20% of the response tokens: keeps the tokens with the highest entropy, measures the tokens under "
-        "the old policy, selects in each mini-batch over all ranks, keeps exactly that share, rounded up to whole tokens, "
-        "divides the loss by the number of kept tokens and weighs every kept token the same."
+        "the old policy, selects in each mini-batch over all ranks, keeps exactly that share, rounded up to whole "
+        "tokens, divides the loss by the number of kept tokens and weighs every kept token the same."
     )
     assert Rule.of(top_ratio=1.0).describe() == "Trains on all response tokens: the update is verl's own, bit for bit."
     assert Rule.of(top_ratio=1.0, weight="soft").describe().startswith("Trains on all response tokens: keeps the")
