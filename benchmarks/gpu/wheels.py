@@ -40,13 +40,20 @@ from typing import Annotated
 
 import typer
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.tags import compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from benchmarks.gpu.cases import CONSOLE, REPOSITORY
 from benchmarks.gpu.rehearsal import IMPORT, MODULES, RAY, link_what_is_there, run_clean
 from entropy_fork.common.progress import track
 
 MIB = 2**20
+
+#: the platforms of the wheels, the newest first
+PLATFORMS = tuple(f"{tag}_x86_64" for tag in (
+    "manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux_2_12",
+    "manylinux2010", "manylinux_2_5", "manylinux1",
+))  # fmt: skip
 
 #: never downloaded, whatever is asked for
 NEVER = ("torch", "triton", "torchvision", "torchaudio", "nvidia-*", "cuda-*", "pytorch-*")
@@ -119,33 +126,40 @@ def download(pins: Mapping[str, str], python: str, folder: Path) -> list[Path]:
     short = python.replace(".", "")
     target = ["--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     target += [part for abi in (f"cp{short}", "abi3", "none") for part in ("--abi", abi)]
-    target += [part for tag in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17",
-                                "manylinux2014", "manylinux_2_12", "manylinux2010", "manylinux_2_5", "manylinux1")
-               for part in ("--platform", f"{tag}_x86_64")]  # fmt: skip
+    target += [part for platform in PLATFORMS for part in ("--platform", platform)]
     wheels = []
     for name, version in track("wheels", list(pins.items()), console=CONSOLE):
         if matches(name, NEVER):
             raise ValueError(f"{name} is never downloaded")
-        if not (found := wheels_of(folder, name, version)):
+        if not (found := wheels_of(folder, name, version, python)):
             pip = [sys.executable, "-m", "pip", "--quiet", "--no-input"]
             asked = ["--no-deps", f"{name}=={version}"]
             got = subprocess.run([*pip, "download", "--dest", str(folder), *target, *asked], check=False,
                                  capture_output=True, text=True)  # fmt: skip
             if got.returncode:
                 subprocess.run([*pip, "wheel", "--wheel-dir", str(folder), *asked], check=True)
-            found = wheels_of(folder, name, version)
+            found = wheels_of(folder, name, version, python)
             if not found or (got.returncode and not found[0].name.endswith("-none-any.whl")):
                 raise RuntimeError(f"{name} {version} has no wheel for Python {python}: {got.stderr[-500:]}")
         wheels.append(found[0])
     return wheels
 
 
-def wheels_of(folder: Path, name: str, version: str) -> list[Path]:
-    """The wheels of one version in a folder."""
+def wheels_of(folder: Path, name: str, version: str, python: str) -> list[Path]:
+    """The wheels of one version in a folder that a Python on Linux can install."""
     return [
         wheel for wheel in sorted(folder.glob("*.whl"))
         if canonicalize_name(wheel.name.split("-")[0]) == name and wheel.name.split("-")[1] == version
+        and fits(wheel, python)
     ]  # fmt: skip
+
+
+def fits(wheel: Path, python: str) -> bool:
+    """Whether a Python on Linux can install a wheel, by the tags in its name."""
+    major, minor = map(int, python.split("."))
+    known = {*cpython_tags((major, minor), platforms=PLATFORMS)}
+    known |= {*compatible_tags((major, minor), f"cp{major}{minor}", PLATFORMS)}
+    return not known.isdisjoint(parse_wheel_filename(wheel.name)[3])
 
 
 def own_wheel(folder: Path) -> Path:
@@ -206,16 +220,17 @@ def requirements(wheel: Path, python: str) -> tuple[str, str, list[Requirement]]
 
 
 def misfits(wheels: Iterable[Path], python: str, there: Mapping[str, str | None]) -> list[str]:
-    """Each requirement that no carried wheel and nothing on the machine meets.
+    """Each wheel that is for another Python, and each requirement that nothing carried or on the machine meets.
 
     Args:
         wheels: what is carried.
         python: the machine's.
         there: what the machine has; None where its version is not known.
     """
+    wheels = list(wheels)
     known = [requirements(wheel, python) for wheel in wheels]
     carried = {name: version for name, version, _ in known}
-    wrong = []
+    wrong = [f"{wheel.name} is not for Python {python}" for wheel in wheels if not fits(wheel, python)]
     for name, _, needed in known:
         for one in needed:
             wanted = canonicalize_name(one.name)
@@ -273,7 +288,7 @@ def build(
     pins = resolve(python, torch, verl)
     has = read_pins(freeze.read_text()) if freeze else None
     there = left_to_machine(pins, has)
-    cache = output / f"downloaded-{python}"  # wheels of another Python do not fit
+    cache = output / "downloaded"
     # With a list of what is there, a package is left out only if the set would not change it.
     carried = {
         name: version for name, version in pins.items()

@@ -348,6 +348,23 @@ def test_bundles_hold_no_more_than_their_size(tmp_path: Path) -> None:
         wheels.bundles(made, 8000)
 
 
+def test_a_wheel_that_was_downloaded_for_another_python_is_not_taken(tmp_path: Path) -> None:
+    for tags in ("py312-none-any", "cp312-abi3-manylinux_2_28_x86_64", "cp311-cp311-manylinux2014_x86_64",
+                 "cp311-cp311-macosx_11_0_x86_64", "cp39-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64"):  # fmt: skip
+        (tmp_path / f"a_b-1.0-{tags}.whl").touch()
+    (tmp_path / "a_b-1.1-py3-none-any.whl").touch()
+    found = {
+        python: [w.name[8:] for w in wheels.wheels_of(tmp_path, "a-b", "1.0", python)] for python in ("3.11", "3.12")
+    }
+    old = "cp39-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64.whl"
+    assert found == {
+        "3.11": ["cp311-cp311-manylinux2014_x86_64.whl", old],
+        "3.12": ["cp312-abi3-manylinux_2_28_x86_64.whl", old, "py312-none-any.whl"],
+    }
+    other = a_wheel(tmp_path, "first", "1").rename(tmp_path / "first-1-cp311-cp311-manylinux2014_x86_64.whl")
+    assert wheels.misfits([other], "3.12", {}) == [f"{other.name} is not for Python 3.12"]
+
+
 @pytest.mark.parametrize("name", ["torch", "triton", "nvidia-cublas", "cuda-bindings", "nvidia-nccl-cu13"])
 def test_torch_and_cuda_are_never_downloaded(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is never downloaded"):
