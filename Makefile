@@ -14,6 +14,8 @@ ROLLOUT ?= transformers
 TASK ?= demo
 ONLY ?=
 MINUTES ?= 10
+# 'make gpu DEVICE=cpu' runs the stages of a GPU on tiny shapes
+DEVICE ?= cuda
 # Versions of verl for 'make versions'. By default the supported ones, and the newest one beyond them.
 VERL ?=
 # The version of a release, for 'make changelog'.
@@ -34,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke ladder controls evidence experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
+.PHONY: demo smoke gpu ladder controls evidence experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed $(if $(filter smollm2,$(MODEL)),$(DEMO_VENV)/.installed-smollm2)
 	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run --model $(MODEL) \
@@ -43,6 +45,12 @@ demo: $(DEMO_VENV)/.installed $(if $(filter smollm2,$(MODEL)),$(DEMO_VENV)/.inst
 # Run every recipe of the paper with the real main_ppo: two steps each, on the demo's tiny model.
 smoke: $(VENV)/.installed
 	$(VENV)/bin/python -m examples.smoke
+
+# Prove it on a GPU, in stages of at most 8 minutes, with the Python that has your torch and verl: PYTHON=… On a CPU in
+# the environment of the tests.
+GPU_PYTHON := $(if $(filter cpu,$(DEVICE)),$(VENV)/bin/python,$(PYTHON))
+gpu: $(if $(filter cpu,$(DEVICE)),$(VENV)/.installed-dev)
+	$(GPU_PYTHON) -m benchmarks.gpu.run --device $(DEVICE)
 
 # The seven forms of the policy gradient, from REINFORCE to forking tokens, one run each.
 ladder: $(VENV)/.installed-dev

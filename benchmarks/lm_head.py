@@ -30,6 +30,11 @@ VOCABULARY = 151_936
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def torchs_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of the labels with nothing but torch."""
+    return -cross_entropy(linear(hidden, weight), labels, reduction="none")
+
+
 def heads() -> tuple[Head, Head | None, Head]:
     """The heads by name (dense, fused, for kept rows): each maps (hidden, weight, labels) to log-probabilities."""
     try:
@@ -38,16 +43,30 @@ def heads() -> tuple[Head, Head | None, Head]:
 
         from entropy_fork.verl.sparse_head import log_probs_with_gradient
     except ImportError:
-
-        def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-            return -cross_entropy(linear(hidden, weight), labels, reduction="none")
-
-        return plain, None, plain
+        return torchs_cross_entropy, None, torchs_cross_entropy
     return (
         lambda hidden, weight, labels: logprobs_from_logits(linear(hidden, weight), labels),
         lambda hidden, weight, labels: FusedLinearForPPO()(hidden, weight, labels, 1.0)[0],
         lambda hidden, weight, labels: log_probs_with_gradient(hidden, weight, labels, 1.0),
     )
+
+
+def make_model(device: str, dtype: str, hidden: int, layers: int, vocabulary: int = VOCABULARY) -> Any:
+    """A Qwen3 with random weights and an LM head of its own; a hidden size of 4096 makes Qwen3-8B's layers."""
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 128, num_key_value_heads=max(1, hidden // 512), head_dim=128,
+        tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    with torch.device(device):
+        return Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+
+
+def kept_tokens(tokens: int, share: float, device: str) -> Tensor:
+    """A random share of the tokens: bool, shape (tokens,)."""
+    kept = torch.zeros(tokens, dtype=torch.bool, device=device)
+    kept[torch.randperm(tokens, device=device)[: round(share * tokens)]] = True
+    return kept
 
 
 class Step:
@@ -116,20 +135,13 @@ def main(
 ) -> None:
     """Measure, print the table, write CSV and plot."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 128, num_key_value_heads=max(1, hidden // 512), head_dim=128,
-        tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
-    with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+    model = make_model(device, dtype, hidden, layers)
     batch = torch.randint(VOCABULARY, (1, tokens), device=device)
     dense, fused, sparse = heads()
     steps: dict[str, Step] = {}
     ratios = ratio or list(RATIOS)
     for share in ratios:
-        kept = torch.zeros(tokens, dtype=torch.bool, device=device)
-        kept[torch.randperm(tokens, device=device)[: round(share * tokens)]] = True
+        kept = kept_tokens(tokens, share, device)
         steps[f"kept rows, ρ = {share}"] = Step(model, batch, sparse, kept.nonzero().squeeze(1), kept)
         if share == ratios[0]:
             steps = {"dense": Step(model, batch, dense, None, kept), **steps}

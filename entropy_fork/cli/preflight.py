@@ -51,6 +51,10 @@ def plan(
         typer.Option(help="a config.json, or a shape that we ship (qwen3-8b, …), if the model is not on this machine"),
     ] = None,
     gpu_memory_gib: Annotated[float, typer.Option(help="memory of one accelerator, in GiB")] = 80.0,
+    flash_attention: Annotated[
+        bool,
+        typer.Option(help="whether flash-attn is installed where it runs: its cross entropy needs less memory"),
+    ] = True,
     json: Json = False,
 ) -> None:
     """Show what a run would do to a cluster: what would stop it, tokens and memory per GPU. Starts nothing.
@@ -61,7 +65,7 @@ def plan(
         from entropy_fork.preflight import plan as planning
 
         line = _line(context, overrides)
-        made = planning.make_plan(line, config_name, model_config, gpu_memory_gib, config_dir)
+        made = planning.make_plan(line, config_name, model_config, gpu_memory_gib, config_dir, flash_attention)
     if json:
         print_json(made.to_json())
     else:

@@ -6,7 +6,7 @@
 | the guards | the node ``entropy_fork_guards`` | it is typed; data files, checkpoints and waiting are guarded |
 | a recipe, a cluster, a template | a Hydra group, chosen in a line or in a file | it arrived, in order, and whole |
 | an estimator or a loss of ours | its name in ``algorithm.adv_estimator`` or ``loss_mode`` | what it needs is there |
-| the light rollout | its name in ``rollout.name`` | ``VERL_PLATFORM=cpu`` is in the environment |
+| the light rollout | its name in ``rollout.name`` | ``VERL_PLATFORM=cpu`` is set, or the config names the GPU |
 | verl on a CPU | ``VERL_PLATFORM=cpu`` | the config can run there |
 | any of these but ``off``, in ``main_ppo`` | | what verl would notice late is looked for (``verl/early/``) |
 | a mask where it does nothing | our nodes, or a name of ρ, in another place (``check_places``) | it is refused |

@@ -91,7 +91,7 @@ class Totals:
         model: the model's sizes.
         phases: the moments of a step and what an accelerator holds then.
         head: the logits.
-        rollout: the engines; None on a CPU.
+        rollout: the engines; None on a CPU, and for the light rollout, which reserves nothing.
         host_bytes_per_node: of a node's memory, for offloaded states.
     """
 
@@ -120,8 +120,10 @@ def add_up(run: RunShape, model: ModelShape, step: Step, accelerator_bytes: int)
     in_update = logits.sparse(run.head) if mask.dense_because is None else run.head
     # kept tokens are not spread evenly over micro-batches; this is their mean
     positions = math.ceil(mask.kept_ratio * tokens) if mask.dense_because is None else tokens
-    share = _engine_share(run, accelerator_bytes)
+    share = _engine_share(run, model, step, accelerator_bytes)
     asleep = 0 if run.rollout.sleeps else share
+    if run.rollout.is_light and share:  # the caches of its answers are gone by then
+        asleep = memory.rollout_weights(model, 1, run.rollout.value_bytes)
     phases = [
         memory.log_prob_phase(model, layout, in_log_probs, log_prob_tokens, asleep),
         memory.update_phase(model, layout, in_update, tokens, positions, asleep),
@@ -136,15 +138,23 @@ def add_up(run: RunShape, model: ModelShape, step: Step, accelerator_bytes: int)
         model=_summary(model, layout),
         phases=phases,
         head=_logits(run, model, (in_log_probs, log_prob_tokens), (in_update, tokens, positions)),
-        rollout=None if run.machines.on_cpu else _engines(run, model, step, accelerator_bytes),
+        rollout=None if run.machines.on_cpu or run.rollout.is_light else _engines(run, model, step, accelerator_bytes),
         host_bytes_per_node=memory.host_states(model, layout, run.machines.per_node),
     )
 
 
-def _engine_share(run: RunShape, accelerator_bytes: int) -> int:
-    """Bytes of a trainer's accelerator that belong to the rollout engine; 0 where it has accelerators of its own."""
+def _engine_share(run: RunShape, model: ModelShape, step: Step, accelerator_bytes: int) -> int:
+    """Bytes of a trainer's accelerator that belong to the rollout engine; 0 where it has accelerators of its own.
+
+    The light rollout takes what it needs: its weights, and a cache of the longest sequence for each answer of a batch.
+    """
     if run.machines.on_cpu or (run.trainer.separate and not run.trainer.hybrid):
         return 0
+    if run.rollout.is_light:
+        size = run.rollout.value_bytes
+        answers = min(run.rollout.batched_sequences or step.sequences, step.sequences)
+        cache = answers * step.longest_sequence * memory.kv_bytes_per_token(model, 1, size)
+        return memory.rollout_weights(model, 1, size) + cache
     return round(run.rollout.memory_share * accelerator_bytes)
 
 

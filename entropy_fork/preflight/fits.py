@@ -36,9 +36,10 @@ FEWER_STATES = (
 
 def check_fit(run: RunShape, model: ModelShape, totals: Totals, accelerator_bytes: int) -> Iterator[Problem]:
     """Hold the numbers against an accelerator's memory. On a CPU there is no limit to hold them against."""
-    if totals.rollout is None:
+    if run.machines.on_cpu:
         return
-    yield from _check_engine(run, model, totals.rollout)
+    if totals.rollout is not None:
+        yield from _check_engine(run, model, totals.rollout)
     for phase in totals.phases:
         if phase.total > accelerator_bytes:
             yield _too_large(phase, accelerator_bytes)

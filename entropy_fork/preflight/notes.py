@@ -18,7 +18,14 @@ def notes_on(run: RunShape, model: ModelShape) -> list[str]:
             "trainer.device=cpu: all ranks and the rollout share one memory; no number is compared with a limit."
         )
     elif run.head.in_place_loss and not run.head.fused:
-        notes.append("Logits as with flash-attn installed, whose cross entropy works in place.")
+        notes.append(
+            "Logits as with flash-attn installed, whose cross entropy works in place; --no-flash-attention counts them "
+            "without it."
+        )
+    if run.rollout.is_light and not run.machines.on_cpu:
+        notes.append(
+            "The light rollout reserves no memory: its weights and the caches of a batch of longest answers count."
+        )
     if layout.strategy not in ("fsdp", "fsdp2", "megatron"):
         notes.append(f"strategy={layout.strategy} is counted as FSDP2.")
     if layout.strategy == "megatron":

@@ -7,7 +7,7 @@ the shape of the run (``read_shape.py``), looks for what would fail later (``pro
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -42,7 +42,7 @@ class Plan:
         step: what a training step has.
         phases: the moments of a step and what an accelerator holds then, in their order.
         head: the logits; None where the model was not found.
-        rollout: the rollout engines; None where the model was not found, and on a CPU.
+        rollout: the rollout engines; None where the model was not found, on a CPU, and for the light rollout.
         host_bytes_per_node: of a node's memory, for offloaded states.
         accelerator_bytes: memory of one accelerator, as the user gave it.
         on_cpu: whether the run trains on a CPU.
@@ -85,6 +85,7 @@ def make_plan(
     model_config: str | None = None,
     gpu_memory_gib: float = 80.0,
     config_dir: str | None = None,
+    flash_attention: bool = True,
 ) -> Plan:
     """Compose, check and add up.
 
@@ -94,6 +95,8 @@ def make_plan(
         model_config: a ``config.json`` or a built-in shape, where the model is not on this machine.
         gpu_memory_gib: memory of one accelerator.
         config_dir: main_ppo's ``--config-dir``.
+        flash_attention: whether flash-attn is installed where it runs. verl then takes its cross entropy, which works
+            in place on the logits, with whatever attention the model has.
 
     Raises:
         EntropyForkError: no config can be composed, whatever is left out of the line.
@@ -115,6 +118,8 @@ def make_plan(
         known = [problem.message for problem in plan.problems]
         plan.problems += [Problem(complaint) for complaint in error.complaints if complaint not in known]
         return plan
+    if not flash_attention:
+        run = replace(run, head=replace(run.head, in_place_loss=False))
     model = _find_model(plan, run.model, model_config)
     plan.problems += find_problems(run, model)
     known = [problem.message for problem in plan.problems]

@@ -184,6 +184,11 @@ class Rollout:
         """Accelerators that one engine spans."""
         return self.tensor * self.data_parallel * self.pipeline
 
+    @property
+    def is_light(self) -> bool:
+        """Whether it is the light rollout of this package, on transformers."""
+        return self.name == "transformers"
+
 
 @dataclass(frozen=True)
 class DynamicSampling:

@@ -1,8 +1,8 @@
 """Batched sampling with transformers, in which an answer depends on its own seed and not on the other answers.
 
-This is for small models on a CPU, where verl's rollout engines do not run or are too heavy. Tokens are drawn without a
-random generator (``sampler.py``), so it does not matter which answers share a batch, in which order they came, or
-whether an answer was interrupted and resumed.
+This is for small models where verl's rollout engines do not run or are too heavy: on a CPU, or on a GPU without vLLM.
+Tokens are drawn without a random generator (``sampler.py``), so it does not matter which answers share a batch, in
+which order they came, or whether an answer was interrupted and resumed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def generate(
     """Answer all requests in one batch.
 
     Args:
-        model: a causal language model on the CPU, in eval mode.
+        model: a causal language model in eval mode, on any device.
         requests: at least one.
         end_ids: the token ids that end an answer; the end token is part of the answer.
         prompt_length: prompts are padded on the left to at least this many tokens. With a fixed number each row has the

@@ -64,6 +64,8 @@ def _also_check_entropy_fork(validate_config: Callable[..., Any]) -> Callable[..
         launch.extend_program()
         if ON_CPU:
             fork_server.choose(config)
+        else:
+            cpu_platform.say_light_rollout(config)
         return result
 
     return validate
@@ -74,7 +76,7 @@ def our_checks(config: Any) -> list[Callable[[], object]]:
     if ON_CPU:
         platform = [lambda: cpu_platform.check_before_training(config)]
     else:
-        platform = [lambda: cpu_platform.check_opted_in(config), lambda: fork_server.check_opted_in(config)]
+        platform = [lambda: cpu_platform.check_light_rollout(config), lambda: fork_server.check_opted_in(config)]
     return [*platform, lambda: checks.check_before_training(config), lambda: early.check_in_launcher(config)]
 
 
@@ -102,9 +104,10 @@ def _register() -> None:
     register_on_import("verl.trainer.ppo.core_algos", "entropy_fork.verl.policy_loss")
     register_on_import("verl.trainer.ppo.ray_trainer", "entropy_fork.verl.legacy_trainer")
     register_on_import("verl.workers.engine", "entropy_fork.verl.engine")
+    cpu_platform.register_light_rollout()
+    register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")
     if ON_CPU:
         cpu_platform.register()  # before our engines: they derive from the engines that this registers
-        register_on_import("verl.experimental.agent_loop", "entropy_fork.verl.agent_loop")
         register_on_import("verl.checkpoint_engine.base", "entropy_fork.verl.cpu.checkpoint_engine")
 
 

@@ -14,8 +14,10 @@ from helpers.main_ppo import ONE_POOL, Finished, Recorded, load, spy_environment
 from helpers.places import PYTHONPATH, REPOSITORY, TESTS
 from safetensors.torch import load_file
 
+from benchmarks.gpu.training import METRICS, measure
 from entropy_fork.common.output_folder import SELECTION_FILE
 from entropy_fork.tokens.store import read_answers
+from entropy_fork.watch.follow import steps_of
 
 pytestmark = pytest.mark.e2e
 
@@ -66,7 +68,11 @@ def test_the_weights_in_the_worker_are_the_ones_selected(main_ppo, tmp_path: Pat
     assert run.metric("training/rollout_probs_diff_max")[0] < 1e-4, "the weight sync does not work"
     assert "is active in" in run.output
 
-    # 4. The LM head computed only the positions that are needed.
+    # 4. The LM head computed only the positions that are needed. 'make gpu' reads the same metrics of such a run.
+    steps = [step.metrics for step in steps_of(run.folder / "checkpoints") if step.number > 0]
+    columns = {number.measure: number.value for number in measure("run", steps)}
+    assert columns.keys() == {"steps", *METRICS.values()}, "a GPU's run would have an empty column"
+    assert columns["kept share"] == run.metric("entropy_fork/kept_ratio")[0]
     assert run.metric("actor/ppo_kl")
     assert "the LM head of an update computes kept positions only" in run.output
     assert "the LM head sees every position" not in run.output

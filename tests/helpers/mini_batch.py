@@ -119,6 +119,8 @@ def make_engine(
     from verl.workers.engine import EngineRegistry
 
     if strategy == "fsdp":
+        from benchmarks.engine import let_fsdp1_run_on_a_cpu
+
         let_fsdp1_run_on_a_cpu()
     engine = EngineRegistry.new(
         model_type="language_model",
@@ -145,32 +147,3 @@ def make_engine(
     )
     engine.initialize()
     return engine
-
-
-def let_fsdp1_run_on_a_cpu() -> None:
-    """Let torch broadcast weights that are on a CPU, in this process. torch refuses it, but gloo can do it."""
-    from torch.distributed.fsdp import _init_utils
-    from verl.workers.engine import EngineRegistry
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-
-    from entropy_fork.verl.engine import ForkingTokens
-
-    assert callable(_init_utils._check_module_states_for_sync_module_states)
-    _init_utils._check_module_states_for_sync_module_states = lambda _: None
-    if "cpu" not in EngineRegistry._engines["language_model"]["fsdp"]:
-        register = EngineRegistry.register("language_model", "fsdp", "cpu")
-        register(type("FSDP1", (ForkingTokens, FSDPEngineWithLMHead), {}))
-
-
-def keep_gradients(engine: Any, state: dict[str, Any]) -> None:
-    """Instead of an optimizer's step, put the whole gradients of each step into ``state``."""
-
-    def keep() -> float:
-        state["gradients"] = {
-            name: getattr(parameter.grad, "full_tensor", lambda g=parameter.grad: g)().clone()
-            for name, parameter in engine.module.named_parameters()
-            if parameter.grad is not None
-        }
-        return 0.0
-
-    engine.optimizer_step = keep

@@ -10,8 +10,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu.processes import processes_with as processes_with
 
 #: seconds that a rank has for one answer. So a collective that hangs is a failure, not a test that never ends.
 TIMEOUT_SECONDS = 120
@@ -82,16 +83,3 @@ class Processes:
             if process.is_alive():
                 process.kill()
         self._folder.cleanup()
-
-
-def processes_with(variable: str, value: str) -> list[int]:
-    """The pids of the running processes that were started with this variable in their environment."""
-    wanted = f"{variable}={value}".encode()
-    pids = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                pids.append(int(folder.name))
-        except OSError:  # it has ended, or is not ours
-            continue
-    return pids

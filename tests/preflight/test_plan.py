@@ -368,3 +368,29 @@ def test_every_shown_number_is_in_the_json(plan: MakePlan) -> None:
     assert {phase["name"]: phase["total"] for phase in made["phases"]}["gradient step"] == sum(
         made["phases"][-1]["parts"].values()
     )
+
+
+def test_the_light_rollout_takes_what_it_needs_and_reserves_nothing(plan: MakePlan) -> None:
+    """Its weights stay on the GPU; the caches of a batch of longest answers are gone before the update."""
+    light = (
+        *("trainer.nnodes=1", "trainer.n_gpus_per_node=1", f"{ACTOR}.ulysses_sequence_parallel_size=1"),
+        *(f"{ROLLOUT}.name=transformers", f"+{ROLLOUT}.engine_kwargs.transformers.device=cuda"),
+        *(f"{ROLLOUT}.tensor_model_parallel_size=1", f"{ROLLOUT}.max_num_seqs=4"),
+    )
+    made = plan(*light)
+    phases = {phase.name: phase.parts for phase in made.phases}
+    weights = made.model.parameters * 2
+    cache = 4 * made.step.longest_sequence * 2 * 40 * 8 * 128 * 2  # layers, kv heads, head size, bytes
+    assert phases["rollout"]["rollout engine"] == weights + cache
+    assert phases["gradient step"]["rollout engine"] == phases["old log-probs"]["rollout engine"] == weights
+    assert made.rollout is None
+    assert any("The light rollout reserves no memory" in note for note in made.notes)
+    assert any(message.startswith("gradient step: ") for message in messages(made)), "14B do not fit one GPU"
+
+
+def test_logits_without_flash_attention_take_a_copy_in_32_bits(plan: MakePlan) -> None:
+    with_it, without = plan("entropy_fork=off"), plan("entropy_fork=off", flash_attention=False)
+    assert with_it.head.gradient_step_bytes == 22528 * 151936 * 2
+    assert without.head.gradient_step_bytes == 22528 * 151936 * (2 + 4)
+    assert any("--no-flash-attention" in note for note in with_it.notes)
+    assert not any("flash" in note for note in without.notes)

@@ -368,7 +368,7 @@ def test_every_file_and_every_option_of_a_script_exists(page: Path) -> None:
         for place in re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]+\.\w+", line):
             assert (REPOSITORY / place).is_file(), f"{place} in: {line}"
         scripts = re.findall(r"python3? ((?:benchmarks|examples)/[\w/]+\.py)([^;|]*)", line)
-        for module, arguments in re.findall(r"python3? -m (examples\.[\w.]+)([^;|]*)", line):
+        for module, arguments in re.findall(r"python3? -m ((?:examples|benchmarks)\.[\w.]+)([^;|]*)", line):
             place = module.replace(".", "/")
             is_package = (REPOSITORY / place).is_dir()
             scripts.append((f"{place}/__main__.py" if is_package else f"{place}.py", arguments))

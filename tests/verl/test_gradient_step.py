@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.mini_batch import NUM_ROWS, VOCABULARY, Answers, keep_gradients, make_answers, make_batch, make_engine
+from helpers.mini_batch import NUM_ROWS, VOCABULARY, Answers, make_answers, make_batch, make_engine
 from helpers.processes import Processes
 from helpers.scored_rows import ScoredRows, chosen
 from hypothesis import given, settings
@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.engine import keep_gradients
 from entropy_fork.core.factors import changed_advantages, clip_bounds
 from entropy_fork.core.rule import Rule, Selector
 from entropy_fork.core.scores import SCORES

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.mini_batch import NUM_ROWS, VOCABULARY, Answers, keep_gradients, make_answers, make_batch, make_engine
+from helpers.mini_batch import NUM_ROWS, VOCABULARY, Answers, make_answers, make_batch, make_engine
 from helpers.processes import Processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.engine import keep_gradients
 from entropy_fork.core.entropy import entropies
 from entropy_fork.core.lm_head import log_probs_entropy_and_rank, padded_positions, response_positions
 from entropy_fork.verl.config import MASKABLE_LOSSES, TOKENWISE_LOSSES

@@ -1,7 +1,8 @@
 """Stock verl on a machine without an accelerator: the platform, the engines, and the few places that assume a GPU.
 
 Hooks: verl's ``PlatformRegistry``, ``EngineRegistry`` and ``RolloutReplicaRegistry``. Only ``VERL_PLATFORM=cpu`` turns
-this on. It is never detected, because the head node of a GPU cluster has no GPU either.
+this on. It is never detected, because the head node of a GPU cluster has no GPU either. The light rollout alone can
+also be had on a GPU, if the config names the device (``+cluster=gpu_light``).
 
 Some places of verl 0.9 assume a GPU and offer no hook. For each of them one function below wraps verl's code and says
 why. ``tests/verl/cpu/test_cpu_platform.py`` fails if verl changes that code.
@@ -33,6 +34,9 @@ RAY_RESOURCE = "GPU"
 
 #: the name of the light rollout in ``actor_rollout_ref.rollout.name``
 ROLLOUT = "transformers"
+
+#: the key that asks for the light rollout on a GPU
+LIGHT_DEVICE = f"actor_rollout_ref.rollout.engine_kwargs.{ROLLOUT}.device"
 
 #: the name of our checkpoint engine in ``actor_rollout_ref.rollout.checkpoint_engine.backend``
 CHECKPOINT_BACKEND = "ray"
@@ -157,8 +161,6 @@ def register() -> None:
         ("verl.utils.distributed", _extend_distributed),
         ("verl.workers.engine.fsdp.transformer_impl", _extend_fsdp),
         ("verl.utils.model", _extend_value_head),
-        ("verl.workers.rollout.base", _extend_rollouts),
-        ("verl.workers.rollout.replica", _extend_replicas),
         ("verl.trainer.ppo.v1.replay_buffer", _extend_replay_buffer),
         ("verl.utils.fsdp_utils", _extend_fsdp_utils),
         ("ray", fork_server.extend_ray),
@@ -168,6 +170,12 @@ def register() -> None:
         vllm_cpu.register()
 
 
+def register_light_rollout() -> None:
+    """Register the light rollout when verl's modules are imported, on any platform. A run gets it only by its name."""
+    wrapt.register_post_import_hook(_extend_rollouts, "verl.workers.rollout.base")
+    wrapt.register_post_import_hook(_extend_replicas, "verl.workers.rollout.replica")
+
+
 def check_before_training(config: DictConfig) -> None:
     """Refuse what cannot run on a CPU, before Ray starts.
 
@@ -175,11 +183,7 @@ def check_before_training(config: DictConfig) -> None:
         EntropyForkError: with what is wrong and what to write instead.
     """
     rollout = config.actor_rollout_ref.rollout
-    if missing := [name for name in EXTRA_MODULES if importlib.util.find_spec(name) is None]:
-        raise EntropyForkError(
-            f"verl on a CPU needs the modules {', '.join(missing)}, which otherwise come with vLLM or sglang. Install "
-            f"the extra: {install_command('cpu')}"
-        )
+    _check_extra_modules("verl on a CPU")
     if config.trainer.device != "cpu":
         raise EntropyForkError(
             f"VERL_PLATFORM=cpu, but trainer.device={config.trainer.device}. Add +cluster=cpu to the command line (it "
@@ -205,16 +209,51 @@ def check_before_training(config: DictConfig) -> None:
         _check_separate_rollout(rollout)
 
 
-def check_opted_in(config: DictConfig) -> None:
-    """Refuse the light rollout if the environment does not say that this machine has no accelerator.
+def check_light_rollout(config: DictConfig) -> None:
+    """Refuse the light rollout on an accelerator, unless the config names the GPU for it, and it can run there.
 
     Raises:
-        EntropyForkError: with what to put into the environment.
+        EntropyForkError: with what to put into the environment or the config.
     """
-    if OmegaConf.select(config, "actor_rollout_ref.rollout.name", default=None) == ROLLOUT:
+    if OmegaConf.select(config, "actor_rollout_ref.rollout.name", default=None) != ROLLOUT:
+        return
+    device = OmegaConf.select(config, LIGHT_DEVICE, default=None)
+    if device is None:
         raise EntropyForkError(
             f"rollout.name={ROLLOUT} (as in +cluster=cpu, +recipe=demo_cpu) is for machines without an accelerator. "
-            f"On such a machine, set the environment variable: VERL_PLATFORM=cpu python -m …"
+            f"On such a machine, set the environment variable: VERL_PLATFORM=cpu python -m …. On a GPU without vLLM "
+            f"and sglang, write +cluster=gpu_light (in place of a cluster of a recipe: cluster=gpu_light)."
+        )
+    if device != "cuda" or config.trainer.device != "cuda":
+        raise EntropyForkError(
+            f"{LIGHT_DEVICE}={device} with trainer.device={config.trainer.device}: off the CPU the light rollout runs "
+            f"on the trainer's own GPU. Write cuda for both."
+        )
+    _check_extra_modules("The light rollout")
+    if config.trainer.use_v1 and config.trainer.v1.trainer_mode == "separate_async":
+        raise EntropyForkError(
+            f"rollout.name={ROLLOUT} on a GPU answers beside its trainer only, and trainer_mode=separate_async wants "
+            f"servers of their own. Write trainer.v1.trainer_mode=sync, or rollout.name=vllm."
+        )
+
+
+def say_light_rollout(config: DictConfig) -> None:
+    """Say on the terminal, before Ray starts, that this run has the light rollout on a GPU, and what it is for."""
+    if OmegaConf.select(config, LIGHT_DEVICE, default=None) is None or config.actor_rollout_ref.rollout.name != ROLLOUT:
+        return
+    print(
+        f"entropy_fork: rollout.name={ROLLOUT} on a GPU. transformers writes the answers, many times slower than vLLM. "
+        f"This is for a first look on a machine without vLLM and for small models. For a real run, install vLLM and "
+        f"write another cluster.",
+        flush=True,
+    )
+
+
+def _check_extra_modules(what: str) -> None:
+    if missing := [name for name in EXTRA_MODULES if importlib.util.find_spec(name) is None]:
+        raise EntropyForkError(
+            f"{what} needs the modules {', '.join(missing)}, which otherwise come with vLLM or sglang. Install "
+            f"the extra: {install_command('cpu')}"
         )
 
 
@@ -318,7 +357,7 @@ def _extend_value_head(module: Any) -> None:
 
 def _extend_rollouts(module: Any) -> None:
     """Register the light rollout's adapter. verl has no public registry for adapters, only for replicas."""
-    module._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = "entropy_fork.verl.cpu.rollout.TransformersAdapter"
+    module._ROLLOUT_REGISTRY.setdefault((ROLLOUT, "async"), "entropy_fork.verl.cpu.rollout.TransformersAdapter")
 
 
 def _extend_replicas(module: Any) -> None:

@@ -1,21 +1,26 @@
-"""A rollout for machines without an accelerator: transformers behind verl's server interface.
+"""A rollout for machines without an accelerator, or without vLLM: transformers behind verl's server interface.
 
 Hooks: ``RolloutReplicaRegistry`` (servers) and verl's table of rollout adapters (training workers), both under the
 name ``transformers``; see ``cpu_platform.py``. verl sends requests one by one to a server actor. The server collects
 them and answers them as one batch (``entropy_fork/sampling/generation.py``).
+
+It computes on the CPU, or on the GPU of the training worker if the config says so: see :class:`LightRollout`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.plugin.platform import get_platform
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 from verl.workers.rollout.utils import ensure_async_iterator
@@ -26,6 +31,40 @@ from entropy_fork.sampling.generation import Answer, Request, generate
 
 #: a batch starts when no request has arrived for this long (verl dispatches a batch's requests within milliseconds)
 SETTLE_SECONDS = 0.03
+
+
+@dataclass(frozen=True)
+class LightRollout:
+    """Where and how exactly a server computes.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        dtype: of its weights. Always float32 on a CPU; on a GPU verl's ``rollout.dtype``.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, config: Any) -> LightRollout:
+        """Read it from verl's rollout config: ``engine_kwargs.transformers.device``, which is the CPU if not set.
+
+        Raises:
+            EntropyForkError: ``engine_kwargs.transformers`` has another key, or names another device.
+        """
+        asked: Mapping[str, Any] = (config.engine_kwargs or {}).get("transformers") or {}
+        device = asked.get("device", "cpu")
+        if set(asked) - {"device"} or device not in ("cpu", "cuda"):
+            raise EntropyForkError(
+                f"actor_rollout_ref.rollout.engine_kwargs.transformers={dict(asked)}: its only key is device, and that "
+                f"is cpu or cuda."
+            )
+        return cls(device, PrecisionType.to_dtype(config.dtype) if device == "cuda" else torch.float32)
+
+    def free(self) -> None:
+        """Give the memory of finished answers back to the device, where the trainer needs it next."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _server_name(replica_rank: int) -> str:
@@ -60,9 +99,12 @@ class TransformersServer:
         self.config = config
         hf_config = omega_conf_to_dataclass(model_config).hf_config
         share_cores(num_replicas_here)
+        self.light = LightRollout.of(config)
         # Only the architecture: the weights arrive with the first sync, before the first request.
-        with torch.device("cpu"):
-            self.model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=GROUPED)
+        with torch.device(self.light.device):
+            self.model = AutoModelForCausalLM.from_config(
+                hf_config, dtype=self.light.dtype, attn_implementation=GROUPED
+            )
         self.model.eval().requires_grad_(False)
         end_ids = self.model.generation_config.eos_token_id
         end_ids = hf_config.eos_token_id if end_ids is None else end_ids
@@ -146,6 +188,7 @@ class TransformersServer:
                         self.config.prompt_length,
                         lambda: self._aborting,
                     )
+                    self.light.free()
                 for (_, future), answer in zip(batch, answers, strict=True):
                     if not future.done():  # the client may have stopped waiting
                         future.set_result(answer)
@@ -200,7 +243,7 @@ class TransformersServer:
         self._aborting = self._rejecting = False
         self._open.set()
 
-    # There is no device memory to free, no cache that outlives a batch, and no profiler.
+    # The weights stay where they are, no cache outlives a batch, and there is no profiler.
     async def wake_up(self, **_: Any) -> None:
         """Nothing to do."""
 
@@ -240,6 +283,10 @@ class TransformersReplica(RolloutReplica):
         node_id = ray.get_runtime_context().get_node_id()
         if self.workers:
             node_id = await self.workers[0].__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+        variables = {}
+        if LightRollout.of(self.config).device == "cuda":
+            devices = await self.workers[0].__ray_call__.remote(lambda _: _accelerators_here())
+            variables = _sees_devices(devices)
         server = (
             ray.remote(TransformersServer)
             .options(
@@ -247,6 +294,7 @@ class TransformersReplica(RolloutReplica):
                 num_cpus=0,
                 max_concurrency=self.max_concurrency,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+                **({"runtime_env": {"env_vars": variables}} if variables else {}),
             )
             .remote(self.config, self.model_config, num_replicas_here=max(1, self.gpus_per_node))
         )
@@ -254,6 +302,18 @@ class TransformersReplica(RolloutReplica):
         self.servers = [server]
         self._server_handle = server
         self._server_address = _server_name(self.replica_rank)
+
+
+def _accelerators_here() -> list[str]:
+    """The accelerators that Ray gave to the worker that calls this."""
+    ids = ray.get_runtime_context().get_accelerator_ids()[get_platform().ray_resource_name()]
+    return [str(number) for number in ids]
+
+
+def _sees_devices(devices: list[str]) -> dict[str, str]:
+    """The environment of a server that takes no accelerator from Ray, and still sees the one of its training worker."""
+    platform = get_platform()
+    return {**dict.fromkeys(platform.ray_noset_envvars(), "1"), platform.visible_devices_envvar(): ",".join(devices)}
 
 
 class TransformersAdapter(BaseRollout):
