@@ -272,6 +272,6 @@ def test_every_script_that_takes_long_says_how_far_it_is() -> None:
     quick = {"__init__.py", "engine.py", "live_bytes.py", "token_budget.py", "plugin_timer.py", "prepare_data.py"}
     scripts = [file for file in (REPOSITORY / "benchmarks").glob("*.py") if file.name not in by_report | quick]
     scripts += [REPOSITORY / "examples" / name for name in (
-        "smoke.py", "cpu_demo/build.py", "research/experiment/__main__.py",
+        "smoke.py", "tiny_world.py", "smollm2/build.py", "research/experiment/__main__.py",
         "research/policy_gradient_ladder/ladder.py")]  # fmt: skip
     assert [file.name for file in scripts if not uses(file)] == []
