@@ -246,9 +246,9 @@ def build_into(folder: Path, base: Path, settings: Settings, console: Console) -
     """Do the work of `build` in a temporary folder; the manifest is written last."""
     set_seed(settings.seed)
     rows = write_problems(folder, settings, console)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     tokenizer.chat_template = CHAT_TEMPLATE
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     began = time.monotonic()
     loss, num_tokens = warm_up(model, tokenizer, rows, settings, console)
     report = Report(model.num_parameters(), time.monotonic() - began, num_tokens, loss)

@@ -202,7 +202,7 @@ def test_batches_divide_and_the_longest_sequence_fits(recipe: str, cluster: str)
 
 def test_all_that_ships_is_tested_here() -> None:
     assert set(preset_names("recipe")) == {*RECIPES, "dapo", "demo_cpu", "ladder_cpu", "smollm2_cpu", "sorting_cpu"}
-    assert set(preset_names("cluster")) == {*CLUSTERS, "small_4", "cpu"}
+    assert set(preset_names("cluster")) == {*CLUSTERS, "small_4", "cpu", "gpu_light"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

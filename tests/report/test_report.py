@@ -285,7 +285,7 @@ def test_a_dump_of_a_training_run_is_pooled_by_step(report: Path, dump: Path, ch
     # what moved, and the curves
     assert re.search(r"␣moved\s+60\s+60\s+0.0%\s+100.0%", opened.locator("#steps-tokens").inner_text())
     row = opened.locator("#curves tr", has_text="response length").inner_text()
-    assert re.search(r"6 → 113 \(step 8\)\s+2 → 9 \(step 8\)", row)
+    assert re.search(r"8 → 115 \(step 8\)\s+2 → 9 \(step 8\)", row)
     assert opened.locator("#curves img").count() == len(curves.METRICS) + 1
     opened.context.close()
 

@@ -340,6 +340,7 @@ def test_recipes_name_only_keys_that_verl_has(compose: Compose, name: str) -> No
         "demo",
         "reward.reward_kwargs",
         "ray_kwargs.ray_init",
+        "actor_rollout_ref.rollout.engine_kwargs.transformers",
     }
     if verl.__version__ == "0.9.0" and name == "recipe=ladder_cpu":  # its file says that it needs 0.9.1
         ours.add("actor_rollout_ref.actor.fsdp_config.use_no_sync_for_gradient_accumulation")

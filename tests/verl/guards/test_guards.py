@@ -446,6 +446,7 @@ def test_a_request_that_fails_or_is_given_up_does_not_hold_up_the_next(monkeypat
     async def ask() -> None:
         server = rollout.TransformersServer.__new__(rollout.TransformersServer)
         server.config = SimpleNamespace(prompt_length=8, response_length=8, max_num_seqs=4)
+        server.light = rollout.LightRollout()
         server.model, server.end_ids, server.global_steps, server._waiting = None, [], 1, []
         server._arrived, server._open, server._computing = asyncio.Event(), asyncio.Event(), asyncio.Lock()
         server._aborting, server._rejecting, server._serving = False, False, None
