@@ -253,7 +253,7 @@ def check(row: Row, interpreter: Path, thoroughly: bool, wheel: Path, folder: Pa
 def run_tests(row: Row, python: Path, folder: Path, pretend: str | None) -> None:
     """Run our tests without our sources. ``pretend`` turns the refusal off, to see whether this verl would work."""
     checkout = folder / "checkout"
-    for name in ("tests", "examples"):
+    for name in ("tests", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", checkout)  # pytest's options
     environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
