@@ -169,14 +169,15 @@ class TransformersEngine:
     def __init__(self, folder: Path, sampling: SamplingSettings, dtype: str, end_ids: Sequence[int], batch_size: int):
         from transformers import AutoModelForCausalLM
 
-        from entropy_fork.sampling.grouped_attention import NAME as GROUPED
+        from entropy_fork.sampling.grouped_attention import share_keys
 
         if "OMP_NUM_THREADS" not in os.environ:
             share_cores()
         with code_refused(folder):
-            self.model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), attn_implementation=GROUPED, trust_remote_code=False
-            ).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
+            )
+        self.model = share_keys(model).eval()
         self.sampling, self.end_ids, self.batch_size = sampling, end_ids, batch_size
 
     def answers(self, jobs: Sequence[AnswerJob], is_wanted: Callable[[AnswerJob], bool]) -> Iterator[list[Generated]]:

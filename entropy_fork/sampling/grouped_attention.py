@@ -4,7 +4,8 @@ With grouped-query attention several query heads read the same keys and values. 
 (``integrations/sdpa_attention.py``) repeats the whole cache for each head of a group, in each layer and for each token.
 A single query position needs no copy: the heads of a group are then handed over as if they were query positions.
 
-Load a model with ``attn_implementation=NAME``; importing this module registers it.
+Load a model with ``attn_implementation="sdpa"``, so that transformers refuses one that sdpa would compute wrongly, and
+hand it to :func:`share_keys`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-#: the name to load a model with
+#: its name among the attention functions of transformers
 NAME = "entropy_fork_grouped"
+
+
+def share_keys(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, which from now on draws without copies of its keys."""
+    model.set_attn_implementation(NAME)
+    return model
 
 
 def grouped_attention(

@@ -12,22 +12,23 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_fork.core.randomness import uniform_numbers
 from entropy_fork.sampling.generation import Answer, Request, generate
-from entropy_fork.sampling.grouped_attention import NAME as GROUPED
+from entropy_fork.sampling.grouped_attention import share_keys
 
 VOCABULARY, END = 50, 7
 
 
-def made_model(attention: str) -> PreTrainedModel:
+def made_model(shares_keys: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
         head_dim=16, intermediate_size=64, max_position_embeddings=128, initializer_range=0.3,
     )  # fmt: skip
-    config._attn_implementation = attention
-    return Qwen3ForCausalLM(config).eval()
+    config._attn_implementation = "sdpa"
+    made = Qwen3ForCausalLM(config).eval()
+    return share_keys(made) if shares_keys else made
 
 
-@pytest.fixture(scope="module", params=["sdpa", GROUPED])
+@pytest.fixture(scope="module", params=[False, True], ids=["sdpa", "grouped"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return made_model(request.param)
 
@@ -50,7 +51,7 @@ def restated_log_probs(model: PreTrainedModel, request: Request, answer: Answer)
 
 def test_grouped_attention_gives_the_same_answers() -> None:
     """The heads of a group see the same keys, without a copy of them. Only the order of sums differs."""
-    plain, grouped = (generate(made_model(attention), requests(20), [END]) for attention in ("sdpa", GROUPED))
+    plain, grouped = (generate(made_model(shares), requests(20), [END]) for shares in (False, True))
     assert [answer.token_ids for answer in plain] == [answer.token_ids for answer in grouped]
     for one, other in zip(plain, grouped, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
@@ -66,7 +67,7 @@ def test_grouped_attention_copies_no_keys(monkeypatch: pytest.MonkeyPatch) -> No
         return original(query, key, *rest, **settings)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    generate(made_model(GROUPED), requests(3), [])
+    generate(made_model(True), requests(3), [])
     width = max(len(request.prompt_ids) for request in requests(3))
     assert set(seen) == {((6, width), 6), ((2, 3), 2)}
 

@@ -94,7 +94,7 @@ class TransformersServer:
     def __init__(self, config: Any, model_config: Any, num_replicas_here: int):
         from transformers import AutoModelForCausalLM
 
-        from entropy_fork.sampling.grouped_attention import NAME as GROUPED
+        from entropy_fork.sampling.grouped_attention import share_keys
 
         self.config = config
         hf_config = omega_conf_to_dataclass(model_config).hf_config
@@ -102,9 +102,8 @@ class TransformersServer:
         self.light = LightRollout.of(config)
         # Only the architecture: the weights arrive with the first sync, before the first request.
         with torch.device(self.light.device):
-            self.model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=self.light.dtype, attn_implementation=GROUPED
-            )
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=self.light.dtype, attn_implementation="sdpa")
+        self.model = share_keys(model)
         self.model.eval().requires_grad_(False)
         end_ids = self.model.generation_config.eos_token_id
         end_ids = hf_config.eos_token_id if end_ids is None else end_ids
