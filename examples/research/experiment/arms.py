@@ -1,4 +1,4 @@
-"""What is compared: choices of tokens, and the questions that they answer."""
+"""The choices of tokens that are compared, and the questions that they answer."""
 
 from __future__ import annotations
 

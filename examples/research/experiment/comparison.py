@@ -1,4 +1,4 @@
-"""What is computed of the runs of one task: a few numbers of each, and differences that are paired by seed."""
+"""A few numbers of each run of a task, and differences that are paired by seed."""
 
 from __future__ import annotations
 
