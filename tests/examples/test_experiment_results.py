@@ -350,3 +350,16 @@ def test_the_bootstrap_alone_would_have_said_otherwise() -> None:
     """The case of the headline that the two intervals see differently."""
     found: Difference = difference({1: 0.01, 2: 0.07, 3: 0.10}, dict.fromkeys((1, 2, 3), 0.0))
     assert found.t[0] < 0 < found.bootstrap[0]
+
+
+def test_the_readme_says_what_the_runs_say() -> None:
+    """Its three differences are those of the CSV files, to a tenth of a point."""
+    readme = " ".join((pages.REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+
+    def points(task: str, arm: str) -> str:
+        runs = of_question(read_csv(pages.EVIDENCE / f"{task}.csv"), CONTROLS)
+        return f"{100 * abs(minus(by_arm(runs), 'top20', arm, 'accuracy').mean):.1f}"
+
+    assert f"by {points('demo', 'matched')} and {points('sorting', 'matched')} points" in readme
+    assert f"({points('demo', 'all')} points behind" in readme
+    assert f"it ends {points('sorting', 'all')} points behind all tokens" in readme

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from entropy_fork.core.randomness import uniform_numbers
+from entropy_fork.evaluation.engines import SamplingSettings, TransformersEngine
 from entropy_fork.sampling.generation import Answer, Request, generate
 from entropy_fork.sampling.grouped_attention import share_keys
 
@@ -153,3 +155,15 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
     assert np.abs(share - 0.05).max() < 0.003
     assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.02
     assert abs(np.corrcoef(numbers[:, :-1].ravel(), numbers[:, 1:].ravel())[0, 1]) < 0.02
+
+
+def test_a_model_that_sdpa_would_compute_wrongly_is_refused(tmp_path: Path) -> None:
+    """gpt-oss has attention sinks, which neither sdpa nor its grouped form knows."""
+    config = GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"],
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    settings = SamplingSettings(temperature=1.0, top_p=1.0, top_k=-1, max_tokens=4, seed=0)
+    with pytest.raises(ValueError, match="does not support an attention implementation"):
+        TransformersEngine(tmp_path, settings, "float32", [END], 4)
