@@ -393,18 +393,21 @@ def pytest(python: Path, checkout: Path, *arguments: str) -> str:
     """Run pytest; the result in a line.
 
     The tests must find the wheel. ``python -m pytest`` and pyproject.toml's ``pythonpath`` would find our sources, so
-    this runs the program ``pytest``, with only the tests and the examples on the path.
+    this runs the program ``pytest``, with only the tests, the examples and the benchmarks on the path.
     """
     scripts = checkout.with_name("scripts")
     scripts.mkdir(exist_ok=True)
-    if not (scripts / "examples").is_symlink():
-        (scripts / "examples").symlink_to(checkout / "examples")
+    for name in ("examples", "benchmarks"):
+        if not (scripts / name).is_symlink():
+            (scripts / name).symlink_to(checkout / name)
     environment = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(checkout / ".ci")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # the judge's processes start in less memory
     options = ("-p", "no:cacheprovider", "--quiet", "-o", f"pythonpath=tests {scripts}")
     command = (python.with_name("pytest"), *options, *arguments)
     run = call(*command, check=False, cwd=checkout, environment=environment)
-    outcome = run.stdout.strip().split("\n")[-1]
+    outcome = (run.stdout.strip() or run.stderr.strip()).split("\n")[
+        -1
+    ]  # pytest writes only to stderr if it cannot start
     if run.returncode != 0:
         console.print(run.stdout[-12000:] + run.stderr[-3000:], markup=False, highlight=False)
         raise Failed(outcome)

@@ -33,7 +33,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.gpu.processes import end_all
+from entropy_fork.common.processes import end_processes
 from entropy_fork.common.progress import task
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -247,7 +247,7 @@ class _Run:
                 time.sleep(0.05)
             if done == len(cases) and not has_ended:
                 _wait(child)
-            end_all(MARK, mark)
+            end_processes(MARK, mark, patience_s=20.0)
             child.wait()
         if done < len(cases):
             last = log.read_bytes()[said_before:].decode(errors="replace")[-1500:]

@@ -45,6 +45,7 @@ from rich.console import Console
 
 from entropy_fork.common.foreign_text import spreadsheet_cell, visible
 from entropy_fork.common.output_folder import write_whole
+from entropy_fork.common.processes import end_processes
 from entropy_fork.watch.output import Reader as RunOutput
 from entropy_fork.watch.output import Step, text_and_process
 from entropy_fork.watch.view import View
@@ -314,10 +315,10 @@ def _end(mark: str, grace_s: float, reader: threading.Thread) -> None:
 
     A process that is just starting has no environment yet by which it could be found, but it holds the job's output.
     """
-    end_processes(mark, grace_s)
+    end_processes(MARK, mark, grace_s)
     reader.join(1)
     while reader.is_alive():
-        end_processes(mark, grace_s)
+        end_processes(MARK, mark, grace_s)
         reader.join(1)
 
 
@@ -351,35 +352,6 @@ def _in_the_job() -> None:
         # get SIGTERM when the sweep is killed (SIGKILL), so that no job is left over
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def end_processes(mark: str, grace_s: float) -> None:
-    """Wait until the processes with this mark have ended, and kill those that do not end in time.
-
-    Ray's daemons and workers live a moment longer than the process that started them, or much longer if it crashed. A
-    worker keeps its GPU's memory until it ends.
-    """
-    deadline = time.monotonic() + grace_s
-    while left := _marked(mark):
-        if time.monotonic() > deadline:
-            for pid in left:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-        time.sleep(0.2)
-
-
-def _marked(mark: str) -> list[int]:
-    wanted = f"{MARK}={mark}".encode()
-    pids = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                pids.append(int(folder.name))
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
-    return pids
 
 
 class _Reader(threading.Thread):

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entropy_fork.common.processes import processes_with
 from entropy_fork.watch.follow import BEGIN, ELSEWHERE, OUTPUT
 from helpers.places import PYTHONPATH
-from helpers.processes import processes_with
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes with a gloo group, started once for many calls. And the processes of a run."""
+"""Real ranks for tests: processes with a gloo group, started once for many calls."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
-
-from benchmarks.gpu.processes import processes_with as processes_with
 
 #: seconds that a rank has for one answer. So a collective that hangs is a failure, not a test that never ends.
 TIMEOUT_SECONDS = 120

@@ -24,13 +24,13 @@ import torch
 import typer
 from helpers import gpu_stage
 from helpers.places import PYTHONPATH, REPOSITORY
-from helpers.processes import processes_with
 from torch.distributed.fsdp import _init_utils
 from transformers import Qwen3ForCausalLM
 from verl.workers.engine import EngineRegistry
 
 from benchmarks.gpu import engines, kernels, predict, rehearsal, run, tables, training, vllm_rollout, wheels
 from benchmarks.gpu.cases import ENDED, FAILED, MEASURED, NOT_MEASURED, Measured, Row, read_rows, run_stage, write_rows
+from entropy_fork.common.processes import processes_with
 from entropy_fork.verl import plugin, sparse_head
 
 # --- the stages ------------------------------------------------------------------------------------------------------

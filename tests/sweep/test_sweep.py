@@ -17,6 +17,7 @@ from helpers.sweeps import read
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from entropy_fork.common import processes
 from entropy_fork.common.errors import EntropyForkError
 from entropy_fork.sweep import jobs as sweep
 from entropy_fork.sweep import ray_cluster
@@ -294,10 +295,10 @@ def test_a_process_that_a_job_left_behind_is_ended() -> None:
     other = subprocess.Popen(["sleep", "300"], env={**os.environ, sweep.MARK: "theirs"})
     try:
         deadline = time.monotonic() + 10
-        while not sweep._marked("theirs") and time.monotonic() < deadline:
+        while not processes.processes_with(sweep.MARK, "theirs") and time.monotonic() < deadline:
             time.sleep(0.05)  # until it is sleep's environment
-        assert sweep._marked("theirs") == [other.pid]
-        sweep.end_processes("mine", grace_s=0.5)
+        assert processes.processes_with(sweep.MARK, "theirs") == [other.pid]
+        processes.end_processes(sweep.MARK, "mine", grace_s=0.5)
         assert process.wait(5) == -signal.SIGKILL
         assert other.poll() is None
     finally:
@@ -313,8 +314,10 @@ def test_a_process_that_was_just_being_started_is_found_by_what_it_holds(monkeyp
     assert process.stdout is not None
     reader = threading.Thread(target=process.stdout.read, daemon=True)
     reader.start()
-    looks, marked = iter([[]]), sweep._marked
-    monkeypatch.setattr(sweep, "_marked", lambda mark: next(looks) if looks.__length_hint__() else marked(mark))
+    looks, real = iter([[]]), processes.processes_with
+    monkeypatch.setattr(
+        processes, "processes_with", lambda *mark: next(looks) if looks.__length_hint__() else real(*mark)
+    )
     try:
         sweep._end("mine", 0, reader)
         assert process.wait(5) == -signal.SIGKILL
