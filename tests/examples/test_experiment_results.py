@@ -17,10 +17,18 @@ from entropy_fork.common.errors import EntropyForkError
 from examples.research.experiment import __main__ as experiment
 from examples.research.experiment import page as pages
 from examples.research.experiment.arms import QUESTIONS
-from examples.research.experiment.comparison import by_arm, common_tokens, headline, minus, missing, of_question
+from examples.research.experiment.comparison import (
+    by_arm,
+    common_tokens,
+    headline,
+    minus,
+    missing,
+    of_question,
+    told,
+)
 from examples.research.experiment.power import pairs_needed
 from examples.research.experiment.results import CURVES, Result, finished, merged, read_csv, settings_of, write_csv
-from examples.research.experiment.statistics import Difference, difference
+from examples.research.experiment.statistics import Difference, difference, spread_interval
 from examples.research.experiment.tasks import TASKS
 
 DEMO = TASKS["demo"]
@@ -29,7 +37,8 @@ CONTROLS = QUESTIONS["controls"]
 RECORDED = {
     0: {"val-core/cpu_demo/acc/mean@1": 0.341796875},
     1: {
-        "critic/score/mean": 0.4609375, "actor/entropy": 0.18988288938999176, "response_length/mean": 23.9765625,
+        "critic/score/mean": 0.4609375, "actor/entropy": 0.18988288938999176, "actor/grad_norm": 0.75,
+        "response_length/mean": 23.9765625,
         "prompt_length/mean": 22.6875, "perf/total_num_tokens": 5973.0, "timing_s/step": 4.340796062002482,
         "entropy_fork/kept_ratio": 0.2000651678071033, "entropy_fork/kept_tokens": 614.0,
     },
@@ -42,7 +51,8 @@ RECORDED = {
         "critic/score/mean": 0.5546875, "actor/entropy": 0.17663171887397766, "response_length/mean": 23.46875,
         "prompt_length/mean": 22.8125, "perf/total_num_tokens": 5924.0, "timing_s/step": 5.444523443002254,
         "timing_s/testing": 7.662090754005476, "val-core/cpu_demo/acc/mean@1": 0.484375,
-        "entropy_fork/kept_ratio": 0.2003994673768309, "entropy_fork/kept_tokens": 602.0,
+        "entropy_fork/kept_ratio": 0.2003994673768309, "entropy_fork/kept_tokens": 602.0, "actor/grad_norm": 1.25,
+        "training/filter_groups/evicted_samples": 5.0, "training/filter_groups/discarded_surplus_samples": 2.0,
     },
 }  # fmt: skip
 
@@ -87,9 +97,10 @@ def test_the_columns_are_those_of_the_recorded_metrics(tmp_path: Path) -> None:
     assert {name: value for name, value in rows[3].items() if name in CURVES} == {
         "accuracy": "0.484375", "reward": "0.5546875", "entropy": "0.1766317", "response_length": "23.46875",
         "kept_ratio": "0.2003995", "response_tokens": str(int(128 * 23.46875)), "trained_tokens": "602",
-        "seconds": "13.10661",
+        "seconds": "13.10661", "grad_norm": "1.25", "dropped_groups": "7",
     }  # fmt: skip
-    assert [rows[0][name] for name in CURVES[1:]] == [""] * 7
+    assert [row["dropped_groups"] for row in rows] == ["", "0", "0", "7"]
+    assert [rows[0][name] for name in CURVES[1:]] == [""] * 9
 
 
 def test_without_a_mask_every_response_token_is_trained_on(tmp_path: Path) -> None:
@@ -148,6 +159,29 @@ def test_the_same_run_with_other_numbers_is_one_error() -> None:
     assert merged([there], [slower]) == [there], "other seconds are no other numbers"
 
 
+def test_an_older_csv_lacks_the_newer_curves(tmp_path: Path) -> None:
+    write_csv([made("all", 1, [0.3, 0.5])], tmp_path / "new.csv")
+    with (tmp_path / "new.csv").open() as handle:
+        rows = [{name: row[name] for name in row if name != "grad_norm"} for row in csv.DictReader(handle)]
+    with (tmp_path / "old.csv").open("w") as handle:
+        writer = csv.DictWriter(handle, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (result,) = read_csv(tmp_path / "old.csv")
+    assert np.isnan(result.curves["grad_norm"]).all()
+    assert result.accuracy.tolist() == [0.3, 0.5]
+
+
+def test_runs_of_a_seed_must_start_alike() -> None:
+    """Another start is another model or other problems, and the runs would be no pair."""
+    there = [made("all", 1, [0.3, 0.5]), made("all", 2, [0.4, 0.5])]
+    assert len(merged(there, [made("top20", 1, [0.3, 0.6])])) == 3
+    with pytest.raises(EntropyForkError) as error:
+        merged(there, [made("top20", 2, [0.3, 0.6])])
+    for said in ("two runs of seed 2 did not start alike", "of all was 0.4 (made at abc), and of top20 0.3"):
+        assert said in str(error.value)
+
+
 def test_collect_adds_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = {f"top20-seed{seed}": {"metrics": RECORDED, "seconds": 60.0} for seed in (1, 2)}
     folder, file = folder_with(tmp_path / "runs", runs), tmp_path / "demo.csv"
@@ -204,9 +238,29 @@ def test_only_runs_of_the_questions_steps_and_settings_are_compared_in_its_order
 )
 def test_the_headline_follows_the_interval_of_t(differences: list[float], says: str) -> None:
     found = difference(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
-    sentence = headline("a task", found)
+    sentence = headline("a task", found, planned=3)
     assert sentence.startswith(f"On a task, {says}")
     assert ("95% interval" in sentence) == (len(differences) > 2)
+    assert sentence.endswith(", 3 seeds).") == (len(differences) > 2)
+
+
+def test_the_headline_says_how_many_of_the_planned_seeds_are_there() -> None:
+    found = difference({1: 0.05, 2: 0.07, 3: 0.06}, dict.fromkeys((1, 2, 3), 0.0))
+    assert headline("a task", found, planned=6).endswith(", 3 of 6 planned seeds).")
+
+
+@pytest.mark.parametrize(
+    ("differences", "says"),
+    [
+        ([0.05, 0.07, 0.06], "6.0 points above B (95% interval 3.5 to 8.5; above in 3 of 3 seeds)"),
+        ([-0.05, -0.07, -0.06], "6.0 points below B (95% interval 3.5 to 8.5; above in 0 of 3 seeds)"),
+        ([-0.05, 0.09, 0.02], "not clearly above or below B (+2.0 points, 95% interval -15.4 to +19.4; above in 2 of 3 "
+                              "seeds)"),
+        ([0.05, 0.07], "beside B with too few seeds to say where (2)"),
+    ],
+)  # fmt: skip
+def test_where_an_arm_ends_is_told_by_the_same_interval(differences: list[float], says: str) -> None:
+    assert told(difference(dict(enumerate(differences)), dict.fromkeys(range(9), 0.0)), "B") == says
 
 
 def every_run(gain: float = 0.1, seeds: int = 6) -> list[Result]:
@@ -238,7 +292,8 @@ def test_the_part_of_a_task_says_what_its_runs_say() -> None:
     assert "No run is missing." in text
     found = minus(by_arm(runs), "top20", "matched", "accuracy")
     low, high = (f"{100 * end:+.1f}" for end in found.t)
-    row = cells(text)["matched"]  # the second table's, because the later row wins
+    row = cells(pages.differences(runs, CONTROLS))["matched"]
+    assert pages.differences(runs, CONTROLS) in text
     assert row[0] == "6"
     assert row[1].startswith(f"**{100 * found.mean:+.1f}**<br>[")
     assert row[1].endswith(f"<br>({low}, {high})")
@@ -249,13 +304,37 @@ def test_the_part_of_a_task_names_the_runs_that_are_missing() -> None:
     runs = [one for one in every_run() if (one.arm, one.seed) not in {("top20", 2), ("matched", 5), ("matched", 6)}]
     text = pages.controls(of_question(runs, CONTROLS), DEMO, CONTROLS)
     assert "Missing seeds: `top20` 2; `matched` 5, 6." in text
-    assert cells(text)["matched"][0] == "3", "the seeds that both have"
+    assert cells(pages.differences(of_question(runs, CONTROLS), CONTROLS))["matched"][0] == "3", "that both have"
     one_seed = pages.controls(of_question(every_run(seeds=1), CONTROLS), DEMO, CONTROLS)
     assert "nothing can be said yet" in one_seed
     assert "nan" not in one_seed
     without = [one for one in every_run() if one.arm != "top20"]
     assert "No seed has `top20`" in pages.controls(of_question(without, CONTROLS), DEMO, CONTROLS)
     assert pages.controls([], DEMO, CONTROLS) == "No run is there yet: `make controls TASK=demo` makes them."
+
+
+def test_what_else_differs_is_told_of_the_runs_that_logged_it() -> None:
+    logged, other, unknown = (made("top20", seed, [0.3, 0.5]) for seed in (1, 2, 3))
+    logged.curves["grad_norm"][1:], logged.curves["dropped_groups"][1:] = [1.5] * 10 + [0.5] * 20, 4.0
+    other.curves["grad_norm"][1:], other.curves["dropped_groups"][1:] = [1.0] * 28 + [1.1] * 2, 5.0
+    rows = cells(pages.what_else_differs([made("all", 1, [0.3, 0.5]), logged, other, unknown]))
+    assert rows == {"top20": ["2", "0.92 ± 0.12", "6.0 ± 5.7", "135 ± 21"]}
+    assert pages.what_else_differs([unknown]) == "No run here has logged the size of its gradients."
+    recipe = (pages.REPOSITORY / "recipes/recipe/dapo.yaml").read_text()
+    assert f"clip_grad: {pages.CLIP}" in recipe
+
+
+def test_the_tasks_are_told_together() -> None:
+    text = pages.together({"demo": of_question(every_run(), CONTROLS), "sorting": []}, CONTROLS)
+    assert [line.split("?")[0].split(" of")[0] for line in text.splitlines() if line.startswith("- ")] == [
+        "- **Which tokens", "- **How many in which answer", "- **Is a fifth enough", "- 42",
+    ]  # fmt: skip
+    assert "- 42 of 84 planned runs are there." in text
+    said = " ".join(text.split())
+    assert "`top20` ends on the demo's order of operations 9.9 points above `matched` (95% interval" in said
+    assert (
+        "above in 6 of 6 seeds); on sorting six numbers beside `matched` with too few seeds to say where (0)." in said
+    )
 
 
 def test_the_arms_are_told_by_mean_spread_and_difference_to_all() -> None:
@@ -300,8 +379,10 @@ def test_the_seeds_of_a_spread_are_those_of_the_power_command() -> None:
     """A row per arm with three seeds or more; the numbers are those of ``power``'s own test."""
     runs = of_question(every_run(), CONTROLS)
     row = cells(pages.seeds_needed({"demo": runs}))["matched"]
-    spread = minus(by_arm(runs), "top20", "matched", "accuracy").spread
-    assert row[-5:] == [str(pairs_needed(points / 100 / spread)) for points in (1, 2, 3, 5, 10)]
+    spread = 100 * minus(by_arm(runs), "top20", "matched", "accuracy").spread
+    low, high = spread_interval(spread, 6)
+    assert row[2] == f"{spread:.1f} ({low:.1f} to {high:.1f})"
+    assert row[-5:] == [f"{pairs_needed(size / spread)} ({pairs_needed(size / high)})" for size in (1, 2, 3, 5, 10)]
     assert "no spread is known" in pages.seeds_needed({"demo": of_question(every_run(seeds=2), CONTROLS)})
 
 
@@ -353,13 +434,19 @@ def test_the_bootstrap_alone_would_have_said_otherwise() -> None:
 
 
 def test_the_readme_says_what_the_runs_say() -> None:
-    """Its three differences are those of the CSV files, to a tenth of a point."""
+    """Its four differences are those of the CSV files, to a tenth of a point, and on the side that it says."""
     readme = " ".join((pages.REPOSITORY / "README.md").read_text(encoding="utf-8").split())
 
-    def points(task: str, arm: str) -> str:
+    def points(task: str, arm: str, side: str) -> str:
         runs = of_question(read_csv(pages.EVIDENCE / f"{task}.csv"), CONTROLS)
-        return f"{100 * abs(minus(by_arm(runs), 'top20', arm, 'accuracy').mean):.1f}"
+        found = minus(by_arm(runs), "top20", arm, "accuracy")
+        assert f" points {side} " in told(found, arm)
+        return f"{100 * abs(found.mean):.1f}"
 
-    assert f"by {points('demo', 'matched')} and {points('sorting', 'matched')} points" in readme
-    assert f"({points('demo', 'all')} points behind" in readme
-    assert f"it ends {points('sorting', 'all')} points behind all tokens" in readme
+    matched, of_all = (
+        [points(task, arm, side) for task in ("demo", "sorting")]
+        for arm, side in (("matched", "above"), ("all", "below"))
+    )
+    assert f"by {matched[0]} and {matched[1]} points" in readme
+    assert f"ends below all tokens: by {of_all[0]} points" in readme
+    assert f"by {of_all[1]} points where most are" in readme

@@ -12,11 +12,13 @@ import pytest
 from examples.research.experiment import power as powers
 from examples.research.experiment.statistics import (
     bootstrap_interval,
+    chi_squared_quantile,
     difference,
     height_at,
     late,
     mean_height,
     spread,
+    spread_interval,
     t_cdf,
     t_interval,
     t_quantile,
@@ -108,13 +110,31 @@ def test_under_three_seeds_there_is_no_interval() -> None:
 def test_a_difference_is_paired_by_seed() -> None:
     ours, theirs = {1: 0.5, 2: 0.9, 4: 0.7, 5: 0.1, 7: math.nan}, {4: 0.4, 1: 0.4, 2: 0.7, 3: 0.0, 7: 0.2}
     found = difference(ours, theirs)
-    assert found.seeds == 3
+    assert (found.seeds, found.above) == (3, 3)
+    assert difference(theirs, ours).above == 0
     assert found.mean == pytest.approx(statistics.fmean([0.1, 0.2, 0.3]))
     assert found.spread == pytest.approx(statistics.stdev([0.1, 0.2, 0.3]))
     assert found.t == t_interval(np.array([0.5 - 0.4, 0.9 - 0.7, 0.7 - 0.4]))
     none = difference(ours, {})
     assert none.seeds == 0
     assert math.isnan(none.mean)
+
+
+#: from printed tables of chi-squared: {(share, degrees of freedom): value}
+CHI_SQUARED = {
+    (0.025, 2): 0.0506, (0.975, 2): 7.378, (0.025, 5): 0.831, (0.975, 5): 12.833, (0.5, 10): 9.342, (0.95, 30): 43.773,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("share", "df"), CHI_SQUARED)
+def test_chi_squared_is_that_of_the_printed_tables(share: float, df: int) -> None:
+    assert chi_squared_quantile(share, df) == pytest.approx(CHI_SQUARED[share, df], abs=5.1e-4)
+
+
+def test_the_interval_of_a_spread_holds_the_truth_as_often_as_it_says() -> None:
+    drawn = np.random.default_rng(2).normal(0.0, 2.0, size=(20_000, 3)).std(1, ddof=1)
+    low, high = spread_interval(1.0, 3)
+    assert np.mean((drawn * low < 2.0) & (drawn * high > 2.0)) == pytest.approx(0.95, abs=0.005)
 
 
 #: from textbooks: {mean difference / standard deviation: pairs for 80% power at 5%}
@@ -125,6 +145,10 @@ TEXTBOOK = {0.2: 199, 0.5: 34, 0.8: 15, 1.0: 10}
 def test_as_many_pairs_as_the_textbooks_say(effect: float) -> None:
     assert powers.pairs_needed(effect) == TEXTBOOK[effect]
     assert powers.power(effect, TEXTBOOK[effect]) >= 0.8 > powers.power(effect, TEXTBOOK[effect] - 1)
+
+
+def test_fewer_than_three_pairs_are_never_enough() -> None:
+    assert powers.pairs_needed(50.0) == 3
 
 
 def test_for_a_tiny_difference_the_count_is_near_that_with_a_known_spread() -> None:

@@ -1,13 +1,12 @@
 """Train with several choices of tokens and several seeds each, in stock verl's main_ppo: CSV, tables, plots.
 
 Every run has the same model, questions, learning rate and number of steps. Only the seed and the tokens in the policy
-gradient differ. Finished runs are not repeated, so an interrupted experiment continues with the next missing run.
-docs/lab/evidence.md says what the results show and what they do not show.
+gradient differ, and what follows from these tokens. Finished runs are not repeated, so an interrupted experiment
+continues with the next missing run. docs/lab/evidence.md says what the results show and what they do not show.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +34,7 @@ from examples.research.experiment.runs import (
     wanted,
     world_of,
 )
-from examples.research.experiment.statistics import FEWEST_SEEDS
+from examples.research.experiment.statistics import FEWEST_SEEDS, spread_interval
 from examples.research.experiment.tasks import TASKS, Task
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, no_args_is_help=True, add_completion=False)
@@ -204,10 +203,10 @@ def measured_spreads(csv: Path, arm: str, against: str, console: Console) -> dic
             f"{csv} has {seeds} seeds of both {arm} and {against}, and a spread needs {FEWEST_SEEDS}: make more runs, "
             "or give the standard deviation of the paired differences with --sd"
         )
-    error = 1 / math.sqrt(2 * (seeds - 1))
+    low, high = spread_interval(1.0, seeds)
     console.print(
-        f"The spread (sd) is that of {arm} minus {against} over {seeds} seeds of {csv.name}. So few seeds know it to "
-        f"about ±{error:.0%}, and the numbers of seeds below to about twice that.",
+        f"The spread (sd) is that of {arm} minus {against} over {seeds} seeds of {csv.name}. The true one is {low:.1f} "
+        f"to {high:.1f} times as large (95%), and the numbers of seeds below change with its square.",
         highlight=False,
     )
     return {words: 100 * one.spread for words, one in measured.items()}

@@ -73,15 +73,16 @@ def minus(table: Mapping[str, Mapping[str, Mapping[int, float]]], ours: str, the
     return difference(table.get(ours, {}).get(name, {}), table.get(theirs, {}).get(name, {}))
 
 
-def headline(words: str, found: Difference) -> str:
+def headline(words: str, found: Difference, planned: int) -> str:
     """What the final accuracies of the top 20% by entropy and of its matched random control say, by a fixed rule.
 
     The rule looks at the paired t interval of the difference: is it above 0, below 0, or across 0? The bootstrap's
-    interval is the narrower one, so it does not decide.
+    interval is the narrower one, so it does not decide. With fewer seeds than planned, the sentence says so.
 
     Args:
         words: name the task.
         found: ``top20`` minus ``matched``, a share of the problems.
+        planned: the number of seeds.
     """
     if found.seeds < FEWEST_SEEDS:
         return (
@@ -89,7 +90,8 @@ def headline(words: str, found: Difference) -> str:
             f"and of its matched random control, and {found.seeds} are there."
         )
     low, high = (100 * end for end in found.t)
-    numbers = f"{100 * found.mean:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, {found.seeds} seeds"
+    seeds = f"{found.seeds} of {planned} planned seeds" if found.seeds < planned else f"{found.seeds} seeds"
+    numbers = f"{100 * found.mean:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}, {seeds}"
     if low > 0:
         return f"On {words}, the top 20% by entropy beats as many random tokens of the same answers ({numbers})."
     if high < 0:
@@ -101,3 +103,21 @@ def headline(words: str, found: Difference) -> str:
         f"On {words}, entropy is not shown to beat matched random tokens: the difference between the top 20% by "
         f"entropy and as many random tokens of the same answers could be 0 ({numbers})."
     )
+
+
+def told(found: Difference, other: str) -> str:
+    """Where an arm ends beside another one, for "it ends …": by the rule of :func:`headline`.
+
+    Args:
+        found: the arm's final accuracy minus the other's, a share of the problems.
+        other: names the other arm.
+    """
+    if found.seeds < FEWEST_SEEDS:
+        return f"beside {other} with too few seeds to say where ({found.seeds})"
+    mean, low, high = (100 * value for value in (found.mean, *found.t))
+    count = f"above in {found.above} of {found.seeds} seeds"
+    if low > 0:
+        return f"{mean:.1f} points above {other} (95% interval {low:.1f} to {high:.1f}; {count})"
+    if high < 0:
+        return f"{-mean:.1f} points below {other} (95% interval {-high:.1f} to {-low:.1f}; {count})"
+    return f"not clearly above or below {other} ({mean:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}; {count})"

@@ -17,11 +17,19 @@ import numpy as np
 
 from entropy_fork.common.output_folder import write_whole
 from examples.cpu_demo.run import REPOSITORY
-from examples.research.experiment.arms import ALL, ARMS, MATCHED, QUESTIONS, TOP20, Question
-from examples.research.experiment.comparison import by_arm, common_tokens, headline, minus, missing, of_question
+from examples.research.experiment.arms import ALL, ARMS, MATCHED, QUESTIONS, RANDOM20, TOP20, Question
+from examples.research.experiment.comparison import (
+    by_arm,
+    common_tokens,
+    headline,
+    minus,
+    missing,
+    of_question,
+    told,
+)
 from examples.research.experiment.power import pairs_needed
 from examples.research.experiment.results import Result, read_csv
-from examples.research.experiment.statistics import FEWEST_SEEDS, Difference, Floats, late, spread
+from examples.research.experiment.statistics import FEWEST_SEEDS, Difference, Floats, late, spread, spread_interval
 from examples.research.experiment.tasks import TASKS, Task
 
 PAGE = REPOSITORY / "docs/lab/evidence.md"
@@ -35,6 +43,8 @@ TITLES = {
     "response_length": "mean response length (tokens)",
     "kept_ratio": "share of tokens in the policy gradient",
 }
+#: the largest norm of a gradient that is not clipped, in recipes/recipe/dapo.yaml
+CLIP = 1.0
 #: what two arms are compared in: its words, digits, and the factor that makes percentage points of a share
 COMPARED = {
     "accuracy": ("final accuracy, points", 1, 100),
@@ -98,6 +108,24 @@ def differences(results: Sequence[Result], question: Question) -> str:
     return markdown(rows) if rows else "No seed has `top20` and another arm, so there is nothing to compare."
 
 
+def what_else_differs(results: Sequence[Result]) -> str:
+    """A row per arm, over its runs that logged it: the size of its gradients, and the groups that it dropped."""
+    rows = []
+    for arm in dict.fromkeys(one.arm for one in results):
+        runs = [one.curves for one in results if one.arm == arm and not np.isnan(one.curves["grad_norm"]).all()]
+        if runs:
+            clipped = [float((curves["grad_norm"] > CLIP).sum()) for curves in runs]
+            row = {
+                "tokens": f"`{arm}`",
+                "runs": str(len(runs)),
+                "gradient norm": with_spread([float(np.nanmean(curves["grad_norm"])) for curves in runs], 2),
+                f"steps with a norm above {CLIP:g}": with_spread(clipped, 1),
+                "groups dropped": with_spread([float(np.nansum(curves["dropped_groups"])) for curves in runs], 0),
+            }
+            rows.append(row)
+    return markdown(rows) if rows else "No run here has logged the size of its gradients."
+
+
 def intervals(found: Difference, name: str) -> str:
     """The mean difference, then its bootstrap interval, then that of the t test, if there are any."""
     _, digits, factor = COMPARED[name]
@@ -112,8 +140,8 @@ def intervals(found: Difference, name: str) -> str:
     return f"**{mean}**<br>[{ends[0]}, {ends[1]}]<br>({ends[2]}, {ends[3]})"
 
 
-def paragraph(text: str) -> str:
-    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
+def paragraph(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def provenance(results: Sequence[Result]) -> str:
@@ -142,24 +170,45 @@ def controls(results: Sequence[Result], task: Task, question: Question) -> str:
     about = "" if math.isnan(at) else f" Every run reached {at:,.0f} trained tokens: that is where tokens are equal."
     return "\n\n".join(
         [
-            paragraph(f"**{verdict(results, task)}**"),
+            paragraph(f"**{verdict(results, task, question)}**"),
             paragraph(provenance(results) + about),
             paragraph(f"Missing seeds: {seeds}." if seeds else "No run is missing."),
             markdown(arm_rows(results)),
             differences(results, question),
+            what_else_differs(results),
             f"![learning curves on {task.words}: a line for each choice of tokens](evidence/{task.name}.png)",
             f"([{task.name}.csv](evidence/{task.name}.csv), [{task.name}.svg](evidence/{task.name}.svg))",
         ]
     )
 
 
-def verdict(results: Sequence[Result], task: Task) -> str:
+def verdict(results: Sequence[Result], task: Task, question: Question) -> str:
     """The headline of a task."""
-    return headline(task.words, minus(by_arm(results), TOP20.name, MATCHED.name, "accuracy"))
+    return headline(task.words, minus(by_arm(results), TOP20.name, MATCHED.name, "accuracy"), question.seeds)
+
+
+def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
+    """A line for each comparison: where the first arm's final accuracy is beside the other's, on each task."""
+    lines = []
+    for ours, theirs, asks in (
+        (TOP20, MATCHED, "Which tokens of an answer?"),
+        (MATCHED, RANDOM20, "How many in which answer?"),
+        (TOP20, ALL, "Is a fifth enough?"),
+    ):
+        found = {TASKS[name].words: minus(by_arm(of_task), ours.name, theirs.name, "accuracy")
+                 for name, of_task in runs.items()}  # fmt: skip
+        places = "; ".join(f"on {words} {told(one, f'`{theirs.name}`')}" for words, one in found.items())
+        lines.append(paragraph(f"- **{asks}** `{ours.name}` ends {places}.", "  "))
+    there, planned = sum(map(len, runs.values())), len(runs) * len(question.arms) * question.seeds
+    lines.append(f"- {there} of {planned} planned runs are there.")
+    return "\n".join(lines)
 
 
 def seeds_needed(runs: Mapping[str, Sequence[Result]]) -> str:
-    """How many seeds show which difference, for each spread that is known: a row per task and arm."""
+    """How many seeds show which difference, for each spread that is known: a row per task and arm.
+
+    In brackets: with a spread at the upper end of its interval.
+    """
     rows = []
     for name, results in runs.items():
         table = by_arm(results)
@@ -167,9 +216,12 @@ def seeds_needed(runs: Mapping[str, Sequence[Result]]) -> str:
             found = minus(table, TOP20.name, arm, "accuracy")
             if arm != TOP20.name and found.seeds >= FEWEST_SEEDS:
                 row = {"`top20` minus": f"`{arm}`", "on": TASKS[name].words, "s measured on": f"{found.seeds} seeds"}
-                row["s, points"] = f"{100 * found.spread:.1f}"
-                sizes = {f"δ = {points}": str(pairs_needed(points / 100 / found.spread)) for points in (1, 2, 3, 5, 10)}
-                rows.append(row | sizes)
+                low, high = (100 * end for end in spread_interval(found.spread, found.seeds))
+                row["s, points"] = f"{100 * found.spread:.1f} ({low:.1f} to {high:.1f})"
+                for points in (1, 2, 3, 5, 10):
+                    seeds, at_most = (pairs_needed(points / s) for s in (100 * found.spread, high))
+                    row[f"δ = {points}"] = f"{seeds} ({at_most})"
+                rows.append(row)
     return markdown(rows) if rows else "No two arms have three seeds yet, so no spread is known."
 
 
@@ -189,8 +241,11 @@ def parts(evidence: Path) -> dict[str, str]:
         name: shares_or_scores(of_question(read_csv(evidence / f"{name}.csv"), QUESTIONS[name]))
         for name in ("ratios", "scores")
     }
-    made["headlines"] = "\n\n".join(paragraph(f"**{verdict(runs[name], task)}**") for name, task in TASKS.items())
+    made["headlines"] = "\n\n".join(
+        paragraph(f"**{verdict(runs[name], task, question)}**") for name, task in TASKS.items()
+    )
     made["arms"] = arms_table(question)
+    made["together"] = together(runs, question)
     made["power"] = seeds_needed(runs)
     made["controls"] = "\n\n".join(
         f"### On {task.words}\n\n{controls(runs[name], task, question)}" for name, task in TASKS.items()

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from examples.research.experiment.statistics import NODES, WEIGHTS, t_quantile
+from examples.research.experiment.statistics import FEWEST_SEEDS, NODES, WEIGHTS, t_quantile
 
 NORMAL = NormalDist()
 
@@ -35,12 +35,12 @@ def power(effect: float, pairs: int, level: float = 0.05) -> float:
 
 
 def pairs_needed(effect: float, wanted: float = 0.8, level: float = 0.05) -> int:
-    """The fewest pairs with which the test finds a difference with the probability ``wanted``."""
+    """The fewest pairs with which the test finds a difference with the probability ``wanted``; at least three."""
     z = NORMAL.inv_cdf(1 - level / 2)
     if_known = ((NORMAL.inv_cdf(wanted) + z) / effect) ** 2  # with a spread that need not be measured
     if if_known > 5000:
         return math.ceil(if_known + z**2 / 2)  # what is left of t's own width
-    pairs = max(2, int(if_known))
+    pairs = max(FEWEST_SEEDS, int(if_known))
     while power(effect, pairs, level) < wanted:
         pairs += 1
     return pairs

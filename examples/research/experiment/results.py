@@ -24,8 +24,11 @@ METRICS = {
     "reward": "critic/score/mean",
     "entropy": "actor/entropy",
     "response_length": "response_length/mean",
+    "grad_norm": "actor/grad_norm",
 }
-CURVES = ("accuracy", *METRICS, "kept_ratio", "response_tokens", "trained_tokens", "seconds")
+#: verl's counts of the groups that dynamic sampling leaves out in a step; one that is 0 is not logged
+DROPPED = ("training/filter_groups/evicted_samples", "training/filter_groups/discarded_surplus_samples")
+CURVES = ("accuracy", *METRICS, "dropped_groups", "kept_ratio", "response_tokens", "trained_tokens", "seconds")
 COLUMNS = ("task", "arm", "seed", "steps", "settings", "step", *CURVES, "commit")
 IDENTITY = ("task", "steps", "settings", "seed", "arm")
 
@@ -37,8 +40,10 @@ class Result:
     Attributes:
         settings: see :func:`settings_of`.
         commit: that made it; with ``-dirty`` if its files had changes.
-        curves: by name, of shape (steps + 1,), NaN where there is no value. Entropy in nats. ``trained_tokens`` are the
-            step's response tokens with a weight above 0, ``seconds`` those of the step and its validation.
+        curves: by name, of shape (steps + 1,), NaN where there is no value. Entropy in nats. ``grad_norm`` is the
+            mean over the step's updates, before clipping. ``dropped_groups`` are the groups of answers that were
+            generated and not trained on. ``trained_tokens`` are the step's response tokens with a weight above 0,
+            ``seconds`` those of the step and its validation.
     """
 
     task: str
@@ -94,6 +99,7 @@ def curves_of(metrics: Mapping[int, Mapping[str, float]], accuracy: str) -> dict
             here["response_tokens"] = tokens
             here["trained_tokens"] = values.get("entropy_fork/kept_tokens", np.nan) if masked else tokens
             here["kept_ratio"] = values.get("entropy_fork/kept_ratio", np.nan) if masked else 1.0
+            here["dropped_groups"] = sum(values.get(name, 0.0) for name in DROPPED)
             here["seconds"] = values["timing_s/step"] + values.get("timing_s/testing", 0.0)
         for name, value in here.items():
             curves[name][step] = value
@@ -142,7 +148,7 @@ def finished(folder: Path, task: Task, made_at: str | None = None) -> list[Resul
 
 
 def read_csv(file: Path) -> list[Result]:
-    """The runs of a CSV; none if it is not there."""
+    """The runs of a CSV; none if it is not there. A curve that an older CSV lacks is all NaN."""
     if not file.exists():
         return []
     with file.open(newline="") as handle:
@@ -150,7 +156,7 @@ def read_csv(file: Path) -> list[Result]:
     results = []
     for (task, steps, settings, seed, arm), group in groupby(rows, lambda row: tuple(row[name] for name in IDENTITY)):
         of_run = list(group)
-        curves = {name: np.array([float(row[name] or "nan") for row in of_run]) for name in CURVES}
+        curves = {name: np.array([float(row.get(name) or "nan") for row in of_run]) for name in CURVES}
         results.append(Result(task, int(steps), settings, int(seed), arm, of_run[0]["commit"], curves))
     return results
 
@@ -169,7 +175,8 @@ def merged(there: Iterable[Result], new: Iterable[Result]) -> list[Result]:
     """Both lists of runs. A run that is in both stays as it was first.
 
     Raises:
-        EntropyForkError: the same run has other numbers there (other seconds do not count).
+        EntropyForkError: the same run has other numbers there (other seconds do not count), or two runs of a seed did
+            not start alike.
     """
     runs = {result.identity: result for result in there}
     for result in new:
@@ -184,4 +191,26 @@ def merged(there: Iterable[Result], new: Iterable[Result]) -> list[Result]:
                     f"{before.commit}), and now {here} (made at {result.commit}). Keep one of them: leave out the new "
                     "run, or take the rows of the old one out of the CSV"
                 )
+    check_starts(runs.values())
     return list(runs.values())
+
+
+def check_starts(results: Iterable[Result]) -> None:
+    """Runs are paired by their seed. So those of a seed must start from one model and have the same held-out problems.
+
+    The draws of a validation depend on nothing else but the seed and the step, so before training all runs of a seed
+    have the same accuracy.
+
+    Raises:
+        EntropyForkError: two of them have another one.
+    """
+    first: dict[tuple[Any, ...], Result] = {}
+    for result in results:
+        other = first.setdefault((result.task, result.settings, result.seed), result)
+        if cell(other.accuracy[0]) != cell(result.accuracy[0]):
+            raise EntropyForkError(
+                f"two runs of seed {result.seed} did not start alike: task {result.task}, {result.settings}. Before "
+                f"training the accuracy of {other.arm} was {cell(other.accuracy[0])} (made at {other.commit}), and of "
+                f"{result.arm} {cell(result.accuracy[0])} (made at {result.commit}). They had another model or other "
+                "problems, so their difference is not that of their tokens. Make all runs of a seed in one world"
+            )

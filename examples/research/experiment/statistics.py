@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -78,6 +79,7 @@ def bootstrap_interval(differences: Floats, level: float = 0.95, draws: int = 10
     """The interval of the mean difference by the percentiles of the means of resampled seeds.
 
     It is too narrow for a few seeds: with n of them its width is near that of a normal interval, times √((n - 1) / n).
+    With three of them it reaches from the smallest to the largest difference.
     """
     n = len(differences)
     if n < FEWEST_SEEDS:
@@ -87,17 +89,43 @@ def bootstrap_interval(differences: Floats, level: float = 0.95, draws: int = 10
     return float(low), float(high)
 
 
+def chi_squared_quantile(share: float, df: int) -> float:
+    """The value below which ``share`` of the chi-squared distribution lies, by bisection; ``df`` is at least 2.
+
+    The square root of such a value has the density x^(df - 1) · exp(-x² / 2), up to a constant.
+    """
+
+    def area(end: float) -> float:
+        x = end / 2 * (NODES + 1)
+        return float(end / 2 * (WEIGHTS @ (x ** (df - 1) * np.exp((df - 1 - x**2) / 2))))
+
+    far = np.sqrt(df) + 8.0
+    low, high = 0.0, far
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if area(middle) < share * area(far) else (low, middle)
+    return float(low**2)
+
+
+def spread_interval(measured: float, n: int, level: float = 0.95) -> Interval:
+    """The interval of the true standard deviation, if it was measured on ``n`` normal differences; at least 3."""
+    low, high = (chi_squared_quantile(share, n - 1) for share in ((1 + level) / 2, (1 - level) / 2))
+    return measured * math.sqrt((n - 1) / low), measured * math.sqrt((n - 1) / high)
+
+
 @dataclass(frozen=True)
 class Difference:
     """One arm minus another, over the seeds that both have.
 
     Attributes:
         seeds: how many.
+        above: how many of the differences are above 0.
         mean, spread: of the differences; the spread is NaN for a single seed.
         bootstrap, t: 95% intervals of the mean difference; NaNs with fewer than three seeds.
     """
 
     seeds: int
+    above: int
     mean: float
     spread: float
     bootstrap: Interval
@@ -109,4 +137,5 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     values = np.array([pair for pair in pairs if not np.isnan(pair)])
     mean = float(values.mean()) if len(values) else np.nan
-    return Difference(len(values), mean, spread(values), bootstrap_interval(values), t_interval(values))
+    above = int((values > 0).sum())
+    return Difference(len(values), above, mean, spread(values), bootstrap_interval(values), t_interval(values))
