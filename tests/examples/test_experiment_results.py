@@ -331,9 +331,9 @@ def test_the_tasks_are_told_together() -> None:
     ]  # fmt: skip
     assert "- 42 of 84 planned runs are there." in text
     said = " ".join(text.split())
-    assert "`top20` ends on the demo's order of operations 9.9 points above `matched` (95% interval" in said
+    assert "On the demo's order of operations, `top20` ends 9.9 points above `matched` (95% interval" in said
     assert (
-        "above in 6 of 6 seeds); on sorting six numbers beside `matched` with too few seeds to say where (0)." in said
+        "6 seeds). On sorting six numbers, `top20` ends beside `matched` with too few seeds to say where (0)." in said
     )
 
 

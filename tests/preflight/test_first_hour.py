@@ -284,6 +284,17 @@ def test_a_condition_without_hydras_quotes_is_answered_with_them() -> None:
     assert problem.endswith("""'entropy_fork.where="advantage > 0"'.""")
 
 
+@pytest.mark.parametrize("preset", ["off", "bottom80", "global"])
+def test_a_preset_without_its_plus_is_still_the_one_that_was_meant(preset: str) -> None:
+    """What ``plan`` says of the mask, beside the error, is that of this preset."""
+    found = check_words(["a=1", f"entropy_fork={preset}"])
+    assert found.problems == [
+        f"entropy_fork={preset} changes a preset, and the line has none. Write +entropy_fork={preset}."
+    ]
+    assert found.repaired == ["a=1", f"+entropy_fork={preset}"]
+    assert check_words(["entropy_fork=globl"]).repaired == ["+entropy_fork=global"]
+
+
 def test_a_preset_of_the_users_own() -> None:
     found = check_words(["+entropy_fork=mine"], lambda group, option: (group, option) == ("entropy_fork", "mine"))
     assert found.problems == []

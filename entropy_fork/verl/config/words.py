@@ -64,15 +64,16 @@ def check_words(
         problem = None
         if match and match["sign"] != "~" and not match["package"]:
             group, key, value = match["group"], match["key"].lstrip("."), match["value"]
+            repaired = ON[group]  # in place of a wrong preset, so that the keys beside it are read
             if match["key"]:
                 problem = _about_key(group, key, value, override)
             elif value is not None:
                 problem = _about_preset(group, match["sign"], value, has_option)
                 if problem is None and there is not None and not match["sign"] and group not in there:
-                    problem = f"{override} changes a preset, and the line has none. Write +{override}."
-            if problem and not match["key"]:  # a good preset in its place, so that the keys beside it are read
+                    problem, repaired = f"{override} changes a preset, and the line has none. Write +{override}.", value
+            if problem and not match["key"]:
                 sign = "" if there is not None and group in there and not match["sign"] else "+"
-                found.repaired.append(f"{sign}{group}={ON[group]}")
+                found.repaired.append(f"{sign}{group}={repaired}")
             elif problem is None and match["key"] and there is not None and not match["sign"] and group not in there:
                 problem = (
                     f"{override} changes a key of a node that is not there. Add +{group}={ON[group]} to the line "

@@ -197,8 +197,10 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
     ):
         found = {TASKS[name].words: minus(by_arm(of_task), ours.name, theirs.name, "accuracy")
                  for name, of_task in runs.items()}  # fmt: skip
-        places = "; ".join(f"on {words} {told(one, f'`{theirs.name}`')}" for words, one in found.items())
-        lines.append(paragraph(f"- **{asks}** `{ours.name}` ends {places}.", "  "))
+        places = " ".join(
+            f"On {words}, `{ours.name}` ends {told(one, f'`{theirs.name}`')}." for words, one in found.items()
+        )
+        lines.append(paragraph(f"- **{asks}** {places}", "  "))
     there, planned = sum(map(len, runs.values())), len(runs) * len(question.arms) * question.seeds
     lines.append(f"- {there} of {planned} planned runs are there.")
     return "\n".join(lines)
