@@ -28,6 +28,7 @@ from examples.research.experiment.comparison import (
 )
 from examples.research.experiment.power import pairs_needed
 from examples.research.experiment.results import CURVES, Result, finished, merged, read_csv, settings_of, write_csv
+from examples.research.experiment.runs import wanted
 from examples.research.experiment.statistics import Difference, difference, spread_interval
 from examples.research.experiment.tasks import TASKS
 
@@ -215,14 +216,21 @@ def test_the_numbers_of_a_run() -> None:
 
 
 def test_only_runs_of_the_questions_steps_and_settings_are_compared_in_its_order() -> None:
-    wanted = [made("all", 2, [0.3] * 6), made("top20", 1, [0.3] * 6), made("matched", 1, [0.3] * 6)]
+    some = [made("all", 2, [0.3] * 6), made("top20", 1, [0.3] * 6), made("matched", 1, [0.3] * 6)]
     others = [made("top50", 1, [0.3] * 6), made("all", 1, [0.3] * 6, steps=20), made("all", 1, [0.3] * 4)]
-    assert of_question([*reversed(wanted), *others], CONTROLS) == wanted
-    absent = missing(wanted, CONTROLS)
+    assert of_question([*reversed(some), *others], CONTROLS) == some
+    absent = missing(some, CONTROLS, DEMO)
     assert absent["all"] == [1, 3, 4, 5, 6]
     assert absent["gradient"] == [1, 2, 3, 4, 5, 6]
     everything = [made(arm.name, seed, [0.3] * 6) for arm in CONTROLS.arms for seed in range(1, 7)]
-    assert missing(everything, CONTROLS) == {}
+    assert missing(everything, CONTROLS, DEMO) == {}
+
+
+def test_a_task_may_plan_fewer_arms_and_makes_another_if_asked() -> None:
+    sorting, planned = TASKS["sorting"], ["all", "top20", "matched", "random20", "bottom80"]
+    assert list(missing([], CONTROLS, sorting)) == planned
+    assert [arm.name for arm, _ in wanted(sorting, CONTROLS, (), [1])] == planned
+    assert [arm.name for arm, _ in wanted(sorting, CONTROLS, ("gradient",), [1])] == ["gradient"]
 
 
 @pytest.mark.parametrize(
@@ -329,7 +337,7 @@ def test_the_tasks_are_told_together() -> None:
     assert [line.split("?")[0].split(" of")[0] for line in text.splitlines() if line.startswith("- ")] == [
         "- **Which tokens", "- **How many in which answer", "- **Is a fifth enough", "- 42",
     ]  # fmt: skip
-    assert "- 42 of 84 planned runs are there." in text
+    assert "- 42 of 72 planned runs are there." in text
     said = " ".join(text.split())
     assert "On the demo's order of operations, `top20` ends 9.9 points above `matched` (95% interval" in said
     assert (

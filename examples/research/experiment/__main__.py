@@ -86,7 +86,7 @@ def run(
     place, steps = directory or on.directory, steps or asked.steps
     folder, world = folder_of(place, asked, steps), world_of(place, asked)
     keep_to(folder, override or [])
-    runs = wanted(asked, arm or (), seed or range(1, (seeds or asked.seeds) + 1))
+    runs = wanted(on, asked, arm or (), seed or range(1, (seeds or asked.seeds) + 1))
     absent = [pair for pair in runs if not (run_folder(folder, *pair) / METRICS_FILE).exists()]
     console.print(estimate(folder, len(absent), len(runs), on, steps), highlight=False, soft_wrap=True)
     now = absent[:at_most]

@@ -16,6 +16,7 @@ from examples.research.experiment.statistics import (
     late,
     mean_height,
 )
+from examples.research.experiment.tasks import Task
 
 
 def of_question(results: Iterable[Result], question: Question, steps: int | None = None) -> list[Result]:
@@ -27,11 +28,11 @@ def of_question(results: Iterable[Result], question: Question, steps: int | None
     return sorted(found, key=lambda one: (names.index(one.arm), one.seed))
 
 
-def missing(results: Iterable[Result], question: Question) -> dict[str, list[int]]:
-    """The seeds that are not there, by arm; an arm that is complete is left out."""
+def missing(results: Iterable[Result], question: Question, task: Task) -> dict[str, list[int]]:
+    """The seeds that are planned and not there, by arm; an arm that is complete is left out."""
     there = {(one.arm, one.seed) for one in results}
     seeds = range(1, question.seeds + 1)
-    absent = {arm.name: [seed for seed in seeds if (arm.name, seed) not in there] for arm in question.arms}
+    absent = {arm.name: [seed for seed in seeds if (arm.name, seed) not in there] for arm in task.planned(question)}
     return {name: of_arm for name, of_arm in absent.items() if of_arm}
 
 

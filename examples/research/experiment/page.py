@@ -162,7 +162,7 @@ def shares_or_scores(results: Sequence[Result]) -> str:
 
 def controls(results: Sequence[Result], task: Task, question: Question) -> str:
     """The part of one task: the headline, what is missing, the arms, the differences, the plot."""
-    absent = missing(results, question)
+    absent = missing(results, question, task)
     if not results:
         return paragraph(f"No run is there yet: `make controls TASK={task.name}` makes them.")
     seeds = "; ".join(f"`{arm}` {', '.join(map(str, of_arm))}" for arm, of_arm in absent.items())
@@ -201,8 +201,9 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
             f"On {words}, `{ours.name}` ends {told(one, f'`{theirs.name}`')}." for words, one in found.items()
         )
         lines.append(paragraph(f"- **{asks}** {places}", "  "))
-    there, planned = sum(map(len, runs.values())), len(runs) * len(question.arms) * question.seeds
-    lines.append(f"- {there} of {planned} planned runs are there.")
+    planned = sum(len(TASKS[name].planned(question)) * question.seeds for name in runs)
+    absent = sum(len(seeds) for name, found in runs.items() for seeds in missing(found, question, TASKS[name]).values())
+    lines.append(f"- {planned - absent} of {planned} planned runs are there.")
     return "\n".join(lines)
 
 

@@ -103,9 +103,10 @@ def keep_to(folder: Path, override: list[str]) -> None:
         )
 
 
-def wanted(question: Question, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[Arm, int]]:
+def wanted(task: Task, question: Question, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[Arm, int]]:
     """All arms of one seed before the next seed: an interrupted experiment has seeds that can be compared."""
-    return [(arm, seed) for seed in seeds for arm in question.arms if not arms or arm.name in arms]
+    asked = [arm for arm in question.arms if arm.name in arms] if arms else task.planned(question)
+    return [(arm, seed) for seed in seeds for arm in asked]
 
 
 def estimate(folder: Path, missing: int, runs: int, task: Task, steps: int) -> str:
