@@ -61,7 +61,8 @@ ladder: $(VENV)/.installed-dev
 controls: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.experiment run --task $(TASK) $(ONLY)
 
-# Add the finished runs of 'make controls' to the CSV of TASK, and write the tables and plots of docs/lab/evidence.md.
+# Add the finished runs of 'make controls', if there are any, to the CSV of TASK, and write the tables and plots of
+# docs/lab/evidence.md.
 evidence: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.experiment collect --task $(TASK)
 	$(VENV)/bin/python -m examples.research.experiment page

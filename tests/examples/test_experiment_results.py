@@ -192,6 +192,16 @@ def test_collect_adds_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [line.partition(": ")[2] for line in said] == ["2 runs, 2 of them new", "2 runs, 0 of them new"]
 
 
+def test_without_a_folder_and_without_a_run_the_csv_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So ``make evidence`` draws the page of a fresh clone."""
+    monkeypatch.chdir(tmp_path)
+    experiment.collect(None, "sorting", tmp_path / "sorting.csv", None)
+    assert ".demo/sorting/controls-30steps has no finished run" in capsys.readouterr().out
+    assert not (tmp_path / "sorting.csv").exists()
+
+
 def test_tokens_are_equal_at_the_largest_number_that_every_run_reaches() -> None:
     all_ = made("all", 1, [0.3, 0.5, 0.6, 0.65, 0.7, 0.8], tokens=3000)
     top = made("top20", 1, [0.3, 0.4, 0.5, 0.6, 0.7, 0.75], tokens=600)

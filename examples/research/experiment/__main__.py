@@ -140,8 +140,11 @@ def collect(
     console = Console()
     on, controls = one_of(task, TASKS, "--task"), QUESTIONS["controls"]
     file = into or pages.EVIDENCE / f"{task}.csv"
-    folder = folder or folder_of(on.directory, controls, controls.steps)
-    if not (found := finished(folder, on, made_at)):
+    place = folder or folder_of(on.directory, controls, controls.steps)
+    if not (found := finished(place, on, made_at)):
+        if folder is None:  # 'make evidence' draws the page all the same
+            console.print(f"{place} has no finished run, so {file} stays as it is", highlight=False, soft_wrap=True)
+            return
         raise EntropyForkError(f"{folder} has no finished run, that is no ARM-seedSEED/{METRICS_FILE}")
     before = read_csv(file)
     after = merged(before, found)
