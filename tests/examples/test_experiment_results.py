@@ -345,8 +345,10 @@ def test_what_else_differs_is_told_of_the_runs_that_logged_it() -> None:
 def test_the_tasks_are_told_together() -> None:
     text = pages.together({"demo": of_question(every_run(), CONTROLS), "sorting": []}, CONTROLS)
     assert [line.split("?")[0].split(" of")[0] for line in text.splitlines() if line.startswith("- ")] == [
-        "- **Which tokens", "- **How many in which answer", "- **Is a fifth enough", "- 42",
+        "- **Which tokens", "- **How many in which answer", "- **Is a fifth enough",
+        "- **Is another score as good", "- **And a third one", "- 42",
     ]  # fmt: skip
+    assert " ".join(text.split()).count("On sorting six numbers, ") == 3, "other scores are not planned there"
     assert "- 42 of 72 planned runs are there." in text
     said = " ".join(text.split())
     assert "On the demo's order of operations, `top20` ends 9.9 points above `matched` (95% interval" in said
@@ -452,7 +454,7 @@ def test_the_bootstrap_alone_would_have_said_otherwise() -> None:
 
 
 def test_the_readme_says_what_the_runs_say() -> None:
-    """Its four differences are those of the CSV files, to a tenth of a point, and on the side that it says."""
+    """Its five differences are those of the CSV files, to a tenth of a point, and on the side that it says."""
     readme = " ".join((pages.REPOSITORY / "README.md").read_text(encoding="utf-8").split())
 
     def points(task: str, arm: str, side: str) -> str:
@@ -468,3 +470,6 @@ def test_the_readme_says_what_the_runs_say() -> None:
     assert f"by {matched[0]} and {matched[1]} points" in readme
     assert f"ends below all tokens: by {of_all[0]} points" in readme
     assert f"by {of_all[1]} points where most are" in readme
+    assert (
+        f"A fifth by surprisal ends {points('demo', 'surprisal', 'below')} points above the fifth by entropy" in readme
+    )

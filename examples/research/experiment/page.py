@@ -17,7 +17,17 @@ import numpy as np
 
 from entropy_fork.common.output_folder import write_whole
 from examples.cpu_demo.run import REPOSITORY
-from examples.research.experiment.arms import ALL, ARMS, MATCHED, QUESTIONS, RANDOM20, TOP20, Question
+from examples.research.experiment.arms import (
+    ALL,
+    ARMS,
+    GRADIENT,
+    MATCHED,
+    QUESTIONS,
+    RANDOM20,
+    SURPRISAL,
+    TOP20,
+    Question,
+)
 from examples.research.experiment.comparison import (
     by_arm,
     common_tokens,
@@ -194,9 +204,14 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
         (TOP20, MATCHED, "Which tokens of an answer?"),
         (MATCHED, RANDOM20, "How many in which answer?"),
         (TOP20, ALL, "Is a fifth enough?"),
+        (TOP20, SURPRISAL, "Is another score as good?"),
+        (TOP20, GRADIENT, "And a third one?"),
     ):
-        found = {TASKS[name].words: minus(by_arm(of_task), ours.name, theirs.name, "accuracy")
-                 for name, of_task in runs.items()}  # fmt: skip
+        found = {
+            TASKS[name].words: minus(by_arm(of_task), ours.name, theirs.name, "accuracy")
+            for name, of_task in runs.items()
+            if {ours, theirs} <= set(TASKS[name].planned(question))
+        }
         places = " ".join(
             f"On {words}, `{ours.name}` ends {told(one, f'`{theirs.name}`')}." for words, one in found.items()
         )
