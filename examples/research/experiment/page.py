@@ -20,6 +20,7 @@ from examples.cpu_demo.run import REPOSITORY
 from examples.research.experiment.arms import (
     ALL,
     ARMS,
+    BOTTOM80,
     GRADIENT,
     MATCHED,
     QUESTIONS,
@@ -204,6 +205,7 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
         (TOP20, MATCHED, "Which tokens of an answer?"),
         (MATCHED, RANDOM20, "How many in which answer?"),
         (TOP20, ALL, "Is a fifth enough?"),
+        (TOP20, BOTTOM80, "Is the rest useless?"),
         (TOP20, SURPRISAL, "Is another score as good?"),
         (TOP20, GRADIENT, "And a third one?"),
     ):
