@@ -191,6 +191,7 @@ def test_a_second_build_does_nothing_and_other_settings_are_refused(
         build.build(world, base, replace(SHORT, learning_rate=1.0), QUIET)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_killed_build_leaves_nothing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
