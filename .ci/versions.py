@@ -405,9 +405,8 @@ def pytest(python: Path, checkout: Path, *arguments: str) -> str:
     options = ("-p", "no:cacheprovider", "--quiet", "-o", f"pythonpath=tests {scripts}")
     command = (python.with_name("pytest"), *options, *arguments)
     run = call(*command, check=False, cwd=checkout, environment=environment)
-    outcome = (run.stdout.strip() or run.stderr.strip()).split("\n")[
-        -1
-    ]  # pytest writes only to stderr if it cannot start
+    said = run.stdout.strip() or run.stderr.strip()  # pytest writes only to stderr if it cannot start
+    outcome = said.split("\n")[-1]
     if run.returncode != 0:
         console.print(run.stdout[-12000:] + run.stderr[-3000:], markup=False, highlight=False)
         raise Failed(outcome)

@@ -26,8 +26,7 @@ def command(
     task: Task, arm: Arm, seed: int, steps: int, test_every: int, answers: int, world: Path, output: Path,
     more: Sequence[str],
 ) -> list[str]:  # fmt: skip
-    """The training command of a run. Two runs differ in their tokens and their seed alone; which groups
-    dynamic sampling takes is timing."""
+    """The training command of a run. Two commands differ in their tokens and their seed alone."""
     return [
         *(sys.executable, "-m", "verl.trainer.main_ppo", f"+recipe={task.recipe}", *task.overrides, *arm.overrides),
         f"demo.dir={world.resolve()}",
