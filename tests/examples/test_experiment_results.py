@@ -237,7 +237,7 @@ def test_only_runs_of_the_questions_steps_and_settings_are_compared_in_its_order
 
 
 def test_a_task_may_plan_fewer_arms_and_makes_another_if_asked() -> None:
-    sorting, planned = TASKS["sorting"], ["all", "top20", "matched", "random20", "bottom80"]
+    sorting, planned = TASKS["sorting"], ["all", "top20", "matched", "random20", "bottom80", "next20", "unclipped"]
     assert list(missing([], CONTROLS, sorting)) == planned
     assert [arm.name for arm, _ in wanted(sorting, CONTROLS, (), [1])] == planned
     assert [arm.name for arm, _ in wanted(sorting, CONTROLS, ("gradient",), [1])] == ["gradient"]
@@ -291,7 +291,7 @@ def every_run(gain: float = 0.1, seeds: int = 6) -> list[Result]:
             tokens={"all": 3000, "bottom80": 2400}.get(arm.name, 600),
         )
         for seed in range(1, seeds + 1)
-        for arm in CONTROLS.arms
+        for arm in DEMO.planned(CONTROLS)
     ]  # fmt: skip
 
 
@@ -346,10 +346,12 @@ def test_the_tasks_are_told_together() -> None:
     text = pages.together({"demo": of_question(every_run(), CONTROLS), "sorting": []}, CONTROLS)
     assert [line.split("?")[0].split(" of")[0] for line in text.splitlines() if line.startswith("- ")] == [
         "- **Which tokens", "- **How many in which answer", "- **Is a fifth enough",
-        "- **Is the rest useless", "- **Is another score as good", "- **And a third one", "- 42",
+        "- **Is the rest useless", "- **Does the rank among uncertain tokens matter", "- **Is it the clipping",
+        "- **And is a fifth enough without it", "- **Is another score as good", "- **And a third one", "- 42",
     ]  # fmt: skip
-    assert " ".join(text.split()).count("On sorting six numbers, ") == 4, "other scores are not planned there"
-    assert "- 42 of 72 planned runs are there." in text
+    assert " ".join(text.split()).count("On sorting six numbers, ") == 7, "other scores are not planned there"
+    assert text.count("On the demo's order of operations, ") == 6, "the two doubts are not planned there"
+    assert "- 42 of 84 planned runs are there." in text
     said = " ".join(text.split())
     assert "On the demo's order of operations, `top20` ends 9.9 points above `matched` (95% interval" in said
     assert (

@@ -52,6 +52,19 @@ RANDOM20 = Arm("random20", "20% drawn by lot", ("entropy_fork=random20",), "C2")
 MATCHED = Arm("matched", "as many per answer as top20, by lot", ("entropy_fork=matched_random",), "C7")
 SURPRISAL = by_score("surprisal", "surprisal", "C1")
 GRADIENT = by_score("gradient", "gradient magnitude", "C4")
+# two doubts about top20: is it the rank among the uncertain tokens? Is it the clipping of its larger gradients?
+NEXT20 = Arm(
+    "next20",
+    "the 20% by entropy that follow top20",
+    ("entropy_fork=global", "entropy_fork.select=band", "entropy_fork.band_from=0.2", "entropy_fork.top_ratio=0.4"),
+    "C5",
+)
+UNCLIPPED = Arm(
+    "unclipped",
+    "highest 20% by entropy, gradients not clipped",
+    ("entropy_fork=global", "actor_rollout_ref.actor.optim.clip_grad=1000"),
+    "C6",
+)
 RATIOS = (
     ALL,
     Arm("top50", "highest 50% by entropy", ("entropy_fork=global", "entropy_fork.top_ratio=0.5"), "C1"),
@@ -70,7 +83,7 @@ SCORES = (
     by_score("omega", "change of entropy", "C6"),
     MATCHED,
 )
-CONTROLS = (ALL, TOP20, MATCHED, RANDOM20, BOTTOM80, SURPRISAL, GRADIENT)
+CONTROLS = (ALL, TOP20, MATCHED, RANDOM20, BOTTOM80, SURPRISAL, GRADIENT, NEXT20, UNCLIPPED)
 
 #: How many tokens by entropy? Which fifth, by other scores? Is a fifth better than its controls? The last one has more
 #: problems with one answer each: they say more, and verl's bootstrap over a problem's answers takes long.

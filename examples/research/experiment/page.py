@@ -23,10 +23,12 @@ from examples.research.experiment.arms import (
     BOTTOM80,
     GRADIENT,
     MATCHED,
+    NEXT20,
     QUESTIONS,
     RANDOM20,
     SURPRISAL,
     TOP20,
+    UNCLIPPED,
     Question,
 )
 from examples.research.experiment.comparison import (
@@ -206,6 +208,9 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
         (MATCHED, RANDOM20, "How many in which answer?"),
         (TOP20, ALL, "Is a fifth enough?"),
         (TOP20, BOTTOM80, "Is the rest useless?"),
+        (TOP20, NEXT20, "Does the rank among uncertain tokens matter?"),
+        (TOP20, UNCLIPPED, "Is it the clipping?"),
+        (UNCLIPPED, ALL, "And is a fifth enough without it?"),
         (TOP20, SURPRISAL, "Is another score as good?"),
         (TOP20, GRADIENT, "And a third one?"),
     ):

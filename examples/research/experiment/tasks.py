@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.cpu_demo.run import build_world
-from examples.research.experiment.arms import GRADIENT, SURPRISAL, Arm, Question
+from examples.research.experiment.arms import GRADIENT, NEXT20, SURPRISAL, UNCLIPPED, Arm, Question
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ TASKS = {
             overrides=(),
             accuracy="val-core/cpu_demo/acc/mean@",
             run_seconds=170.0,
+            # asked where most tokens are choices, and where every step of top20 is clipped
+            without=(NEXT20.name, UNCLIPPED.name),
         ),
         Task(
             name="sorting",
