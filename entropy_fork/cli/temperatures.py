@@ -78,5 +78,7 @@ def temperatures(
         )
         points = temperature_sweep.run_sweep(settings, sweep, console)
     console.print(temperature_sweep.table(points).rich())
+    for note in temperature_sweep.notes(points):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     names = (temperature_sweep.JSON, *temperature_sweep.PLOTS)
     print_written(console, f"{output / temperature_sweep.CSV}, {', '.join(names)}")

@@ -31,6 +31,8 @@ from entropy_fork.evaluation.statistics import CONFIDENCE, BenchmarkSummary, ave
 from entropy_fork.sampling.two_temperatures import PAPER_THRESHOLD, TwoTemperatures
 from entropy_fork.tokens.store import read_manifest
 
+#: a smaller share of the tokens makes no difference that one could see
+HARDLY_USED = 0.01
 CSV, JSON, PLOTS = "temperatures.csv", "temperatures.json", ("temperatures.png", "temperatures.svg")
 
 
@@ -187,6 +189,22 @@ def table(points: Sequence[Point]) -> results.TextTable:
         cells += [f"{100 * low:.1f}–{100 * high:.1f}", f"{summary.mean_tokens:.0f}", f"{summary.truncated:.1%}"]
         rows.append([*cells, f"{summary.above:.1%}"])
     return results.TextTable(header, rows)
+
+
+def notes(points: Sequence[Point]) -> list[str]:
+    """A sentence for each pair whose threshold parted almost no tokens: it measures one temperature alone."""
+    said = []
+    for pair, point in {point.pair: point for point in points}.items():
+        above = point.average.above
+        assert above is not None  # every point has two temperatures
+        if pair.high != pair.low and min(above, 1 - above) < HARDLY_USED:
+            used = pair.low if above < HARDLY_USED else pair.high
+            said.append(
+                f"with T_high {pair.high:g} and T_low {pair.low:g}, {above:.1%} of the tokens were above τ = "
+                f"{pair.threshold:.4g} nats, so this is T = {used:g} alone. For a τ of such answers, write them with "
+                "'entropy-fork analyze' (the same data and chat template), and name its folder with --like"
+            )
+    return said
 
 
 def _csv(points: Sequence[Point]) -> str:

@@ -223,6 +223,23 @@ def test_answers_of_older_versions_are_taken_up(
     assert evaluation.evaluate(settings(), QUIET).benchmarks == first.benchmarks
 
 
+def test_a_threshold_that_parts_almost_no_tokens_is_said(command: Callable[..., Result], tmp_path: Path) -> None:
+    """A pair measures one temperature alone if nearly all tokens are on one side of τ. Two equal ones have no sides."""
+    high = command("--high", "0.5,1", "--low", "1,0.5", "--threshold", "9")
+    assert high.exit_code == 0, high.output
+    said = [line for line in high.output.splitlines() if line.startswith("note: ")]
+    assert [line.split(", with")[0].split(". For")[0] for line in said] == [
+        "note: with T_high 0.5 and T_low 1, 0.0% of the tokens were above τ = 9 nats, so this is T = 1 alone",
+        "note: with T_high 1 and T_low 0.5, 0.0% of the tokens were above τ = 9 nats, so this is T = 0.5 alone",
+    ]
+    assert "--like" in said[0]
+    between = command("--high", "0.5", "--low", "", "--threshold", str(TAU), "--output", str(tmp_path / "between"))
+    assert between.exit_code == 0, between.output
+    assert "note: " not in between.output
+    low = command("--high", "0.5", "--low", "", "--threshold", "0.0001", "--output", str(tmp_path / "low"))
+    assert "100.0% of the tokens were above τ = 0.0001 nats, so this is T = 0.5 alone" in low.output
+
+
 def test_the_defaults_are_the_papers() -> None:
     parameters = inspect.signature(cli.temperatures).parameters
     for name in ("high", "low"):
