@@ -78,10 +78,12 @@ class Run:
     Attributes:
         metrics: verl's metrics by step; step 0 is the validation before training.
         seconds: of the whole script, including the build of the world.
+        commit: of the code that made the run, see :func:`commit`.
     """
 
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     seconds: float = float("nan")
+    commit: str = "unknown"
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)))
@@ -131,6 +133,15 @@ def command(
     ]
 
 
+def commit(repository: Path = REPOSITORY) -> str:
+    """The commit of the code, with ``-dirty`` if a file of it has changed since; ``unknown`` without git."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+        return subprocess.run(asked, cwd=repository, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def build_world(world: Path, console: Console, *settings: str, task: str = "cpu_demo") -> None:
     """Build the world of a task if it is missing; ``settings`` are further options of ``examples.TASK.build``."""
     words = {"cpu_demo": "the demo"}.get(task, task)
@@ -158,6 +169,7 @@ def train(
         "PYTHONUNBUFFERED": "1",
         **(more_environment or {}),
     }
+    made_at = commit()
     with subprocess.Popen(arguments, env=environment) as process:
         try:
             process.wait()
@@ -165,7 +177,7 @@ def train(
             raise typer.Exit(130) from None
     if process.returncode != 0:
         raise typer.Exit(process.returncode)
-    return Run({step.number: step.metrics for step in steps_of(output / "checkpoints")})
+    return Run({step.number: step.metrics for step in steps_of(output / "checkpoints")}, commit=made_at)
 
 
 def accuracy_of(values: dict[str, float]) -> float | None:
@@ -225,20 +237,27 @@ def main(
     world = directory / demo.folder / "world"
     output = directory / demo.folder / f"{preset}-seed{seed}-{rollout}"
     title = f"{demo.title}, entropy_fork={preset}"
-    arguments = command(demo.recipe, world, output, preset, steps or demo.steps, seed, rollout, override or [])
+    steps = steps or demo.steps
+    arguments = command(demo.recipe, world, output, preset, steps, seed, rollout, override or [])
     if print_command:
         console.print("VERL_PLATFORM=cpu " + shlex.join(["python", *arguments[1:]]), soft_wrap=True, highlight=False)
         return
     began = time.monotonic()
     build_world(world, console, task=demo.task)
     finished = output / "metrics.json"
-    if finished.exists():
-        console.print(f"{output} is a finished run; 'make clean-demo' removes it, another seed starts another.")
-        show(Run.load(finished), output, title, console)
+    before = Run.load(finished) if finished.exists() else Run(seconds=0.0)
+    if before.metrics and (done := max(before.metrics)) >= steps:
+        console.print(
+            f"{output} is a finished run of {done} steps: more steps continue it, another seed starts another, "
+            "'make clean-demo' removes it.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        show(before, output, title, console)
         return
     output.mkdir(parents=True, exist_ok=True)
     run = train(arguments, output)
-    run.seconds = time.monotonic() - began
+    run.seconds = before.seconds + time.monotonic() - began
     run.save(finished)
     show(run, output, title, console)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from examples.cpu_demo import run as cpu_demo
 from examples.cpu_demo.run import Run
 from examples.research.experiment import __main__ as experiment
 from examples.research.experiment import runs as making
@@ -35,14 +36,12 @@ def run_of(accuracy: float, masked: bool, answers: int = 2, steps: int = STEPS) 
     }
     for step, value in {0: 0.25, 2: 0.3, steps: accuracy}.items():
         metrics.setdefault(step, {})[f"val-core/cpu_demo/acc/mean@{answers}"] = value
-    return Run(metrics, 60.0)
+    return Run(metrics, 60.0, "abc-dirty")
 
 
 @pytest.fixture(autouse=True)
-def drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Draw nothing, and ask git for no commit but where a test is about it. The list gets the plots asked for."""
-    if "process" not in request.keywords:
-        monkeypatch.setattr(making, "commit", lambda: "abc-dirty")
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Draw nothing. The list gets the plots asked for."""
     plots: list[Path] = []
     monkeypatch.setattr(experiment.pages, "draw", lambda results, file: plots.append(file))
     return plots
@@ -188,16 +187,16 @@ def test_a_row_adds_a_task(runs: list[str], tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.process
 def test_a_run_names_its_commit_and_whether_its_files_had_changes(tmp_path: Path) -> None:
-    assert making.commit(tmp_path) == "unknown"
+    assert cpu_demo.commit(tmp_path) == "unknown"
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
     file = tmp_path / "file"
     file.write_text("one")
     for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "first"], ["tag", "-m", "v1", "v1"]):
         subprocess.run([*git, *words], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    assert making.commit(tmp_path) == head[:12]
+    assert cpu_demo.commit(tmp_path) == head[:12]
     file.write_text("two")
-    assert making.commit(tmp_path) == f"{head[:12]}-dirty"
+    assert cpu_demo.commit(tmp_path) == f"{head[:12]}-dirty"
 
 
 def test_each_run_writes_the_commit_into_its_metrics(runs: list[str], tmp_path: Path) -> None:

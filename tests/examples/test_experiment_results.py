@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,7 @@ def test_the_same_run_with_other_numbers_is_one_error() -> None:
     for said in ("arm matched, seed 3, 30 steps", "At step 30 its accuracy is 0.5 (made at abc), and now 0.6"):
         assert said in str(error.value)
     slower = made("matched", 3, [0.3, 0.5])
+    there.curves["seconds"][1:] = 60.0
     slower.curves["seconds"][1:] = 99.0
     assert merged([there], [slower]) == [there], "other seconds are no other numbers"
 
@@ -171,6 +173,11 @@ def test_an_older_csv_lacks_the_newer_curves(tmp_path: Path) -> None:
     (result,) = read_csv(tmp_path / "old.csv")
     assert np.isnan(result.curves["grad_norm"]).all()
     assert result.accuracy.tolist() == [0.3, 0.5]
+    newer = made("all", 1, [0.3, 0.5])
+    newer.curves["grad_norm"][1:] = 0.25
+    (filled,) = merged([result], [replace(newer, commit="later")])
+    assert (filled.curves["grad_norm"][1:] == 0.25).all(), "what was not logged is taken from the same run, made again"
+    assert filled.commit == "abc"
 
 
 def test_runs_of_a_seed_must_start_alike() -> None:

@@ -249,7 +249,8 @@ def test_a_finished_run_shows_its_table_again(tmp_path: Path, monkeypatch: pytes
     run.Run(
         {0: {accuracy: 0.25}, 1: {"timing_s/step": 1.0, "entropy_fork/kept_ratio": 0.2002}, 2: {accuracy: 0.75}}, 90
     ).save(output / "metrics.json")
-    shown = demo("--model", "smollm2", "--directory", str(tmp_path))
+    shown = demo("--model", "smollm2", "--directory", str(tmp_path), "--steps", "2")
+    assert "is a finished run of 2 steps" in shown
     assert built == [(tmp_path / "smollm2" / "world", "smollm2")]
     assert "SmolLM2" in shown
     for line in (
@@ -258,6 +259,14 @@ def test_a_finished_run_shows_its_table_again(tmp_path: Path, monkeypatch: pytes
         r"kept share of tokens\W+0\.2002",
     ):
         assert re.search(line, shown), shown
+    trained = run.Run({0: {accuracy: 0.25}, 3: {accuracy: 0.5}}, commit="abc")
+    monkeypatch.setattr(run, "train", lambda arguments, _: asked.append(arguments) or trained)
+    asked: list[list[str]] = []
+    demo("--model", "smollm2", "--directory", str(tmp_path), "--steps", "3")
+    assert "trainer.total_training_steps=3" in asked[0], "more steps than are there continue the run"
+    now = run.Run.load(output / "metrics.json")
+    assert (now.accuracies[-1], now.commit) == ((3, 0.5), "abc")
+    assert now.seconds > 90, "with those of the first part"
 
 
 def test_the_recipe_is_the_demos_with_smaller_batches() -> None:

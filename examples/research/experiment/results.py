@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def write_csv(results: Iterable[Result], file: Path) -> None:
 
 
 def merged(there: Iterable[Result], new: Iterable[Result]) -> list[Result]:
-    """Both lists of runs. A run that is in both stays as it was first.
+    """Both lists of runs. A run that is in both stays as it was first, and gets the curves that it had not logged.
 
     Raises:
         EntropyForkError: the same run has other numbers there (other seconds do not count), or two runs of a seed did
@@ -181,8 +181,10 @@ def merged(there: Iterable[Result], new: Iterable[Result]) -> list[Result]:
     runs = {result.identity: result for result in there}
     for result in new:
         before = runs.setdefault(result.identity, result)
+        unlogged = {name for name in CURVES if np.isnan(before.curves[name]).all()}
         for old, now in zip(before.rows(), result.rows(), strict=True):
-            other = [name for name in CURVES if name != "seconds" and old[name] != now[name]]
+            compared = (name for name in CURVES if name != "seconds" and name not in unlogged)
+            other = [name for name in compared if old[name] != now[name]]
             if other:
                 then, here = (one[other[0]] or "empty" for one in (old, now))
                 raise EntropyForkError(
@@ -191,6 +193,9 @@ def merged(there: Iterable[Result], new: Iterable[Result]) -> list[Result]:
                     f"{before.commit}), and now {here} (made at {result.commit}). Keep one of them: leave out the new "
                     "run, or take the rows of the old one out of the CSV"
                 )
+        found = {name: result.curves[name] for name in unlogged if not np.isnan(result.curves[name]).all()}
+        if found:
+            runs[result.identity] = replace(before, curves=before.curves | found)
     check_starts(runs.values())
     return list(runs.values())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import typer
 
 from entropy_fork.common.output_folder import write_whole
 from entropy_fork.watch.follow import OUTPUT
-from examples.cpu_demo.run import REPOSITORY, train
+from examples.cpu_demo.run import train
 from examples.research.experiment.arms import ALL, Arm, Question
 from examples.research.experiment.tasks import Task
 
@@ -67,22 +66,13 @@ def train_once(arguments: list[str], output: Path, steps: int) -> None:
         SystemExit: a step is missing there.
     """
     output.mkdir(parents=True, exist_ok=True)
-    made_at, began = commit(), time.monotonic()
+    began = time.monotonic()
     run = train(arguments, output)
     run.seconds = time.monotonic() - began
     missing = set(range(1, steps + 1)) - set(run.metrics)
     if missing:
         raise SystemExit(f"{output / 'checkpoints' / OUTPUT} lacks the metrics of the steps {sorted(missing)}")
-    write_whole(output / METRICS_FILE, json.dumps(asdict(run) | {"commit": made_at}))
-
-
-def commit(repository: Path = REPOSITORY) -> str:
-    """The commit of the code, with ``-dirty`` if a file of it has changed since; ``unknown`` without git."""
-    try:
-        asked = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-        return subprocess.run(asked, cwd=repository, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    write_whole(output / METRICS_FILE, json.dumps(asdict(run)))
 
 
 def keep_to(folder: Path, override: list[str]) -> None:
