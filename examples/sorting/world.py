@@ -2,7 +2,8 @@ r"""Put numbers in order, one after another. Most tokens of an answer are choice
 
 The questions and the scorer are reasoning-gym's (its task ``number_sorting``). The prompt is shorter than its own, so
 that a tiny model reads it quickly, and the answer is direct: ``\boxed{[2,9,13,28]}``. Every number but the last is a
-choice among the numbers that are left, and one wrong choice makes the answer wrong.
+choice among the numbers that are left, and one wrong choice makes the answer wrong, but for what the scorer overlooks:
+it lets each number of a sorted list be off by 1.
 """
 
 from __future__ import annotations
@@ -115,6 +116,12 @@ def lists_each_number_once(problem: Problem, response: str) -> bool:
     """Whether a response is a list of the problem's numbers, in whatever order."""
     found = _ANSWER.fullmatch(response)
     return found is not None and sorted(map(int, found["list"].split(","))) == sorted(problem.numbers)
+
+
+def sorts_exactly(problem: Problem, response: str) -> bool:
+    """Whether a response is the list of the problem's numbers in the order that was asked for, and nothing else."""
+    down = problem.direction is Direction.DOWN
+    return response.strip() == write_response(sorted(problem.numbers, reverse=down))
 
 
 class ChoiceKind(str, Enum):

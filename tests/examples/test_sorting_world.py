@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from entropy_fork.common.errors import EntropyForkError
 from examples import tiny_world
-from examples.sorting import build, world
+from examples.sorting import build, exact, world
 
 SHORT = build.Settings(
     steps=2, batch_size=4, train_problems=60, test_problems=20, warmup_problems=200, hidden_size=64, layers=1
@@ -86,6 +86,25 @@ def test_the_prompt_is_the_question_of_the_ground_truth(problem):
 )
 def test_lists_each_number_once(response, expected):
     assert world.lists_each_number_once(world.Problem((5, 3, 9, 5), world.Direction.UP), response) is expected
+
+
+@pytest.mark.process
+def test_the_scorer_lets_a_number_be_off_by_1_and_exact_does_not(tmp_path):
+    """What the scorer overlooks is counted from the answers that verl keeps of a validation."""
+    problem = next(one for one in POOL if one.direction is world.Direction.UP and 20 not in one.numbers)
+    order = in_order(problem)
+    answers = {"right": order, "off by 1": [*order[:-1], order[-1] + 1], "off by 2": [*order[:-1], order[-1] + 2]}
+    rows = [
+        {"input": f"User:\n{problem.prompt}\n", "output": text, "score": reward(problem, text)}
+        for text in map(world.write_response, answers.values())
+    ]
+    assert [row["score"] for row in rows] == [1.0, 1.0, 0.0]
+    assert [world.sorts_exactly(problem, row["output"]) for row in rows] == [True, False, False]
+    (tmp_path / "30.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert exact.count(tmp_path / "30.jsonl") == (3, 2, 1)
+    (tmp_path / "31.jsonl").write_text(json.dumps({"input": "2 + 2", "output": "4", "score": 1}))
+    with pytest.raises(ValueError, match="not of the sorting task: 2"):
+        exact.count(tmp_path / "31.jsonl")
 
 
 def test_find_choices_leaves_out_the_last_number():

@@ -202,7 +202,7 @@ def verdict(results: Sequence[Result], task: Task, question: Question) -> str:
 
 def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
     """A line for each comparison: where the first arm's final accuracy is beside the other's, on each task."""
-    lines = []
+    lines: list[str] = []
     for ours, theirs, asks in (
         (TOP20, MATCHED, "Which tokens of an answer?"),
         (MATCHED, RANDOM20, "How many in which answer?"),
@@ -223,6 +223,14 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
             f"On {words}, `{ours.name}` ends {told(one, f'`{theirs.name}`')}." for words, one in found.items()
         )
         lines.append(paragraph(f"- **{asks}** {places}", "  "))
+    places = []
+    for name, of_task in runs.items():
+        ahead = (
+            f"`{fifth.name}` is {told(minus(by_arm(of_task), fifth.name, ALL.name, 'equal_tokens'), f'`{ALL.name}`')}"
+            for fifth in (TOP20, MATCHED, RANDOM20)
+        )
+        places.append(f"On {TASKS[name].words}, {', '.join(ahead)}.")
+    lines.append(paragraph(f"- **Which fifth is ahead at equal trained tokens?** {' '.join(places)}", "  "))
     planned = sum(len(TASKS[name].planned(question)) * question.seeds for name in runs)
     absent = sum(len(seeds) for name, found in runs.items() for seeds in missing(found, question, TASKS[name]).values())
     lines.append(f"- {planned - absent} of {planned} planned runs are there.")
