@@ -67,7 +67,7 @@ evidence: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.experiment collect --task $(TASK)
 	$(VENV)/bin/python -m examples.research.experiment page
 
-# Six shares of tokens by entropy, three seeds each; it continues too.
+# All tokens, four shares by entropy and one by lot, three seeds each; it continues too.
 experiment: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.experiment run --question ratios
 

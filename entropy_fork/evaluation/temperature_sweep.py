@@ -192,7 +192,7 @@ def table(points: Sequence[Point]) -> results.TextTable:
 
 
 def notes(points: Sequence[Point]) -> list[str]:
-    """A sentence for each pair whose threshold parted almost no tokens: it measures one temperature alone."""
+    """A sentence for each pair with nearly all tokens on one side of τ: it measures one temperature alone."""
     said = []
     for pair, point in {point.pair: point for point in points}.items():
         above = point.average.above
@@ -201,8 +201,8 @@ def notes(points: Sequence[Point]) -> list[str]:
             used = pair.low if above < HARDLY_USED else pair.high
             said.append(
                 f"with T_high {pair.high:g} and T_low {pair.low:g}, {above:.1%} of the tokens were above τ = "
-                f"{pair.threshold:.4g} nats, so this is T = {used:g} alone. For a τ of such answers, write them with "
-                "'entropy-fork analyze' (the same data and chat template), and name its folder with --like"
+                f"{pair.threshold:.4g} nats, so this is T = {used:g} alone. To get a τ of such answers, run "
+                "'entropy-fork analyze' with the same data and chat template, and name its folder with --like"
             )
     return said
 

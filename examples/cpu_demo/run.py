@@ -77,7 +77,7 @@ class Run:
 
     Attributes:
         metrics: verl's metrics by step; step 0 is the validation before training.
-        seconds: of the whole script, including the build of the world.
+        seconds: of the whole script, including the build of the world; of all its parts, if it continued a run.
         commit: of the code that made the run, see :func:`commit`.
     """
 

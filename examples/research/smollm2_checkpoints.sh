@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What training changed in SmolLM2: Table 1's overlap and Figure 4's change between the checkpoints of a run.
+# What training changed in SmolLM2: Table 1's overlap and Figure 4's change between the checkpoints of a run of 16 steps.
 #
 #   make demo MODEL=smollm2
 #   examples/research/smollm2_checkpoints.sh      writes .demo/smollm2/checkpoints

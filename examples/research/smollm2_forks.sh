@@ -24,7 +24,7 @@ $run analyze "$out/model" --prompts "$out/questions-200/test.parquet" --output "
     --min-count "${MIN_COUNT:-50}" --engine transformers $limit
 $run report "$out/report.html" --tokens "$out/forks" --min-count "${MIN_COUNT:-50}" --answers 240
 
-# τ is that of the same kind of answers: T_high is then used at a fifth of the tokens, T_low at the others.
+# τ is the 80th percentile of the same kind of answers at T = 1: there a fifth of the tokens is above it.
 answers=(--answers 4 --max-tokens 48 --chat-template worked --engine transformers)
 $run analyze "$out/model" --prompts "$sums/test.parquet" --output "$out/forks-of-sums" --min-count 1 "${answers[@]}"
 two=(temperatures "$out/model" --data "$sums/test.parquet" --like "$out/forks-of-sums" "${answers[@]}")

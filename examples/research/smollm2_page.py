@@ -70,7 +70,8 @@ def keep_tasks(evaluation: Path, data: Path, file: Path) -> None:
         task: Counter(question.truth_text for question in questions if question.data_source == task)
         for task in dict.fromkeys(question.data_source for question in questions)
     }
-    answers = [json.loads(line) for line in (evaluation / "answers.jsonl").read_text().splitlines()]
+    with (evaluation / "answers.jsonl").open(encoding="utf-8") as lines:
+        answers = [json.loads(line) for line in lines]
     with file.open("w", newline="") as handle:
         columns = ["task", "questions", "right", "low", "high", "commonest", "partly", "boxed", "tokens"]
         writer = csv.DictWriter(handle, columns, lineterminator="\n")

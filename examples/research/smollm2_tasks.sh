@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which tasks suit a small model: SmolLM2's answers to 32 questions of each of twelve reasoning-gym tasks, made easy.
+# Which tasks suit a small model: SmolLM2's answers to 32 questions of each of twelve reasoning-gym tasks.
 #
 #   examples/research/smollm2_tasks.sh       writes .demo/smollm2/tasks; the same command goes on where it was stopped
 #

@@ -26,15 +26,15 @@ def count(file: Path) -> tuple[int, int, int]:
         ValueError: a prompt is not of this task.
     """
     answers = right = exact = 0
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        if not (asked := _PROMPT.search(row["input"])):
-            raise ValueError(f"{file}: this prompt is not of the sorting task: {row['input']}")
-        problem = Problem(tuple(map(int, asked["numbers"].split(","))), Direction(asked["direction"]))
-        answers += 1
-        if row["score"] == 1:
-            right += 1
-            exact += sorts_exactly(problem, row["output"])
+    with file.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if not (asked := _PROMPT.search(row["input"])):
+                raise ValueError(f"{file}: this prompt is not of the sorting task: {row['input']}")
+            problem = Problem(tuple(map(int, asked["numbers"].split(","))), Direction(asked["direction"]))
+            answers += 1
+            if row["score"] == 1:
+                right += 1
+                exact += sorts_exactly(problem, row["output"])
     return answers, right, exact
 
 

@@ -62,6 +62,29 @@ def test_new_results_are_copied_and_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert "perf/other" not in (files / page.RUN).read_text()
 
 
+def test_the_files_of_each_script_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, measured, compared = tmp_path / "smollm2", tmp_path / "measured", tmp_path / "compared"
+    for folder, names in {measured / "forks": page.OF_FORKS, compared / "comparison": page.OF_COMPARISON}.items():
+        (folder / "figures").mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text(f"new {name}")
+    (measured / "forks/summary.json").write_text((page.FILES / "summary.json").read_text())
+    for name, row in {"temperatures": "0.6,1", "temperatures-cool": "0.6,0.6"}.items():
+        (measured / name).mkdir()
+        (measured / name / "temperatures.csv").write_text(f"high,low\n{row}\n")
+    files.mkdir()
+    for name, value in {"FILES": files, "PAGE": tmp_path / "smollm2.md", "GUIDE": tmp_path / "guide.md"}.items():
+        monkeypatch.setattr(page, name, value)
+    monkeypatch.setattr(page, "parts", lambda folder: {})
+    page.PAGE.write_text("a page\n")
+    page.GUIDE.write_text("a guide\n")
+    page.main(measured=measured, compared=compared)
+    copied = {file.name: file.read_text() for file in files.iterdir()}
+    assert copied.pop("temperatures.csv") == "high,low\n0.6,1\n0.6,0.6\n", "one head, the pairs of both"
+    assert json.loads(copied.pop("summary.json"))["tokens"] > 100_000
+    assert copied == {Path(name).name: f"new {name}" for name in (*page.OF_FORKS, *page.OF_COMPARISON)}
+
+
 def test_the_answers_to_several_tasks_are_counted(tmp_path: Path) -> None:
     """Right is a score of 1, partly right one between 0 and 1; the commonest truth is what one answer to all gets."""
     rows = [

@@ -102,6 +102,9 @@ def test_the_scorer_lets_a_number_be_off_by_1_and_exact_does_not(tmp_path):
     assert [world.sorts_exactly(problem, row["output"]) for row in rows] == [True, False, False]
     (tmp_path / "30.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert exact.count(tmp_path / "30.jsonl") == (3, 2, 1)
+    down = next(one for one in POOL if one.direction is world.Direction.DOWN and len(set(one.numbers)) > 1)
+    assert world.sorts_exactly(down, world.write_response(sorted(down.numbers, reverse=True)))
+    assert not world.sorts_exactly(down, world.write_response(sorted(down.numbers)))
     (tmp_path / "31.jsonl").write_text(json.dumps({"input": "2 + 2", "output": "4", "score": 1}))
     with pytest.raises(ValueError, match="not of the sorting task: 2"):
         exact.count(tmp_path / "31.jsonl")

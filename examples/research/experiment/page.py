@@ -203,6 +203,7 @@ def verdict(results: Sequence[Result], task: Task, question: Question) -> str:
 def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
     """A line for each comparison: where the first arm's final accuracy is beside the other's, on each task."""
     lines: list[str] = []
+    fifths: list[str] = []
     for ours, theirs, asks in (
         (TOP20, MATCHED, "Which tokens of an answer?"),
         (MATCHED, RANDOM20, "How many in which answer?"),
@@ -210,7 +211,7 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
         (TOP20, BOTTOM80, "Is the rest useless?"),
         (TOP20, NEXT20, "Does the rank among uncertain tokens matter?"),
         (TOP20, UNCLIPPED, "Is it the clipping?"),
-        (UNCLIPPED, ALL, "And is a fifth enough without it?"),
+        (UNCLIPPED, ALL, "Is a fifth enough without clipping?"),
         (TOP20, SURPRISAL, "Is another score as good?"),
         (TOP20, GRADIENT, "And a third one?"),
     ):
@@ -223,14 +224,13 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
             f"On {words}, `{ours.name}` ends {told(one, f'`{theirs.name}`')}." for words, one in found.items()
         )
         lines.append(paragraph(f"- **{asks}** {places}", "  "))
-    places = []
     for name, of_task in runs.items():
         ahead = (
             f"`{fifth.name}` is {told(minus(by_arm(of_task), fifth.name, ALL.name, 'equal_tokens'), f'`{ALL.name}`')}"
             for fifth in (TOP20, MATCHED, RANDOM20)
         )
-        places.append(f"On {TASKS[name].words}, {', '.join(ahead)}.")
-    lines.append(paragraph(f"- **Which fifth is ahead at equal trained tokens?** {' '.join(places)}", "  "))
+        fifths.append(f"On {TASKS[name].words}, {', '.join(ahead)}.")
+    lines.append(paragraph(f"- **Which fifth is ahead at equal trained tokens?** {' '.join(fifths)}", "  "))
     planned = sum(len(TASKS[name].planned(question)) * question.seeds for name in runs)
     absent = sum(len(seeds) for name, found in runs.items() for seeds in missing(found, question, TASKS[name]).values())
     lines.append(f"- {planned - absent} of {planned} planned runs are there.")

@@ -172,7 +172,7 @@ def write_csv(results: Iterable[Result], file: Path) -> None:
 
 
 def merged(there: Iterable[Result], new: Iterable[Result]) -> list[Result]:
-    """Both lists of runs. A run that is in both stays as it was first, and gets the curves that it had not logged.
+    """Both lists of runs. A run that is in both stays as it was first; curves that its CSV lacked are added.
 
     Raises:
         EntropyForkError: the same run has other numbers there (other seconds do not count), or two runs of a seed did
