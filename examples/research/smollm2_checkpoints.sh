@@ -2,7 +2,7 @@
 # What training changed in SmolLM2: Table 1's overlap and Figure 4's change between the checkpoints of a run of 16 steps.
 #
 #   make demo MODEL=smollm2
-#   examples/research/smollm2_checkpoints.sh      writes .demo/smollm2/checkpoints
+#   make smollm2-checkpoints      writes .demo/smollm2/checkpoints
 #
 # RUN=FOLDER names another folder of `make demo MODEL=smollm2`, OUT=FOLDER another place for the results.
 set -euo pipefail

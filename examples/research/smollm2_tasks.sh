@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which tasks suit a small model: SmolLM2's answers to 32 questions of each of twelve reasoning-gym tasks.
 #
-#   examples/research/smollm2_tasks.sh       writes .demo/smollm2/tasks; the same command goes on where it was stopped
+#   make smollm2-tasks       writes .demo/smollm2/tasks; the same command goes on where it was stopped
 #
 # LIMIT=2 OUT=.demo/smollm2-try tries it with two questions of each.
 set -euo pipefail
