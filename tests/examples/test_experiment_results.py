@@ -356,11 +356,12 @@ def test_the_tasks_are_told_together() -> None:
     text = pages.together({"demo": of_question(every_run(), CONTROLS), "sorting": []}, CONTROLS)
     assert [line.split("?")[0].split(" of")[0] for line in text.splitlines() if line.startswith("- ")] == [
         "- **Which tokens", "- **How many in which answer", "- **Is a fifth enough",
-        "- **Is the rest useless", "- **Does the rank among uncertain tokens matter", "- **Is it the clipping",
+        "- **Is the rest useless", "- **Does the rank among uncertain tokens matter",
+        "- **Do the next uncertain tokens beat the lot", "- **Is it the clipping",
         "- **Is a fifth enough without clipping", "- **Is another score as good", "- **And a third one",
         "- **Which fifth is ahead at equal trained tokens", "- 42",
     ]  # fmt: skip
-    assert " ".join(text.split()).count("On sorting six numbers, ") == 8, "other scores are not planned there"
+    assert " ".join(text.split()).count("On sorting six numbers, ") == 9, "other scores are not planned there"
     assert " ".join(text.split()).count("On the demo's order of operations, ") == 7, (
         "the two doubts are not planned there"
     )
@@ -486,6 +487,9 @@ def test_the_readme_says_what_the_runs_say() -> None:
     assert f"by {matched[0]} and {matched[1]} points, and a plainly random fifth by {' and '.join(by_lot)}" in readme
     assert f"ends below all tokens: by {of_all[0]} points" in readme
     assert f"by {of_all[1]} points where most are" in readme
+    runs = by_arm(of_question(read_csv(pages.EVIDENCE / "sorting.csv"), CONTROLS))
+    unclipped = -100 * minus(runs, "unclipped", "all", "accuracy").mean
+    assert f"where most are ({unclipped:.1f} without gradient clipping)" in readme
     assert (
         f"A fifth by surprisal ends {points('demo', 'surprisal', 'below')} points above the fifth by entropy" in readme
     )

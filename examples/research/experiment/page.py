@@ -210,6 +210,7 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
         (TOP20, ALL, "Is a fifth enough?"),
         (TOP20, BOTTOM80, "Is the rest useless?"),
         (TOP20, NEXT20, "Does the rank among uncertain tokens matter?"),
+        (NEXT20, MATCHED, "Do the next uncertain tokens beat the lot?"),
         (TOP20, UNCLIPPED, "Is it the clipping?"),
         (UNCLIPPED, ALL, "Is a fifth enough without clipping?"),
         (TOP20, SURPRISAL, "Is another score as good?"),
