@@ -247,7 +247,10 @@ def test_only_runs_of_the_questions_steps_and_settings_are_compared_in_its_order
 
 
 def test_a_task_may_plan_fewer_arms_and_makes_another_if_asked() -> None:
-    sorting, planned = TASKS["sorting"], ["all", "top20", "matched", "random20", "bottom80", "next20", "unclipped"]
+    sorting, planned = (
+        TASKS["sorting"],
+        ["all", "top20", "matched", "random20", "bottom80", "surprisal", "next20", "unclipped"],
+    )
     assert list(missing([], CONTROLS, sorting)) == planned
     assert [arm.name for arm, _ in wanted(sorting, CONTROLS, (), [1])] == planned
     assert [arm.name for arm, _ in wanted(sorting, CONTROLS, ("gradient",), [1])] == ["gradient"]
@@ -361,11 +364,11 @@ def test_the_tasks_are_told_together() -> None:
         "- **Is a fifth enough without clipping", "- **Is another score as good", "- **And a third one",
         "- **Which fifth is ahead at equal trained tokens", "- 42",
     ]  # fmt: skip
-    assert " ".join(text.split()).count("On sorting six numbers, ") == 9, "other scores are not planned there"
+    assert " ".join(text.split()).count("On sorting six numbers, ") == 10, "gradient is not planned there"
     assert " ".join(text.split()).count("On the demo's order of operations, ") == 7, (
         "the two doubts are not planned there"
     )
-    assert "- 42 of 84 planned runs are there." in text
+    assert "- 42 of 90 planned runs are there." in text
     said = " ".join(text.split())
     assert "On the demo's order of operations, `top20` ends 9.9 points above `matched` (95% interval" in said
     assert (
