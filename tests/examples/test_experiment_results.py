@@ -361,11 +361,12 @@ def test_the_tasks_are_told_together() -> None:
         "- **Which tokens", "- **How many in which answer", "- **Is a fifth enough",
         "- **Is the rest useless", "- **Does the rank among uncertain tokens matter",
         "- **Do the next uncertain tokens beat the lot", "- **Is it the clipping",
-        "- **Is a fifth enough without clipping", "- **Is another score as good", "- **And a third one",
+        "- **Is a fifth enough without clipping", "- **Is another score as good",
+        "- **And is a fifth by that score enough", "- **And a third one",
         "- **Which fifth is ahead at equal trained tokens", "- 42",
     ]  # fmt: skip
-    assert " ".join(text.split()).count("On sorting six numbers, ") == 10, "gradient is not planned there"
-    assert " ".join(text.split()).count("On the demo's order of operations, ") == 7, (
+    assert " ".join(text.split()).count("On sorting six numbers, ") == 11, "gradient is not planned there"
+    assert " ".join(text.split()).count("On the demo's order of operations, ") == 8, (
         "the two doubts are not planned there"
     )
     assert "- 42 of 90 planned runs are there." in text
@@ -493,6 +494,9 @@ def test_the_readme_says_what_the_runs_say() -> None:
     runs = by_arm(of_question(read_csv(pages.EVIDENCE / "sorting.csv"), CONTROLS))
     unclipped = -100 * minus(runs, "unclipped", "all", "accuracy").mean
     assert f"where most are ({unclipped:.1f} without gradient clipping)" in readme
-    assert (
-        f"A fifth by surprisal ends {points('demo', 'surprisal', 'below')} points above the fifth by entropy" in readme
-    )
+    surprisal = [points(task, "surprisal", "below") for task in ("demo", "sorting")]
+    assert f"A fifth by surprisal ends {' and '.join(surprisal)} points above the fifth by entropy" in readme
+    for task in ("demo", "sorting"):
+        runs = by_arm(of_question(read_csv(pages.EVIDENCE / f"{task}.csv"), CONTROLS))
+        assert told(minus(runs, "surprisal", "all", "accuracy"), "all").startswith("not clearly above or below")
+    assert "where all tokens do, as far as six seeds show" in readme

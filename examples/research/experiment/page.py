@@ -200,6 +200,16 @@ def verdict(results: Sequence[Result], task: Task, question: Question) -> str:
     return headline(task.words, minus(by_arm(results), TOP20.name, MATCHED.name, "accuracy"), question.seeds)
 
 
+def another_score(results: Sequence[Result], task: Task) -> str:
+    """The other sentence at the top of the page: a fifth by surprisal beside a fifth by entropy, and all tokens."""
+    table = by_arm(results)
+    beside = (
+        told(minus(table, SURPRISAL.name, other.name, "accuracy"), words)
+        for other, words in ((TOP20, "the top 20% by entropy"), (ALL, "all tokens"))
+    )
+    return f"On {task.words}, the top 20% by surprisal ends {', and '.join(beside)}."
+
+
 def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
     """A line for each comparison: where the first arm's final accuracy is beside the other's, on each task."""
     lines: list[str] = []
@@ -214,6 +224,7 @@ def together(runs: Mapping[str, Sequence[Result]], question: Question) -> str:
         (TOP20, UNCLIPPED, "Is it the clipping?"),
         (UNCLIPPED, ALL, "Is a fifth enough without clipping?"),
         (TOP20, SURPRISAL, "Is another score as good?"),
+        (SURPRISAL, ALL, "And is a fifth by that score enough?"),
         (TOP20, GRADIENT, "And a third one?"),
     ):
         found = {
@@ -275,9 +286,9 @@ def parts(evidence: Path) -> dict[str, str]:
         name: shares_or_scores(of_question(read_csv(evidence / f"{name}.csv"), QUESTIONS[name]))
         for name in ("ratios", "scores")
     }
-    made["headlines"] = "\n\n".join(
-        paragraph(f"**{verdict(runs[name], task, question)}**") for name, task in TASKS.items()
-    )
+    said = [f"**{verdict(runs[name], task, question)}**" for name, task in TASKS.items()]
+    said += [f"**{another_score(runs[name], task)}**" for name, task in TASKS.items()]
+    made["headlines"] = "\n\n".join(map(paragraph, said))
     made["arms"] = arms_table(question)
     made["together"] = together(runs, question)
     made["power"] = seeds_needed(runs)
