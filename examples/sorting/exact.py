@@ -20,7 +20,7 @@ _PROMPT = re.compile(r"Sort (?P<numbers>\d+(?:,\d+)*), (?P<direction>\w+), in")
 
 
 def count(file: Path) -> tuple[int, int, int]:
-    """Of the answers of one validation: how many there are, how many are right, how many of these are exact.
+    """Count the answers of one validation, the right ones, and the exact ones among the right.
 
     Raises:
         ValueError: a prompt is not of this task.
