@@ -148,7 +148,7 @@ ASKED = {
     "simple_equations": "8·e − 5 = 3: what is e?",
     "number_sequence": "the next of four to eight numbers",
     "calendar_arithmetic": "which weekday, how many days",
-    "letter_counting": 'how often "a" is in five words',
+    "letter_counting": "how often a letter is in five words",
     "leg_counting": "the legs of up to 30 animals of one or two kinds",
     "spell_backward": "a word of three or four letters, from its end",
     "word_sorting": "three words by the alphabet",

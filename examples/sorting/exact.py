@@ -40,8 +40,11 @@ def count(file: Path) -> tuple[int, int, int]:
 
 def main(folder: Annotated[Path, typer.Argument(help="trainer.validation_data_dir of a run.")]) -> None:
     """Print a row for each validation."""
+    files = sorted(folder.glob("*.jsonl"), key=lambda file: int(file.stem))
+    if not files:
+        raise typer.BadParameter(f"{folder} has no STEP.jsonl: name the validation_data_dir of a run")
     table = Table("step", "answers", "right", "of these exact")
-    for file in sorted(folder.glob("*.jsonl"), key=lambda file: int(file.stem)):
+    for file in files:
         answers, right, exact = count(file)
         table.add_row(file.stem, str(answers), str(right), f"{exact} ({exact / right:.1%})" if right else "")
     Console().print(table)

@@ -2,7 +2,7 @@ r"""Put numbers in order, one after another. Most tokens of an answer are choice
 
 The questions and the scorer are reasoning-gym's (its task ``number_sorting``). The prompt is shorter than its own, so
 that a tiny model reads it quickly, and the answer is direct: ``\boxed{[2,9,13,28]}``. Every number but the last is a
-choice among the numbers that are left, and one wrong choice makes the answer wrong, but for what the scorer overlooks:
+choice among the numbers that are left, and a wrong choice makes the answer wrong. The scorer overlooks some mistakes:
 it lets each number of a sorted list be off by 1.
 """
 

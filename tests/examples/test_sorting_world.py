@@ -18,6 +18,7 @@ pytest.importorskip("typer")
 pytest.importorskip("reasoning_gym")
 
 import pyarrow.parquet as pq
+import typer
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -108,6 +109,8 @@ def test_the_scorer_lets_a_number_be_off_by_1_and_exact_does_not(tmp_path):
     (tmp_path / "31.jsonl").write_text(json.dumps({"input": "2 + 2", "output": "4", "score": 1}))
     with pytest.raises(ValueError, match="not of the sorting task: 2"):
         exact.count(tmp_path / "31.jsonl")
+    with pytest.raises(typer.BadParameter, match=r"has no STEP\.jsonl"):
+        exact.main(tmp_path / "elsewhere")
 
 
 def test_find_choices_leaves_out_the_last_number():
